@@ -1,0 +1,118 @@
+"""The step as data: what the scheduler wants (`StepPlan`) and what came of it (`StepResult`).
+
+The runner obeys a plan in this order: frees, moves, starts, prefill chunks, the decode forward.
+The device executes plans in the order they were launched, so a plan may reuse a row that
+an earlier, still running plan computes for a sequence that has meanwhile ended.
+
+Positions count from 0 at the prompt's first token. "The token at position p" is a forward
+pass's input; what is sampled from its logits becomes position p + 1, and its random numbers
+are keyed by (seed, choice, p + 1): the same on resumption, in any row, beside any neighbour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from mlx_serving.types import SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class RowStart:
+    """A sequence takes a row whose KV is empty. `token_ids` is all it has so far (penalties count
+    them; those from `prompt_len` on are output)."""
+
+    row: int
+    seq_id: int
+    token_ids: tuple[int, ...]
+    prompt_len: int
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Compute positions [start, start + len(token_ids)) of one row, unpadded."""
+
+    row: int
+    seq_id: int
+    token_ids: tuple[int, ...]
+    start: int
+    samples: bool
+    """The chunk reaches the last known token: sample the next one from its last logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """Compute one position of one row in the batched forward, and sample the next token."""
+
+    row: int
+    seq_id: int
+    position: int
+    token_id: int | None
+    """None: the token that the row sampled last, which is still on the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    step_id: int
+    frees: tuple[int, ...] = ()
+    """Rows whose sequences have left."""
+    moves: tuple[tuple[int, int], ...] = ()
+    """(from, to): rows that move into a hole, so that rows in use stay a dense prefix."""
+    starts: tuple[RowStart, ...] = ()
+    prefill: tuple[PrefillChunk, ...] = ()
+    decode: tuple[DecodeRow, ...] = ()
+    """In order of rows."""
+
+    @property
+    def prefill_tokens(self) -> int:
+        return sum(len(chunk.token_ids) for chunk in self.prefill)
+
+
+@dataclass(slots=True)
+class Sampled:
+    """The tokens that one sequence gained in a step (more than one once drafts are verified)."""
+
+    seq_id: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(slots=True)
+class StepResult:
+    step_id: int
+    sampled: list[Sampled] = field(default_factory=list)
+
+
+class PendingStep(Protocol):
+    def wait(self) -> StepResult:
+        """Block until the step's tokens are on the host."""
+        ...
+
+
+class Runner(Protocol):
+    """What executes plans: MLX in earnest, a pure function of the prefix in simulation."""
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Enqueue a plan behind those already launched; return without waiting for it."""
+        ...
+
+    def reset(self) -> None:
+        """Forget every row (after a failed step)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the scheduler must keep to, for one loaded model."""
+
+    max_num_seqs: int
+    """Rows."""
+    prefill_step_size: int
+    """Prefill tokens a step; chunks are cut at multiples of it from position 0."""
+    context_length: int
+    kv_capacity_tokens: int
+    """Row slab tokens that fit memory: rows × the longest row's capacity."""
+    kv_bucket_tokens: int = 256
+    """A row's capacity grows in multiples of this."""
+    eos_token_ids: tuple[int, ...] = ()

@@ -1,0 +1,178 @@
+"""The shapes a request has on its way, shared by every part.
+
+    wire body ─▶ GenerateRequest (frozen, valid by construction) ─▶ worker.wire.Submit
+    worker.wire.TokenRow ─▶ TokenEvent ─▶ text ─▶ SSE
+
+A `GenerateRequest` whose existence proves that its fields are in range. What depends on
+the model (context length, vocabulary) is checked by the gateway once the prompt has
+been tokenised, before any work is done.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+MAX_LOGPROBS = 20
+"""Top log-probabilities a token may ask for, as OpenAI bounds it."""
+
+
+class Priority(enum.IntEnum):
+    """Scheduling class; a lower number is served sooner."""
+
+    CRITICAL = 0
+    HIGH = 1
+    NORMAL = 2
+    LOW = 3
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """How one sequence's tokens are chosen. Crosses the worker's wire as it is.
+
+    The order of operations, vectorised over a batch: logits → logit bias → repetition,
+    presence and frequency penalties → temperature → top-k → top-p → min-p → a draw keyed by
+    (seed, choice, position). Log-probabilities are the model's own: of the raw logits,
+    before any of these.
+    """
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens seen in prompt or output; 1 is off."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of each token seen in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted once per occurrence in the output."""
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    """64 bits; drawn by the gateway at admission where the client gave none."""
+    choice: int = 0
+    """Index among the request's `n` answers; keys the random numbers with the seed."""
+    logprobs: int | None = None
+    """None: not wanted; k ≥ 0: the chosen token's and the k most likely tokens'."""
+    max_tokens: int = 16
+    min_tokens: int = 0
+    """End-of-sequence and stop tokens cannot be sampled before this many tokens."""
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """One chat turn as the chat template sees it. `content` is text (parts already joined)."""
+
+    role: str
+    content: str | None = None
+    name: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="chat"):
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    template_kwargs: Mapping[str, Any] = {}
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+class TextPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
+    text: str
+    add_special_tokens: bool = True
+
+
+class TokenPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
+    token_ids: tuple[int, ...]
+
+
+Prompt = ChatPrompt | TextPrompt | TokenPrompt
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt and how to continue it; `n` answers come from n sequences.
+
+    `max_tokens` None means as many as the context allows (or the server's default).
+    """
+
+    request_id: str
+    model: str
+    prompt: Prompt
+    sampling: SamplingParams
+    max_tokens: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    include_stop_str: bool = False
+    priority: Priority = Priority.NORMAL
+    cache_salt: str | None = None
+    echo: bool = False
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Natural log-probabilities at one position: the chosen token's, and the most likely ones'."""
+
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class TextLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """One token's log-probability as text, for the API. `raw` is the token's bytes."""
+
+    token: str
+    raw: bytes
+    logprob: float
+    top: tuple[tuple[str, bytes, float], ...] = ()
+
+
+class TokenEvent(msgspec.Struct, kw_only=True):
+    """What a consumer of `gateway.generate()` receives: new text of one choice.
+
+    `text` holds whole characters only; it may be empty (a character or a possible stop string
+    is still incomplete). The event with `finish_reason` is the choice's last.
+    """
+
+    choice: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TextLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended the choice, if one did."""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the worker says of a model that it has loaded."""
+
+    model_id: str
+    path: str
+    architecture: str
+    context_length: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    quantization: str | None = None
+    dtype: str = ""
+    weight_bytes: int = 0
+    kv_bytes_per_token: int = 0
+    load_s: float = 0.0
+    kernels: str = "mlx"
+    """Which arithmetic runs: `mlx`, or the native kernels' mode."""
+    batch_invariant: bool = True

@@ -1,0 +1,197 @@
+"""What the gateway process and a worker process say to each other.
+
+Frames on a Unix stream socket: 4 bytes little-endian length, then one MessagePack-encoded
+message, told apart by its tag. Both ends are the same version of this package (the
+supervisor starts the worker), so fields may change freely between releases.
+
+    to the worker      LoadModel  UnloadModel  Submit  Cancel  Pause  Resume  Shutdown
+    from the worker    Hello  Phase  ModelLoaded  ModelFailed  ModelUnloaded  Step
+
+One `Step` frame a step carries the new tokens of every sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from mlx_serving.types import FinishReason, ModelInfo, Priority, SamplingParams, TokenLogprob
+
+MAX_FRAME_BYTES = 256 * 1024 * 1024
+HEADER_BYTES = 4
+
+
+class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a model runs in the worker; the subset of the configuration that the runtime needs."""
+
+    max_num_seqs: int = 16
+    """Rows that decode at once."""
+    prefill_step_size: int | None = None
+    """Largest prefill chunk in tokens, cut at multiples of it from the prompt's start; None: what
+    suits the device and its kernels."""
+    pipeline_depth: int = 2
+    """Steps in flight: 1 waits for each step's tokens before it plans the next."""
+    context_length: int | None = None
+    """Overrides the model's own, downwards."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    kernels: Literal["auto", "exact", "fast", "f32", "off"] = "auto"
+    """CPU backend only: which native kernels replace MLX's own; `off` is stock MLX."""
+    exact_batch: bool = False
+    """Always decode with `max_num_seqs` rows, so that logits are bit-equal whatever the batch."""
+
+
+class LoadModel(msgspec.Struct, frozen=True, tag="load"):
+    model_id: str
+    path: str
+    options: ModelOptions
+
+
+class UnloadModel(msgspec.Struct, frozen=True, tag="unload"):
+    model_id: str
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True):
+    """Start (or resume) one sequence.
+
+    `token_ids` is the prompt and, on resumption, what was already generated:
+    `prompt_len` says where the prompt ends. `seq_id` is unique for the connection.
+    """
+
+    seq_id: int
+    model_id: str
+    token_ids: list[int]
+    prompt_len: int
+    sampling: SamplingParams
+    priority: Priority = Priority.NORMAL
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    seq_id: int
+
+
+class Pause(msgspec.Struct, frozen=True, tag="pause"):
+    """The sequence's reader is slow: keep its row, compute nothing for it."""
+
+    seq_id: int
+
+
+class Resume(msgspec.Struct, frozen=True, tag="resume"):
+    seq_id: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Leave now; running sequences are dropped (draining is the gateway's business)."""
+
+
+ToWorker = LoadModel | UnloadModel | Submit | Cancel | Pause | Resume | Shutdown
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello", kw_only=True):
+    pid: int
+    device: str
+    mlx_version: str
+    memory_bytes: int
+
+
+class Phase(msgspec.Struct, frozen=True, tag="phase"):
+    """What the worker is doing, for health and its watchdog; sent on each change and while idle."""
+
+    phase: Literal["idle", "loading", "compiling", "stepping"]
+    detail: str = ""
+
+
+class ModelLoaded(msgspec.Struct, frozen=True, tag="loaded"):
+    info: ModelInfo
+
+
+class ModelFailed(msgspec.Struct, frozen=True, tag="failed"):
+    model_id: str
+    code: str
+    message: str
+
+
+class ModelUnloaded(msgspec.Struct, frozen=True, tag="unloaded"):
+    model_id: str
+
+
+class TokenRow(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence's share of a step. Tokens past the one that finished it are never sent."""
+
+    seq_id: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: tuple[str, str] | None = None
+    """(code, message) when `finish_reason` is "error"."""
+    cached_tokens: int = 0
+    """Prompt tokens that were not computed but found in a cache; set with the first token."""
+
+
+class StepStats(msgspec.Struct, frozen=True, array_like=True):
+    """What one step did, for metrics. Durations in milliseconds."""
+
+    model_id: str
+    decode_rows: int = 0
+    prefill_tokens: int = 0
+    running: int = 0
+    waiting: int = 0
+    step_ms: float = 0.0
+    kv_tokens: int = 0
+    """Tokens of KV capacity that rows hold at this moment."""
+    kv_capacity_tokens: int = 0
+
+
+class Step(msgspec.Struct, frozen=True, tag="step"):
+    rows: list[TokenRow]
+    stats: StepStats
+
+
+FromWorker = Hello | Phase | ModelLoaded | ModelFailed | ModelUnloaded | Step
+
+_encoder = msgspec.msgpack.Encoder()
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+
+
+def encode(message: ToWorker | FromWorker) -> bytearray:
+    """One frame: header and body."""
+    frame = bytearray(HEADER_BYTES)
+    _encoder.encode_into(message, frame, HEADER_BYTES)
+    frame[:HEADER_BYTES] = (len(frame) - HEADER_BYTES).to_bytes(HEADER_BYTES, "little")
+    return frame
+
+
+def decode_to_worker(body: bytes | bytearray | memoryview) -> ToWorker:
+    """Raises msgspec.DecodeError on a malformed body."""
+    return _to_worker.decode(body)
+
+
+def decode_from_worker(body: bytes | bytearray | memoryview) -> FromWorker:
+    """Raises msgspec.DecodeError on a malformed body."""
+    return _from_worker.decode(body)
+
+
+class FrameSplitter:
+    """Cuts a byte stream into frame bodies. Raises ValueError on a length over MAX_FRAME_BYTES."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        self._buffer += data
+        bodies: list[bytes] = []
+        start = 0
+        while len(self._buffer) - start >= HEADER_BYTES:
+            length = int.from_bytes(self._buffer[start : start + HEADER_BYTES], "little")
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(f"frame of {length} bytes exceeds {MAX_FRAME_BYTES}")
+            end = start + HEADER_BYTES + length
+            if len(self._buffer) < end:
+                break
+            bodies.append(bytes(memoryview(self._buffer)[start + HEADER_BYTES : end]))
+            start = end
+        if start:
+            del self._buffer[:start]
+        return bodies
