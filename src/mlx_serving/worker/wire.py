@@ -95,10 +95,13 @@ class Hello(msgspec.Struct, frozen=True, tag="hello", kw_only=True):
 
 
 class Phase(msgspec.Struct, frozen=True, tag="phase"):
-    """What the worker is doing, for health and its watchdog; sent on each change and while idle."""
+    """What the worker is doing, for health and its watchdog; sent on each change, and again every
+    few seconds while idle or loading (while stepping, `Step` frames are the sign of life)."""
 
     phase: Literal["idle", "loading", "compiling", "stepping"]
     detail: str = ""
+    elapsed_s: float = 0.0
+    """Since the phase began."""
 
 
 class ModelLoaded(msgspec.Struct, frozen=True, tag="loaded"):

@@ -1,0 +1,292 @@
+"""The parent's end of one connection to a worker: futures for models, streams for sequences.
+
+    SequenceStream ──Submit, Cancel, Pause, Resume──▶ Connection ══ socket ══ runtime.loop
+                   ◀──────── TokenRow ──────────────  (one Step frame a step)
+
+A stream holds at most one row. What arrives before its reader has taken it is merged into
+it; beyond `HIGH_WATER_TOKENS` the worker is told to set the sequence aside until the reader
+has taken them. So a slow reader costs bounded memory and no neighbour waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from socket import socket
+from types import TracebackType
+
+from mlx_serving import errors
+from mlx_serving.types import ModelInfo
+from mlx_serving.worker import wire
+
+log = logging.getLogger(__name__)
+
+HIGH_WATER_TOKENS = 256
+"""Undelivered tokens at which a sequence is paused; it resumes once its reader took them all."""
+
+MAX_UNSENT_BYTES = 64 * 1024 * 1024
+"""What may wait for a worker that does not read (it is loading) before submissions are refused."""
+
+
+class SequenceStream:
+    """The rows of one sequence, as they arrive: `async for row in stream`.
+
+    Ends after the row that has a `finish_reason`, or quietly after `cancel()`. Leaving the loop
+    early cancels the sequence; so does leaving `async with stream`, which a caller needs who
+    might never begin to iterate. Rows that a slow reader left lying are merged into one. Raises
+    what the worker reported for the sequence (errors.py), WorkerDied when it died. One reader.
+    """
+
+    def __init__(self, request: wire.Submit) -> None:
+        self.request = request
+        self._connection: Connection | None = None
+        self._pending: wire.TokenRow | None = None
+        self._error: errors.MLXServingError | None = None
+        self._ended = False
+        self._paused = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more will arrive (what has arrived may still be unread)."""
+        return self._ended
+
+    def cancel(self) -> None:
+        """Stop the sequence; its row is free at the worker's next step. Idempotent."""
+        if not self._ended:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.drop(self.request.seq_id)
+            self._end()
+
+    def fail(self, error: errors.MLXServingError) -> None:
+        """End the stream; its reader gets what arrived before, then the error."""
+        if not self._ended:
+            self._error = error
+            self._end()
+
+    def attach(self, connection: Connection) -> None:
+        """From now on the rows come from there."""
+        self._connection = connection
+
+    def push(self, row: wire.TokenRow) -> None:
+        """Take over a row, which must not be used any more by the caller."""
+        if row.error is not None:
+            self.fail(errors.from_code(*row.error))
+            return
+        self._pending = row if self._pending is None else _merge(self._pending, row)
+        if row.finish_reason is not None:
+            self._end()
+            return
+        if len(self._pending.token_ids) >= HIGH_WATER_TOKENS and not self._paused:
+            self._paused = True
+            if self._connection is not None:
+                self._connection.send(wire.Pause(self.request.seq_id))
+        self._wake()
+
+    def __aiter__(self) -> AsyncIterator[wire.TokenRow]:
+        return self._rows()
+
+    async def __aenter__(self) -> SequenceStream:
+        return self
+
+    async def __aexit__(
+        self, _t: type[BaseException] | None, _e: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    async def _rows(self) -> AsyncIterator[wire.TokenRow]:
+        try:
+            while True:
+                if (row := self._take()) is not None:
+                    yield row
+                elif self._error is not None:
+                    raise self._error
+                elif self._ended:
+                    return
+                else:
+                    self._waiter = asyncio.get_running_loop().create_future()
+                    await self._waiter
+        finally:
+            self.cancel()
+
+    def _take(self) -> wire.TokenRow | None:
+        row, self._pending = self._pending, None
+        if self._paused:
+            self._paused = False
+            if self._connection is not None and not self._ended:
+                self._connection.send(wire.Resume(self.request.seq_id))
+        return row
+
+    def _end(self) -> None:
+        self._ended = True
+        self._connection = None
+        self._wake()
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+
+def _merge(old: wire.TokenRow, new: wire.TokenRow) -> wire.TokenRow:
+    """One row that says what both said. Extends the old row's lists in place."""
+    old.token_ids.extend(new.token_ids)
+    logprobs = old.logprobs
+    if logprobs is None:
+        logprobs = new.logprobs
+    elif new.logprobs is not None:
+        logprobs.extend(new.logprobs)
+    return wire.TokenRow(
+        seq_id=old.seq_id,
+        token_ids=old.token_ids,
+        logprobs=logprobs,
+        finish_reason=new.finish_reason,
+        stop_token_id=new.stop_token_id,
+        cached_tokens=old.cached_tokens or new.cached_tokens,
+    )
+
+
+class Connection(asyncio.Protocol):
+    """One worker's socket. Whoever opened it watches `lost`, finds out why, and calls `abandon`.
+
+    `hello` and `lost` are futures; `lost` never fails. `phase` is what the worker said last.
+    """
+
+    def __init__(
+        self,
+        on_stats: Callable[[wire.StepStats], None],
+        on_phase: Callable[[wire.Phase], None],
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.hello: asyncio.Future[wire.Hello] = loop.create_future()
+        self.lost: asyncio.Future[None] = loop.create_future()
+        self.models: dict[str, ModelInfo] = {}
+        self.phase: wire.Phase | None = None
+        self._on_stats = on_stats
+        self._on_phase = on_phase
+        self._splitter = wire.FrameSplitter()
+        self._transport: asyncio.Transport | None = None
+        self._loads: dict[str, asyncio.Future[ModelInfo]] = {}
+        self._unloads: dict[str, asyncio.Future[None]] = {}
+        self._streams: dict[int, SequenceStream] = {}
+
+    @classmethod
+    async def open(
+        cls,
+        sock: socket,
+        on_stats: Callable[[wire.StepStats], None],
+        on_phase: Callable[[wire.Phase], None],
+    ) -> Connection:
+        """Takes over one end of a Unix socket pair; the caller awaits `hello`."""
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_unix_connection(
+            lambda: cls(on_stats, on_phase), sock=sock
+        )
+        return connection
+
+    @property
+    def loading(self) -> tuple[str, ...]:
+        return tuple(self._loads)
+
+    async def load_model(
+        self, model_id: str, path: str, options: wire.ModelOptions | None = None
+    ) -> ModelInfo:
+        """See port.WorkerClient. Callers that ask for the same model share one load."""
+        if model_id in self.models:
+            return self.models[model_id]
+        if model_id not in self._loads:
+            self._loads[model_id] = asyncio.get_running_loop().create_future()
+            self.send(wire.LoadModel(model_id, path, options or wire.ModelOptions()))
+        return await asyncio.shield(self._loads[model_id])
+
+    async def unload_model(self, model_id: str) -> None:
+        if model_id not in self._unloads:
+            self._unloads[model_id] = asyncio.get_running_loop().create_future()
+            self.send(wire.UnloadModel(model_id))
+        await asyncio.shield(self._unloads[model_id])
+
+    def submit(self, stream: SequenceStream) -> None:
+        """Send the stream's request and attach it. Raises Overloaded when too much waits unsent."""
+        assert self._transport is not None
+        if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            raise errors.Overloaded("the worker does not keep up", retry_after_s=1.0)
+        self._streams[stream.request.seq_id] = stream
+        stream.attach(self)
+        self.send(stream.request)
+
+    def drop(self, seq_id: int) -> None:
+        """Cancel; rows already on their way are ignored."""
+        if self._streams.pop(seq_id, None) is not None:
+            self.send(wire.Cancel(seq_id))
+
+    def send(self, message: wire.ToWorker) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(wire.encode(message))
+
+    def close(self) -> None:
+        """Flush what was sent, then close."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def abandon(self, error: errors.MLXServingError) -> None:
+        """End everything that waits for this worker with `error`."""
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(error)
+        waiting = [self.hello, *self._loads.values(), *self._unloads.values()]
+        self._loads, self._unloads = {}, {}
+        for future in waiting:
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # whoever waits raises it; nobody else need retrieve it
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        for body in self._splitter.feed(data):
+            self._handle(wire.decode_from_worker(body))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None:
+            log.debug("worker connection: %r", exc)
+        if not self.lost.done():
+            self.lost.set_result(None)
+
+    def _handle(self, message: wire.FromWorker) -> None:
+        match message:
+            case wire.Step():
+                self._deliver(message)
+            case wire.Phase():
+                self.phase = message
+                self._on_phase(message)
+            case wire.Hello():
+                self.hello.set_result(message)
+            case wire.ModelLoaded(info):
+                self.models[info.model_id] = info
+                if (load := self._loads.pop(info.model_id, None)) is not None and not load.done():
+                    load.set_result(info)
+            case wire.ModelFailed(model_id, code, reason):
+                if (load := self._loads.pop(model_id, None)) is not None and not load.done():
+                    load.set_exception(errors.from_code(code, reason))
+                    load.exception()
+            case wire.ModelUnloaded(model_id):
+                self.models.pop(model_id, None)
+                unload = self._unloads.pop(model_id, None)
+                if unload is not None and not unload.done():
+                    unload.set_result(None)
+
+    def _deliver(self, step: wire.Step) -> None:
+        self._on_stats(step.stats)
+        streams = self._streams
+        for row in step.rows:
+            stream = streams.get(row.seq_id)
+            if stream is not None:
+                if row.finish_reason is not None:
+                    del streams[row.seq_id]
+                stream.push(row)

@@ -1,0 +1,166 @@
+"""The one interface through which the gateway reaches a model, wherever its loop runs.
+
+`supervisor.Supervisor` runs it in a child process, `inprocess.InProcessWorker` in a thread
+of this one. Everything here is called on one event loop's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from mlx_serving.types import ModelInfo, Priority, SamplingParams
+from mlx_serving.worker.client import SequenceStream
+from mlx_serving.worker.wire import ModelOptions, StepStats
+
+
+class Starting(msgspec.Struct, frozen=True, tag="starting"):
+    """The process is there, but has not said hello."""
+
+    pid: int | None = None
+
+
+class Loading(msgspec.Struct, frozen=True, tag="loading"):
+    """It lives and is loading models; submissions wait behind the load."""
+
+    pid: int
+    models: tuple[str, ...]
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    pid: int
+
+
+class Restarting(msgspec.Struct, frozen=True, tag="restarting"):
+    """It died; the next one starts in `in_s` seconds (counted from when the state began)."""
+
+    attempt: int
+    in_s: float
+    cause: str
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """It died too often, and is not started again until `start()` is called anew."""
+
+    cause: str
+
+
+class Stopped(msgspec.Struct, frozen=True, tag="stopped"):
+    pass
+
+
+WorkerState = Starting | Loading | Ready | Restarting | Failed | Stopped
+
+
+class WorkerHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker in `/health`."""
+
+    pid: int | None
+    state: str
+    phase: str
+    """What the worker itself said last: idle, loading, compiling, stepping; "" before it speaks."""
+    models: tuple[str, ...]
+    cause: str | None = None
+    restarts: int = 0
+
+
+class WorkerStarted(msgspec.Struct, frozen=True, tag="worker_started"):
+    """The process said hello. `restarts` is 0 for the first."""
+
+    pid: int
+    restarts: int
+
+
+class WorkerExited(msgspec.Struct, frozen=True, tag="worker_exited"):
+    pid: int
+    cause: str
+    next: Restarting | Failed | Stopped
+
+
+class ModelReady(msgspec.Struct, frozen=True, tag="model_ready"):
+    info: ModelInfo
+
+
+class ModelLoadFailed(msgspec.Struct, frozen=True, tag="model_load_failed"):
+    model_id: str
+    code: str
+    message: str
+
+
+class ModelGone(msgspec.Struct, frozen=True, tag="model_gone"):
+    model_id: str
+
+
+class PhaseChanged(msgspec.Struct, frozen=True, tag="phase_changed"):
+    """Also sent again, with growing `elapsed_s`, while a load lasts."""
+
+    phase: str
+    detail: str
+    elapsed_s: float
+
+
+WorkerEvent = WorkerStarted | WorkerExited | ModelReady | ModelLoadFailed | ModelGone | PhaseChanged
+
+
+def ignore(_: object) -> None:
+    """The callback of who does not listen."""
+
+
+class WorkerClient(Protocol):
+    """What gateway and engine know of a worker."""
+
+    on_event: Callable[[WorkerEvent], None]
+    on_stats: Callable[[StepStats], None]
+    """Called once a step, before the step's rows are handed to their streams."""
+
+    def start(self) -> None:
+        """Begin, and return at once; `state` tells how far it is. Needs a running event loop."""
+        ...
+
+    async def stop(self, deadline_s: float = 5.0) -> None:
+        """End the worker and every stream (`errors.Draining`). When this returns, nothing of it
+        is left: what has not gone by the deadline was killed."""
+        ...
+
+    async def load_model(
+        self, model_id: str, path: str, options: ModelOptions | None = None
+    ) -> ModelInfo:
+        """Load, or return what is already loaded by that id.
+
+        Raises ModelBroken (or what the worker's code says), WorkerDied when the worker dies over
+        it, Overloaded when there is no worker within the wait.
+        """
+        ...
+
+    async def unload_model(self, model_id: str) -> None:
+        """Its running sequences end with ModelNotFound. Unknown ids are not an error."""
+        ...
+
+    def submit(
+        self,
+        model_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        prompt_len: int | None = None,
+        priority: Priority = Priority.NORMAL,
+    ) -> SequenceStream:
+        """Start a sequence. Tokens past `prompt_len` are output that an earlier stream delivered.
+
+        While the worker (re)starts, the stream waits for it, a bounded time. Raises Overloaded
+        (with `retry_after_s`) when it cannot wait, Draining once stopped; whatever happens later
+        is raised from the stream.
+        """
+        ...
+
+    @property
+    def state(self) -> WorkerState: ...
+
+    @property
+    def models(self) -> tuple[ModelInfo, ...]:
+        """Loaded now."""
+        ...
+
+    def health(self) -> list[WorkerHealth]: ...
