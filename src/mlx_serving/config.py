@@ -1,50 +1,305 @@
-"""Every setting, its default, and where it may come from: flag > MLX_SERVING_* > file > default."""
+"""Every setting, its default and its range, and how text becomes one.
+
+A setting comes from, in this order: flag > `MLX_SERVING_*` > YAML file > default. All three
+sources are text; one function (`parse`) turns text into values, and one (`load`) merges the
+sources and names every mistake with its place.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
+from msgspec import Meta
+
+from mlx_serving.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m"
+ENV_PREFIX = "MLX_SERVING_"
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The server's and the Engine's settings. Field names are the YAML keys; `--max-num-seqs` and
-    `MLX_SERVING_MAX_NUM_SEQS` are the same setting."""
+    `MLX_SERVING_MAX_NUM_SEQS` are the same setting.
 
-    models: tuple[str, ...] = (DEFAULT_MODEL,)
+    The docstring under a field is its help text; a range is part of its type.
+    """
+
+    models: Annotated[tuple[str, ...], Meta(min_length=1)] = (DEFAULT_MODEL,)
     """Alias, hub id, local folder or .gguf file; the first is the default model."""
     served_model_name: tuple[str, ...] = ()
     """Names that clients use, one per model in order; default: the model's own name."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    uds: str | None = None
-    """Serve on this Unix domain socket instead of TCP."""
-    log_level: LogLevel = "info"
-    max_body_bytes: int = 32 * 1024 * 1024
-    drain_timeout_s: float = 30.0
-
-    max_num_seqs: int = 16
-    max_queue: int = 1024
-    """Requests waiting or running at once; more are refused with 503 and Retry-After."""
-    max_tokens: int | None = None
-    """Default for requests that do not say; None: what the context leaves."""
-    context_length: int | None = None
-    prefill_step_size: int | None = None
-    """None: what suits the device and its kernels."""
-    pipeline_depth: int = 2
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    kernels: Literal["auto", "exact", "fast", "f32", "off"] = "auto"
-    exact_batch: bool = False
+    """Type of activations and unquantised weights; auto: the model's own."""
+    context_length: Annotated[int, Meta(ge=1)] | None = None
+    """Longest prompt and answer together, in tokens; default: the model's own."""
     chat_template: str | None = None
-    """A Jinja file that replaces the model's own."""
-
-    supervise: bool = True
-    load_timeout_s: float = 600.0
+    """A Jinja file that replaces the model's own template."""
     home: str | None = None
-    """Where converted models are kept; None: $XDG_CACHE_HOME/mlx-serving."""
+    """Where converted models are kept; default: $XDG_CACHE_HOME/mlx-serving."""
     offline: bool = False
     """Never fetch; use what is on disk."""
+
+    host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
+    """Port to listen on; 0 picks a free one."""
+    uds: Annotated[str, Meta(min_length=1)] | None = None
+    """Serve on this Unix domain socket instead of TCP."""
+    max_body_bytes: Annotated[int, Meta(ge=1024)] = 32 * 1024 * 1024
+    """Larger request bodies are refused with 413."""
+    drain_timeout_s: Annotated[float, Meta(ge=0)] = 30.0
+    """How long running streams may take to finish after SIGTERM or SIGINT."""
+    log_level: LogLevel = "info"
+    """Least severe message to log."""
+
+    max_num_seqs: Annotated[int, Meta(ge=1, le=4096)] = 16
+    """Sequences that decode at once."""
+    max_queue: Annotated[int, Meta(ge=1)] = 1024
+    """Requests waiting or running at once; more are refused with 503 and Retry-After."""
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    """Answer length for requests that do not say; default: what the context leaves."""
+    prefill_step_size: Annotated[int, Meta(ge=1)] | None = None
+    """Largest prefill chunk, in tokens; default: what suits the device and its kernels."""
+    pipeline_depth: Annotated[int, Meta(ge=1, le=3)] = 2
+    """Steps in flight; 1 waits for each step's tokens before it plans the next."""
+    kernels: Literal["auto", "exact", "fast", "f32", "off"] = "auto"
+    """CPU only: which native kernels replace MLX's own; off is stock MLX."""
+    exact_batch: bool = False
+    """Always decode max-num-seqs rows, so that logits are bit-equal whatever the batch."""
+
+    supervise: bool = True
+    """Run the model in a worker process that may die; off: in this process."""
+    load_timeout_s: Annotated[float, Meta(gt=0)] = 600.0
+    """How long a model may take to load before its worker is taken for hung."""
+
+
+FIELDS: dict[str, msgspec.structs.FieldInfo] = {f.name: f for f in msgspec.structs.fields(Config)}
+
+
+def is_list(name: str) -> bool:
+    """Whether the setting holds several texts (a repeated flag, commas in a variable)."""
+    return isinstance(FIELDS[name].default, tuple)
+
+
+def is_bool(name: str) -> bool:
+    return FIELDS[name].type is bool
+
+
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def env_name(name: str) -> str:
+    return ENV_PREFIX + name.upper()
+
+
+class Given(msgspec.Struct, frozen=True):
+    """One setting as a source gave it. `place` names the source the way its author would find it."""
+
+    place: str
+    name: str
+    text: str | list[str] | None
+
+
+class _Invalid(Exception):
+    """Why a value cannot be; the place is the caller's to add."""
+
+
+def load(
+    flags: Mapping[str, str | list[str]] | None = None,
+    *,
+    env: Mapping[str, str] | None = None,
+    file: str | None = None,
+) -> Config:
+    """Merge all sources; a flag wins over a variable over the file over the default.
+
+    Args:
+        flags: field name → text, as given on a command line.
+        env: the environment; default `os.environ`. `MLX_SERVING_CONFIG` names a file.
+        file: a YAML file, as `--config` names it.
+
+    Raises:
+        ConfigError: one line a mistake, each with its place; `param` is the first one's.
+    """
+    env = os.environ if env is None else env
+    path = file or env.get(ENV_PREFIX + "CONFIG")
+    given: list[Given] = []
+    problems: list[str] = []
+    if path:
+        from mlx_serving.config_file import read  # YAML costs 60 ms
+
+        in_file, wrong = read(Path(path))
+        given += in_file
+        problems += wrong
+    in_env, wrong = _from_env(env)
+    given += in_env
+    problems += wrong
+    given += [Given(flag_name(name), name, text) for name, text in (flags or {}).items()]
+
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for item in given:
+        places[item.name] = item.place
+        try:
+            values[item.name] = parse(item.name, item.text)
+        except _Invalid as error:
+            problems.append(f"{item.place}: {error}")
+    return _finish(Config(), values, places, problems)
+
+
+def override(base: Config, values: Mapping[str, object]) -> Config:
+    """`base` with typed `values`, checked like any other source. Raises ConfigError."""
+    checked: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, value in values.items():
+        if name not in FIELDS:
+            problems.append(unknown(name, "setting"))
+            continue
+        try:
+            checked[name] = _convert(name, list(value) if isinstance(value, tuple) else value)
+        except _Invalid as error:
+            problems.append(f"{name}: {error}")
+    return _finish(base, checked, {name: name for name in values}, problems)
+
+
+def _finish(
+    base: Config, values: Mapping[str, Any], places: Mapping[str, str], problems: Iterable[str]
+) -> Config:
+    config = msgspec.structs.replace(base, **values)
+    problems = [*problems, *_contradictions(config, places)]
+    if problems:
+        raise ConfigError("\n".join(problems), param=problems[0].split(": ", 1)[0])
+    return config
+
+
+def _contradictions(config: Config, places: Mapping[str, str]) -> Iterable[str]:
+    """Settings that are each in range but not together."""
+    names, models = config.served_model_name, config.models
+    if len(names) > len(models):
+        place = places.get("served_model_name", "served_model_name")
+        yield f"{place}: {len(names)} names for {len(models)} model(s)"
+    if len(set(names)) < len(names):
+        yield f"{places.get('served_model_name', 'served_model_name')}: a name is given twice"
+    if len(set(models)) < len(models):
+        yield f"{places.get('models', 'models')}: a model is given twice"
+
+
+# ------------------------------------------------------------------- environment
+
+_NOT_SETTINGS = frozenset({"CONFIG", "REQUIRE_NATIVE"})
+"""MLX_SERVING_ variables that mean something else than a field."""
+
+
+def _from_env(env: Mapping[str, str]) -> tuple[list[Given], list[str]]:
+    """Settings among the variables, and complaints about those that look like one but are none.
+
+    An empty variable counts as unset, as compose files and unit files write it.
+    """
+    given: list[Given] = []
+    problems: list[str] = []
+    for variable in sorted(env):
+        if not variable.startswith(ENV_PREFIX) or not env[variable]:
+            continue
+        rest = variable.removeprefix(ENV_PREFIX)
+        if rest in _NOT_SETTINGS or rest.startswith("TEST_"):
+            continue
+        name = rest.lower()
+        if name not in FIELDS or variable != env_name(name):
+            close = closest(name)
+            hint = f" (did you mean '{env_name(close)}'?)" if close else ""
+            problems.append(f"{variable}: unknown variable{hint}")
+            continue
+        text = env[variable]
+        parts = [part.strip() for part in text.split(",")] if is_list(name) else text
+        given.append(Given(variable, name, parts))
+    return given, problems
+
+
+def unknown(name: str, kind: str) -> str:
+    """`unknown key 'prot' (did you mean 'port'?)`."""
+    close = closest(name)
+    return f"unknown {kind} '{name}'" + (f" (did you mean '{close}'?)" if close else "")
+
+
+def closest(name: str) -> str | None:
+    """The field whose name is most like `name`, if one is."""
+    from difflib import get_close_matches  # only when something is wrong
+
+    found = get_close_matches(name.replace("-", "_").lower(), FIELDS, n=1)
+    return found[0] if found else None
+
+
+# ------------------------------------------------------------------- text to values
+
+_WORDS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+
+
+def parse(name: str, text: str | list[str] | None) -> Any:
+    """The field's value from text. Raises _Invalid with the reason."""
+    if isinstance(text, list):
+        if not is_list(name):
+            raise _Invalid(f"expected {describe(name)}, got a list")
+        if "" in text:
+            raise _Invalid("an item is empty")
+        return _convert(name, text)
+    if text is None or (text.lower() in ("none", "null") and _optional(name)):
+        return _convert(name, None)
+    if is_list(name):
+        return _convert(name, [text])
+    if is_bool(name):
+        text = _WORDS.get(text.lower(), text)
+    return _convert(name, text)
+
+
+def _convert(name: str, value: object) -> Any:
+    try:
+        result = msgspec.convert(value, FIELDS[name].type, strict=not isinstance(value, str))
+    except msgspec.ValidationError as error:
+        raise _Invalid(_reason(name, value, str(error))) from None
+    if isinstance(result, float) and not math.isfinite(result):
+        raise _Invalid(f"must be finite, got {value}")
+    return result
+
+
+def _reason(name: str, value: object, complaint: str) -> str:
+    shown = "null" if value is None else f"'{value}'" if isinstance(value, str) else value
+    if bound := re.search(r"` ([<>]=?) ([-\d.]+)", complaint):
+        sign, limit = bound.groups()
+        return f"must be {sign} {float(limit):g}, got {value}"
+    if "of length >= 1" in complaint:
+        return "must not be empty"
+    return f"expected {describe(name)}, got {shown}"
+
+
+def _optional(name: str) -> bool:
+    return type(None) in get_args(FIELDS[name].type)
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """The words that the setting may be; empty if it is not a choice of words."""
+    kind = FIELDS[name].type
+    return get_args(kind) if "Literal[" in str(kind) else ()
+
+
+def describe(name: str) -> str:
+    """The setting's type in plain words: `int`, `one of debug, info`, `true or false`."""
+    if words := choices(name):
+        return "one of " + ", ".join(words)
+    if is_bool(name):
+        return "true or false"
+    if is_list(name):
+        return "a list of texts"
+    return metavar(name)
+
+
+def metavar(name: str) -> str:
+    """`int`, `float` or `text`."""
+    kind = str(FIELDS[name].type)
+    return next((word for word in ("int", "float") if re.search(rf"\b{word}\b", kind)), "text")
