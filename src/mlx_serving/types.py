@@ -11,15 +11,26 @@ been tokenised, before any work is done.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
+from mlx_serving.errors import InvalidRequest
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 MAX_LOGPROBS = 20
 """Top log-probabilities a token may ask for, as OpenAI bounds it."""
+MAX_CHOICES = 64
+MAX_STOPS = 64
+MAX_STOP_CHARS = 1024
+
+
+def _require(ok: bool, param: str, must: str, value: object) -> None:
+    if not ok:
+        raise InvalidRequest(f"'{param}' must be {must}, got {value!r}.", param=param)
 
 
 class Priority(enum.IntEnum):
@@ -65,6 +76,37 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raises InvalidRequest naming the first field that is out of its range."""
+        r = _require
+        r(0 <= self.temperature <= 2, "temperature", "from 0 to 2", self.temperature)
+        r(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
+        r(self.top_k >= 0, "top_k", "at least 0 (0: off)", self.top_k)
+        r(0 <= self.min_p <= 1, "min_p", "from 0 to 1", self.min_p)
+        repetition = self.repetition_penalty
+        r(0 < repetition <= 10, "repetition_penalty", "above 0 and at most 10", repetition)
+        r(
+            -2 <= self.presence_penalty <= 2,
+            "presence_penalty",
+            "from -2 to 2",
+            self.presence_penalty,
+        )
+        frequency = self.frequency_penalty
+        r(-2 <= frequency <= 2, "frequency_penalty", "from -2 to 2", frequency)
+        for token_id, bias in self.logit_bias.items():
+            param = f"logit_bias.{token_id}"
+            r(math.isfinite(bias) and -100 <= bias <= 100, param, "from -100 to 100", bias)
+        r(-(2**63) <= self.seed < 2**64, "seed", "an integer of 64 bits", self.seed)
+        if self.logprobs is not None:
+            r(
+                0 <= self.logprobs <= MAX_LOGPROBS,
+                "logprobs",
+                f"from 0 to {MAX_LOGPROBS}",
+                self.logprobs,
+            )
+        r(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+        r(self.min_tokens >= 0, "min_tokens", "at least 0", self.min_tokens)
+
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
     """One chat turn as the chat template sees it. `content` is text (parts already joined)."""
@@ -100,7 +142,8 @@ Prompt = ChatPrompt | TextPrompt | TokenPrompt
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt and how to continue it; `n` answers come from n sequences.
 
-    `max_tokens` None means as many as the context allows (or the server's default).
+    `max_tokens` None means as many as the context allows (or the server's default). The gateway
+    sets `sampling`'s `max_tokens`, `seed` and `choice` from it at admission.
     """
 
     request_id: str
@@ -108,12 +151,28 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt: Prompt
     sampling: SamplingParams
     max_tokens: int | None = None
+    seed: int | None = None
+    """None: the gateway draws one at admission and says it in the answer."""
     n: int = 1
     stop: tuple[str, ...] = ()
     include_stop_str: bool = False
     priority: Priority = Priority.NORMAL
     cache_salt: str | None = None
-    echo: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequest naming the first field that is out of its range."""
+        r = _require
+        r(1 <= self.n <= MAX_CHOICES, "n", f"from 1 to {MAX_CHOICES}", self.n)
+        r(len(self.stop) <= MAX_STOPS, "stop", f"at most {MAX_STOPS} strings", len(self.stop))
+        for stop in self.stop:
+            ok = 0 < len(stop) <= MAX_STOP_CHARS
+            r(ok, "stop", f"strings of 1 to {MAX_STOP_CHARS} characters", stop[:20])
+        if self.seed is not None:
+            r(-(2**63) <= self.seed < 2**64, "seed", "an integer of 64 bits", self.seed)
+        if self.max_tokens is not None:
+            r(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+            ok = self.sampling.min_tokens <= self.max_tokens
+            r(ok, "min_tokens", "at most max_tokens", self.sampling.min_tokens)
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -176,3 +235,16 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     kernels: str = "mlx"
     """Which arithmetic runs: `mlx`, or the native kernels' mode."""
     batch_invariant: bool = True
+
+
+class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A configured model as /v1/models shows it; unhealthy ones too, with the reason."""
+
+    id: str
+    created: int
+    """Unix seconds."""
+    status: str
+    """absent, fetching, loading, ready or failed."""
+    reason: str | None = None
+    aliases: tuple[str, ...] = ()
+    context_length: int | None = None

@@ -1,0 +1,1 @@
+"""Every metric's name, the typed events, and how logs are written."""

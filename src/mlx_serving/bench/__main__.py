@@ -1,0 +1,65 @@
+"""`python -m mlx_serving.bench [overhead] [compare] [bare] …`: measure and write a report."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+from mlx_serving.bench import compare, overhead, report
+from mlx_serving.catalog.ensure import ensure
+from mlx_serving.config import DEFAULT_MODEL, Config
+
+PARTS = ("overhead", "bare", "compare")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mlx_serving.bench", description=__doc__)
+    parser.add_argument("parts", nargs="*", default=[], metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-tokens", type=int, default=24)
+    parser.add_argument("--streams", type=int, nargs="*", default=[1, 4, 16])
+    parser.add_argument("--kernels", nargs="*", default=["off", "auto"])
+    parser.add_argument("--write", type=Path, help="also write the report to this file")
+    args = parser.parse_args(argv)
+    unknown = set(args.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    text = asyncio.run(_run(args, args.parts or PARTS))
+    print(text)
+    if args.write:
+        args.write.write_text(text)
+
+
+async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> str:
+    stored = (await asyncio.to_thread(ensure, args.model, Config(), None)).path
+    sections = [report.machine(args.model)]
+    if "overhead" in parts:
+        print("measuring the gateway's overhead …", file=sys.stderr, flush=True)
+        sections.append(report.overhead(await overhead.measure(stored)))
+    # Both servers get the weights in the float type that stock MLX is fastest with here.
+    folder = await asyncio.to_thread(compare.comparable, stored)
+    for kernels in args.kernels:
+        extra = ("--kernels", kernels)
+        if "bare" in parts:
+            print(f"one stream against stream_generate, kernels {kernels} …", file=sys.stderr)
+            figures = await compare.against_bare(
+                folder, max_tokens=2 * args.max_tokens, rounds=args.rounds, extra=extra
+            )
+            sections.append(report.bare(kernels, figures))
+        if "compare" in parts:
+            print(f"load against mlx_lm.server, kernels {kernels} …", file=sys.stderr)
+            rows = await compare.compare(
+                folder,
+                streams=args.streams,
+                max_tokens=args.max_tokens,
+                rounds=args.rounds,
+                extra=extra,
+            )
+            sections.append(report.comparison(kernels, rows))
+    return "\n".join(sections)
+
+
+main()

@@ -1,0 +1,90 @@
+"""Figures as Markdown, each section one table."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from mlx_serving.bench.compare import Comparison
+from mlx_serving.bench.overhead import Overhead
+
+
+def machine(model: str) -> str:
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (
+        "# Results\n\n"
+        f"Measured on {datetime.now(UTC):%Y-%m-%d} with `make bench`: {_cpu()}, {cpus} CPUs, "
+        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, "
+        f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, model `{model}`. Medians; ratios are "
+        "medians of the ratios pair by pair.\n"
+    )
+
+
+def overhead(o: Overhead) -> str:
+    rows = [
+        ("non-streamed request, p50", f"{o.request_p50_ms:.2f} ms", "≤ 1 ms"),
+        ("non-streamed request, p95", f"{o.request_p95_ms:.2f} ms", ""),
+        (
+            "tokens per CPU second of the gateway, 16 streams, one event a token",
+            f"{o.stream_tokens_per_cpu_s:,.0f}",
+            "≥ 20,000",
+        ),
+        (
+            "the same per wall second, paced by the scripted model",
+            f"{o.stream_tokens_per_s:,.0f}",
+            "",
+        ),
+        ("from `serve` to the first answer of /health", f"{o.health_s:.2f} s", "≤ 0.5 s"),
+        ("idle gateway, resident memory", f"{o.idle_rss_mb:.0f} MB", "≤ 100 MB"),
+    ]
+    return _table("## Gateway, without a model's compute", ("figure", "measured", "aim"), rows)
+
+
+def bare(kernels: str, figures: tuple[float, float, float]) -> str:
+    ours, theirs, ratio = figures
+    return _table(
+        f"## One stream through HTTP against bare `stream_generate` (kernels: {kernels})",
+        ("ours, tokens/s", "stream_generate, tokens/s", "ratio", "aim"),
+        [(f"{ours:.2f}", f"{theirs:.2f}", f"{ratio:.3f}", "≥ 0.97")],
+    )
+
+
+def comparison(kernels: str, rows: Sequence[Comparison]) -> str:
+    return _table(
+        f"## Against `mlx_lm.server`, same weights, same load (kernels: {kernels})",
+        ("streams", "tokens/s ours", "theirs", "ratio", "TTFT ours", "theirs", "ratio", "TPOT ours", "theirs", "ratio"),
+        [
+            (
+                str(c.streams),
+                f"{c.ours.tokens_per_s:.2f}",
+                f"{c.theirs.tokens_per_s:.2f}",
+                f"{c.throughput_ratio:.2f}",
+                f"{c.ours.ttft_s:.2f} s",
+                f"{c.theirs.ttft_s:.2f} s",
+                f"{c.ttft_ratio:.2f}",
+                f"{c.ours.tpot_s * 1e3:.0f} ms",
+                f"{c.theirs.tpot_s * 1e3:.0f} ms",
+                f"{c.tpot_ratio:.2f}",
+            )
+            for c in rows
+        ],
+    )  # fmt: skip
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [title, "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

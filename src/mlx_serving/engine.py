@@ -1,0 +1,499 @@
+"""The public engine: opens and closes everything; async, with a synchronous twin.
+
+    async with Engine("smollm2-135m") as engine:
+        async for chunk in engine.generate("Once upon a time", max_tokens=32):
+            print(chunk.text, end="")
+
+The server is this engine with an HTTP API over `engine.gateway`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from mlx_serving.catalog.ensure import Progress, ensure
+from mlx_serving.catalog.lifecycle import Fetching, Loading, ModelSlot
+from mlx_serving.catalog.names import default_name
+from mlx_serving.config import Config
+from mlx_serving.content.text import TextSide
+from mlx_serving.errors import ConfigError, UnsupportedParameter
+from mlx_serving.gateway import Gateway, Generation, Served
+from mlx_serving.telemetry.events import (
+    EventBus,
+    ModelFailed,
+    ModelLoaded,
+    ModelLoading,
+    Subscription,
+    WorkerDied,
+    WorkerStarted,
+)
+from mlx_serving.telemetry.metrics import Metrics
+from mlx_serving.types import (
+    ChatPrompt,
+    FinishReason,
+    GenerateRequest,
+    Message,
+    Priority,
+    Prompt,
+    SamplingParams,
+    TextLogprob,
+    TextPrompt,
+    TokenPrompt,
+    Usage,
+)
+from mlx_serving.worker import port
+from mlx_serving.worker.wire import ModelOptions, StepStats
+
+log = logging.getLogger(__name__)
+
+PromptLike = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text, token ids, or chat messages."""
+
+_SAMPLING = frozenset(SamplingParams.__struct_fields__) - {"seed", "choice", "max_tokens"}
+_REQUEST = frozenset(
+    {"max_tokens", "seed", "n", "stop", "include_stop_str", "priority", "cache_salt"}
+)
+
+
+class Chunk(msgspec.Struct, frozen=True, kw_only=True):
+    """New text of one choice."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    choice: int = 0
+    logprobs: tuple[TextLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """One choice, whole."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TextLogprob, ...] | None = None
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that one request gave. `text` is the first choice's."""
+
+    request_id: str
+    answers: tuple[Answer, ...]
+    usage: Usage
+    seed: int
+
+    @property
+    def text(self) -> str:
+        return self.answers[0].text
+
+
+class Engine:
+    """Serves one or more models in a supervised worker process.
+
+    Args:
+        model: alias, hub id, local folder or .gguf file, or several; overrides `config.models`.
+        config: every setting; `settings` override single fields of it (see `Config`).
+        progress: receives the progress of downloads and conversions.
+
+    Raises:
+        ConfigError: a setting is unknown or out of its range.
+    """
+
+    def __init__(
+        self,
+        model: str | Sequence[str] | None = None,
+        *,
+        config: Config | None = None,
+        progress: Progress | None = None,
+        **settings: Any,
+    ) -> None:
+        if model is not None:
+            settings["models"] = (model,) if isinstance(model, str) else tuple(model)
+        self.config = _configure(config or Config(), settings)
+        self.metrics = Metrics()
+        self.events = EventBus(on_drop=self.metrics.events_dropped.inc)
+        self._progress = progress
+        self._worker = self._make_worker()
+        self._slots = self._make_slots()
+        self.gateway = Gateway(self.config, self._slots, self._worker, self.metrics, self.events)
+
+    # Life
+
+    async def start(self, *, wait_ready: bool = True) -> None:
+        """Start the worker and bring every model up; with `wait_ready=False`, in the background.
+
+        Raises the first model's error when waiting.
+        """
+        self._worker.start()
+        for slot in self._slots:
+            slot.start()
+        if wait_ready:
+            await self.gateway.wait_ready()
+
+    async def stop(self, drain_timeout_s: float = 0.0) -> None:
+        """Let running requests finish for `drain_timeout_s`, then end the worker."""
+        if drain_timeout_s > 0:
+            await self.gateway.drain(drain_timeout_s)
+        for slot in self._slots:
+            await slot.close()
+        await self._worker.stop()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    # Requests
+
+    async def generate(
+        self, prompt: PromptLike, *, model: str | None = None, **params: Any
+    ) -> AsyncIterator[Chunk]:
+        """Stream the continuation of a text, of token ids, or of chat messages.
+
+        `params` are the fields of `SamplingParams` and of `GenerateRequest` (`max_tokens`, `seed`,
+        `n`, `stop`, …). Raises the same typed errors that the HTTP API reports.
+        """
+        generation = await self._open(prompt, model, params)
+        async for events in generation:
+            for event in events:
+                yield Chunk(
+                    text=event.text,
+                    token_ids=tuple(event.token_ids),
+                    choice=event.choice,
+                    logprobs=None if event.logprobs is None else tuple(event.logprobs),
+                    finish_reason=event.finish_reason,
+                )
+
+    async def complete(
+        self, prompt: PromptLike, *, model: str | None = None, **params: Any
+    ) -> Completion:
+        """The whole continuation at once."""
+        return await _collect(await self._open(prompt, model, params))
+
+    async def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        *,
+        model: str | None = None,
+        **params: Any,
+    ) -> Completion:
+        """Answer a conversation; a plain string is one user message."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return await self.complete(messages, model=model, **params)
+
+    async def batch(
+        self, prompts: Sequence[PromptLike], *, model: str | None = None, **params: Any
+    ) -> list[Completion]:
+        """Complete several prompts together, in their order; the first error is raised."""
+        return list(
+            await asyncio.gather(*(self.complete(p, model=model, **params) for p in prompts))
+        )
+
+    async def tokenize(self, prompt: PromptLike, *, model: str | None = None) -> list[int]:
+        """The token ids that the model would see."""
+        return (await self._text(model)).encode_prompt(_prompt(prompt, {}))
+
+    async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
+        return (await self._text(model)).decode(list(token_ids))
+
+    # Events
+
+    def on(self, kind: type[Any], hook: Callable[[Any], None]) -> Callable[[], None]:
+        """Call `hook` with each event of a type of `telemetry.events`; returns what removes it."""
+        return self.events.add_hook(hook, kind)
+
+    def subscribe(self) -> Subscription:
+        """An async iterator of every event from now on."""
+        return self.events.subscribe()
+
+    # Parts
+
+    async def _open(
+        self, prompt: PromptLike, model: str | None, params: dict[str, Any]
+    ) -> Generation:
+        return await self.gateway.open(
+            _request(prompt, model or self.gateway.default_model(), params)
+        )
+
+    async def _text(self, model: str | None) -> TextSide:
+        return await self.gateway.text_side(model or self.gateway.default_model())
+
+    def _make_worker(self) -> port.WorkerClient:
+        # Imported here: only one of the two is ever needed, and inprocess brings the runtime.
+        worker: port.WorkerClient
+        if self.config.supervise:
+            from mlx_serving.worker.supervisor import Supervisor
+
+            worker = Supervisor()
+        else:
+            from mlx_serving.worker.inprocess import InProcessWorker
+
+            worker = InProcessWorker()
+        worker.on_event = self._on_worker_event
+        worker.on_stats = self._on_stats
+        return worker
+
+    def _make_slots(self) -> list[ModelSlot[Served]]:
+        names = self.config.served_model_name
+        sources = self.config.models
+        if names and len(names) != len(sources):
+            raise ConfigError(
+                f"{len(names)} served names for {len(sources)} models; give one each or none.",
+                param="served_model_name",
+            )
+        slots = []
+        for i, source in enumerate(sources):
+            own = default_name(source)
+            model_id = names[i] if names else own
+            aliases = tuple(a for a in (own, source) if a != model_id)
+            slots.append(ModelSlot(source, model_id, aliases, self._bring_up))
+        if len({slot.model_id for slot in slots}) != len(slots):
+            raise ConfigError(
+                "Two models have the same name; set served_model_name.", param="models"
+            )
+        return slots
+
+    async def _bring_up(self, slot: ModelSlot[Served]) -> Served:
+        """Fetch a model's files, then load worker and text side at the same time."""
+        self.events.publish(ModelLoading(model_id=slot.model_id))
+        slot.enter(Fetching())
+        try:
+            folder = await asyncio.to_thread(ensure, slot.source, self.config, self._progress)
+            slot.enter(Loading())
+            info, text = await asyncio.gather(
+                self._worker.load_model(slot.model_id, str(folder.path), self._model_options()),
+                asyncio.to_thread(TextSide.load, folder.path, self.config.chat_template),
+            )
+        except Exception as error:
+            code = getattr(error, "code", "model_unavailable")
+            self.events.publish(
+                ModelFailed(model_id=slot.model_id, code=str(code), message=str(error))
+            )
+            raise
+        self.events.publish(ModelLoaded(model_id=slot.model_id, info=info))
+        return Served(info, text)
+
+    def _model_options(self) -> ModelOptions:
+        c = self.config
+        return ModelOptions(
+            max_num_seqs=c.max_num_seqs,
+            prefill_step_size=c.prefill_step_size,
+            pipeline_depth=c.pipeline_depth,
+            context_length=c.context_length,
+            dtype=c.dtype,
+            kernels=c.kernels,
+            exact_batch=c.exact_batch,
+        )
+
+    def _on_worker_event(self, event: port.WorkerEvent) -> None:
+        match event:
+            case port.WorkerStarted(pid, restarts):
+                self.metrics.worker_up.set(1)
+                if restarts:
+                    self.metrics.worker_restarts.inc()
+                self.events.publish(WorkerStarted(pid=pid, restarts=restarts))
+            case port.WorkerExited(pid, cause):
+                self.metrics.worker_up.set(0)
+                self.events.publish(WorkerDied(pid=pid, cause=cause))
+            case _:
+                pass  # loads are told by _bring_up, which knows the files' side too
+
+    def _on_stats(self, stats: StepStats) -> None:
+        m, model = self.metrics, stats.model_id
+        if stats.decode_rows:
+            m.batch_occupancy.labels(model).observe(stats.decode_rows)
+        if stats.prefill_tokens:
+            m.prefill_tokens.labels(model).inc(stats.prefill_tokens)
+        m.step_time.labels(model).observe(stats.step_ms / 1e3)
+        m.running.labels(model).set(stats.running)
+        m.waiting.labels(model).set(stats.waiting)
+        m.kv_tokens.labels(model).set(stats.kv_tokens)
+        m.kv_capacity.labels(model).set(stats.kv_capacity_tokens)
+
+
+T = TypeVar("T")
+
+
+class SyncEngine:
+    """The same engine for scripts and notebooks: plain calls, plain iterators.
+
+        with SyncEngine("smollm2-135m") as engine:
+            print(engine.chat("What is the capital of France?").text)
+
+    It runs an `Engine` on an event loop in a thread of its own.
+    """
+
+    def __init__(self, model: str | Sequence[str] | None = None, **kwargs: Any) -> None:
+        self._args = (model, kwargs)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="mlx-serving", daemon=True
+        )
+        self._engine: Engine | None = None
+
+    def start(self) -> Self:
+        self._thread.start()
+        try:
+            self._engine = self._run(self._make())
+            self._run(self._engine.start())
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def close(self) -> None:
+        if not self._thread.is_alive():
+            return
+        if self._engine is not None:
+            self._run(self._engine.stop())
+            self._engine = None
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine underneath; its coroutines belong to this object's own event loop."""
+        assert self._engine is not None, "start() it, or use it as a context manager"
+        return self._engine
+
+    def generate(self, prompt: PromptLike, **params: Any) -> Iterator[Chunk]:
+        chunks = self.engine.generate(prompt, **params)
+        try:
+            while True:
+                try:
+                    yield self._run(_next(chunks))
+                except StopAsyncIteration:
+                    return
+        finally:
+            self._run(_aclose(chunks))
+
+    def complete(self, prompt: PromptLike, **params: Any) -> Completion:
+        return self._run(self.engine.complete(prompt, **params))
+
+    def chat(self, messages: str | Sequence[Mapping[str, Any]], **params: Any) -> Completion:
+        return self._run(self.engine.chat(messages, **params))
+
+    def batch(self, prompts: Sequence[PromptLike], **params: Any) -> list[Completion]:
+        return self._run(self.engine.batch(prompts, **params))
+
+    def tokenize(self, prompt: PromptLike, **params: Any) -> list[int]:
+        return self._run(self.engine.tokenize(prompt, **params))
+
+    def detokenize(self, token_ids: Sequence[int], **params: Any) -> str:
+        return self._run(self.engine.detokenize(token_ids, **params))
+
+    def on(self, kind: type[Any], hook: Callable[[Any], None]) -> Callable[[], None]:
+        """As `Engine.on`; the hook is called on the engine's thread."""
+        return self.engine.on(kind, hook)
+
+    async def _make(self) -> Engine:
+        model, kwargs = self._args
+        return Engine(model, **kwargs)
+
+    def _run(self, call: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+
+
+async def _next(chunks: AsyncIterator[Chunk]) -> Chunk:
+    return await anext(chunks)
+
+
+async def _aclose(chunks: AsyncIterator[Chunk]) -> None:
+    close = getattr(chunks, "aclose", None)
+    if close is not None:
+        await close()
+
+
+async def _collect(generation: Generation) -> Completion:
+    n = generation.request.n
+    texts: list[list[str]] = [[] for _ in range(n)]
+    ids: list[list[int]] = [[] for _ in range(n)]
+    logprobs: list[list[TextLogprob]] = [[] for _ in range(n)]
+    reasons: list[FinishReason] = ["stop"] * n
+    async for events in generation:
+        for event in events:
+            texts[event.choice].append(event.text)
+            ids[event.choice] += event.token_ids
+            logprobs[event.choice] += event.logprobs or ()
+            if event.finish_reason is not None:
+                reasons[event.choice] = event.finish_reason
+    wanted = generation.request.sampling.logprobs is not None
+    return Completion(
+        request_id=generation.request_id,
+        answers=tuple(
+            Answer(
+                text="".join(texts[i]),
+                token_ids=tuple(ids[i]),
+                finish_reason=reasons[i],
+                logprobs=tuple(logprobs[i]) if wanted else None,
+            )
+            for i in range(n)
+        ),
+        usage=generation.usage(),
+        seed=generation.seed,
+    )
+
+
+def _configure(config: Config, settings: Mapping[str, Any]) -> Config:
+    try:
+        return msgspec.convert({**msgspec.structs.asdict(config), **settings}, Config, strict=True)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _request(prompt: PromptLike, model: str, params: Mapping[str, Any]) -> GenerateRequest:
+    unknown = set(params) - _SAMPLING - _REQUEST - {"template_kwargs", "tools"}
+    if unknown:
+        name = min(unknown)
+        raise UnsupportedParameter(f"generate() has no parameter '{name}'.", param=name)
+    fields = {k: v for k, v in params.items() if k in _REQUEST}
+    if isinstance(fields.get("stop"), str):
+        fields["stop"] = (fields["stop"],)
+    if "priority" in fields and isinstance(fields["priority"], str):
+        fields["priority"] = Priority[fields["priority"].upper()]
+    return GenerateRequest(
+        request_id=f"req-{uuid.uuid4().hex}",
+        model=model,
+        prompt=_prompt(prompt, params),
+        sampling=SamplingParams(**{k: v for k, v in params.items() if k in _SAMPLING}),
+        **fields,
+    )
+
+
+def _prompt(prompt: PromptLike, params: Mapping[str, Any]) -> Prompt:
+    if isinstance(prompt, str):
+        return TextPrompt(text=prompt)
+    if prompt and all(isinstance(item, int) for item in prompt):
+        return TokenPrompt(token_ids=tuple(prompt))  # type: ignore[arg-type]
+    return ChatPrompt(
+        messages=tuple(msgspec.convert(item, Message) for item in prompt),
+        tools=tuple(params.get("tools", ())),
+        template_kwargs=params.get("template_kwargs", {}),
+    )

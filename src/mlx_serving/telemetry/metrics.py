@@ -1,0 +1,116 @@
+"""Every metric's name and meaning. Durations are in seconds, as Prometheus asks.
+
+One registry an engine, so that several engines in one process do not meet.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
+
+
+class Metrics:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self.requests = Counter(
+            "mlx_serving_requests",
+            "Requests that ended, by outcome: stop, length, cancelled or an error code",
+            ["model", "outcome"],
+            registry=r,
+        )
+        self.prompt_tokens = Counter(
+            "mlx_serving_prompt_tokens", "Prompt tokens accepted", ["model"], registry=r
+        )
+        self.cached_tokens = Counter(
+            "mlx_serving_cached_tokens",
+            "Prompt tokens found in a cache instead of computed",
+            ["model"],
+            registry=r,
+        )
+        self.generated_tokens = Counter(
+            "mlx_serving_generated_tokens",
+            "Tokens generated and delivered",
+            ["model"],
+            registry=r,
+        )
+        self.ttft = Histogram(
+            "mlx_serving_ttft_seconds",
+            "From a request's arrival to its first token",
+            ["model"],
+            buckets=_LATENCY_S,
+            registry=r,
+        )
+        self.tpot = Histogram(
+            "mlx_serving_tpot_seconds",
+            "Mean time per output token after the first, one observation a request",
+            ["model"],
+            buckets=_TOKEN_S,
+            registry=r,
+        )
+        self.duration = Histogram(
+            "mlx_serving_request_seconds",
+            "From a request's arrival to its last token",
+            ["model"],
+            buckets=_LATENCY_S,
+            registry=r,
+        )
+        self.batch_occupancy = Histogram(
+            "mlx_serving_batch_occupancy",
+            "Rows in each decode step; sum / count is the mean batch occupancy",
+            ["model"],
+            buckets=_ROWS,
+            registry=r,
+        )
+        self.step_time = Histogram(
+            "mlx_serving_step_seconds",
+            "Wall time of each worker step",
+            ["model"],
+            buckets=_TOKEN_S,
+            registry=r,
+        )
+        self.prefill_tokens = Counter(
+            "mlx_serving_prefill_tokens",
+            "Prompt tokens computed, recomputation after preemption included",
+            ["model"],
+            registry=r,
+        )
+        self.running = Gauge(
+            "mlx_serving_running_sequences", "Sequences that hold a row", ["model"], registry=r
+        )
+        self.waiting = Gauge(
+            "mlx_serving_waiting_sequences",
+            "Sequences in the worker that wait for a row",
+            ["model"],
+            registry=r,
+        )
+        self.open_requests = Gauge(
+            "mlx_serving_open_requests", "Requests accepted and not yet ended", registry=r
+        )
+        self.kv_tokens = Gauge(
+            "mlx_serving_kv_tokens", "Tokens of KV capacity that rows hold", ["model"], registry=r
+        )
+        self.kv_capacity = Gauge(
+            "mlx_serving_kv_capacity_tokens",
+            "Tokens of KV capacity that memory allows",
+            ["model"],
+            registry=r,
+        )
+        self.worker_up = Gauge(
+            "mlx_serving_worker_up", "1 while the worker is connected", registry=r
+        )
+        self.worker_restarts = Counter(
+            "mlx_serving_worker_restarts", "Times the worker was started again", registry=r
+        )
+        self.events_dropped = Counter(
+            "mlx_serving_events_dropped",
+            "Events not delivered because an iterator's queue was full",
+            registry=r,
+        )
+
+    def render(self) -> bytes:
+        """The Prometheus text exposition."""
+        return generate_latest(self.registry)

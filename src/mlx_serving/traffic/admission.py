@@ -1,0 +1,87 @@
+"""Whether a request may enter now: a pure decision, and the small state it is made from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mlx_serving.errors import Draining, MLXServingError, Overloaded
+
+MIN_RETRY_S = 1.0
+MAX_RETRY_S = 120.0
+_DECAY = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the decision looks at."""
+
+    open_requests: int
+    max_queue: int
+    draining: bool
+    drain_left_s: float
+    finish_interval_s: float
+    """Mean time between two requests' ends of late; 0 when none has ended yet."""
+
+
+def refusal(load: Load) -> MLXServingError | None:
+    """None admits. A refusal says when to come back: when the queue will have moved by a tenth
+    at the measured service rate."""
+    if load.draining:
+        return Draining(
+            "The server is shutting down and accepts no new requests.",
+            retry_after_s=max(MIN_RETRY_S, load.drain_left_s),
+        )
+    if load.open_requests < load.max_queue:
+        return None
+    wait_s = load.finish_interval_s * math.ceil(load.max_queue / 10)
+    return Overloaded(
+        f"The server's queue is full ({load.open_requests} of {load.max_queue} requests).",
+        retry_after_s=min(MAX_RETRY_S, max(MIN_RETRY_S, wait_s)),
+    )
+
+
+class Admission:
+    """Counts open requests and measures how often one ends."""
+
+    def __init__(self, max_queue: int) -> None:
+        self._max_queue = max_queue
+        self._last_end_s: float | None = None
+        self._interval_s = 0.0
+        self._drain_until_s: float | None = None
+        self.open_requests = 0
+
+    @property
+    def draining(self) -> bool:
+        return self._drain_until_s is not None
+
+    def enter(self, now_s: float) -> None:
+        """Count a request in, or raise why it may not enter. A caller that enters must leave."""
+        error = refusal(self._load(now_s))
+        if error is not None:
+            raise error
+        self.open_requests += 1
+
+    def leave(self, now_s: float) -> None:
+        self.open_requests -= 1
+        assert self.open_requests >= 0, "a request left twice"
+        if self._last_end_s is not None:
+            sample_s = now_s - self._last_end_s
+            self._interval_s = (
+                _DECAY * self._interval_s + (1 - _DECAY) * sample_s
+                if self._interval_s
+                else sample_s
+            )
+        self._last_end_s = now_s
+
+    def drain(self, until_s: float) -> None:
+        self._drain_until_s = until_s
+
+    def _load(self, now_s: float) -> Load:
+        return Load(
+            open_requests=self.open_requests,
+            max_queue=self._max_queue,
+            draining=self.draining,
+            drain_left_s=(self._drain_until_s or now_s) - now_s,
+            finish_interval_s=self._interval_s,
+        )
