@@ -1,0 +1,223 @@
+"""Chat templates, rendered as transformers renders them.
+
+A template is Jinja from the model's folder: sandboxed, and bounded in output size, in time
+and in the length of a `range`. What goes wrong while it renders is the request's fault as
+far as the caller can tell (a role that the template refuses, mostly), so it is an
+InvalidRequest on `messages` with the template's own words.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_serving.clock import Clock, monotonic, wall
+from mlx_serving.content.sandbox import open_environment
+from mlx_serving.content.tokenizer import read_json
+from mlx_serving.errors import InvalidRequest, ModelBroken
+from mlx_serving.types import ChatPrompt, Message
+
+if TYPE_CHECKING:
+    import jinja2
+
+MAX_RENDERED_CHARS = 64 * 1024 * 1024
+MAX_RENDER_S = 10.0
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + (message['content'] or '') + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""For a model without a template whose vocabulary has ChatML's tokens."""
+
+_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+class ChatTemplate:
+    """A model's templates by name, `default` and perhaps `tool_use` among them."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, str],
+        special_tokens: Mapping[str, str] | None = None,
+        *,
+        now: Clock = wall,
+        clock: Clock = monotonic,
+        max_chars: int = MAX_RENDERED_CHARS,
+        max_render_s: float = MAX_RENDER_S,
+    ) -> None:
+        """Raises ModelBroken when a template does not parse."""
+        import jinja2
+
+        environment = open_environment(now)
+        self._sources = dict(sources)
+        self._special_tokens = dict(special_tokens or {})
+        self._clock = clock
+        self._max_chars = max_chars
+        self._max_render_s = max_render_s
+        self._templates: dict[str, jinja2.Template] = {}
+        for name, source in sources.items():
+            try:
+                self._templates[name] = environment.from_string(source)
+            except jinja2.TemplateError as error:
+                raise ModelBroken(f"the chat template {name!r} does not parse: {error}") from error
+
+    def render(self, prompt: ChatPrompt) -> str:
+        """The conversation as the model's own text, control tokens included.
+
+        Raises InvalidRequest on `messages` (or `chat_template_kwargs`).
+        """
+        if not prompt.messages:
+            raise InvalidRequest("messages must not be empty", param="messages")
+        if clash := _RESERVED & prompt.template_kwargs.keys():
+            raise InvalidRequest(
+                f"{min(clash)!r} cannot be set here", param=f"chat_template_kwargs.{min(clash)}"
+            )
+        if prompt.continue_final_message and prompt.add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt exclude each other",
+                param="continue_final_message",
+            )
+        messages = [template_message(message) for message in prompt.messages]
+        if prompt.continue_final_message:
+            _tag_final_message(messages)
+        text = self._run(
+            self._choose(bool(prompt.tools)),
+            {
+                **self._special_tokens,
+                **prompt.template_kwargs,
+                "messages": messages,
+                "tools": [dict(tool) for tool in prompt.tools] or None,
+                "documents": None,
+                "add_generation_prompt": prompt.add_generation_prompt,
+            },
+        )
+        return _cut_at_tag(text) if prompt.continue_final_message else text
+
+    def source(self, *, tools: bool = False) -> str:
+        """The template's text that a request with or without tools is rendered with."""
+        return self._sources[self._choose(tools)]
+
+    def _choose(self, tools: bool) -> str:
+        if tools and "tool_use" in self._templates:
+            return "tool_use"
+        if "default" in self._templates:
+            return "default"
+        raise InvalidRequest(
+            f"this model has no default chat template, only {sorted(self._templates)}",
+            param="messages",
+            code="no_chat_template",
+        )
+
+    def _run(self, name: str, variables: Mapping[str, Any]) -> str:
+        import jinja2
+
+        chunks: list[str] = []
+        size, deadline = 0, self._clock() + self._max_render_s
+        try:
+            for chunk in self._templates[name].generate(variables):
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > self._max_chars or self._clock() > deadline:
+                    raise InvalidRequest(
+                        "the chat template renders these messages to too much text",
+                        param="messages",
+                    )
+        except (jinja2.TemplateError, ArithmeticError, LookupError, RecursionError) as error:
+            raise InvalidRequest(str(error) or type(error).__name__, param="messages") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            # A template that meets a shape it did not expect, such as no content beside tool calls.
+            raise InvalidRequest(
+                f"the chat template cannot render these messages: {error}", param="messages"
+            ) from error
+        return "".join(chunks)
+
+
+def load_templates(folder: Path) -> dict[str, str]:
+    """The templates of a model folder by name; {} when it has none. Raises ModelBroken.
+
+    `chat_template.jinja` and `additional_chat_templates/*.jinja` stand before `chat_template.json`
+    and before tokenizer_config.json's `chat_template`, a text or a list of named ones.
+    """
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in folder.glob("additional_chat_templates/*.jinja")}
+    try:
+        found = {name: path.read_text("utf-8") for name, path in files.items() if path.is_file()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelBroken(f"a chat template in {folder} cannot be read: {error}") from error
+    if found:
+        return found
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if found := _named(read_json(folder / name).get("chat_template")):
+            return found
+    return {}
+
+
+def template_message(message: Message) -> dict[str, Any]:
+    """A message as templates expect it: absent keys instead of None, arguments as objects.
+
+    Reasoning goes by both names that templates read.
+    """
+    out: dict[str, Any] = {"role": message.role}
+    if message.content is not None:
+        out["content"] = message.content
+    if message.reasoning_content is not None:
+        out["reasoning_content"] = out["thinking"] = message.reasoning_content
+    if message.tool_calls:
+        out["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+    if message.name is not None:
+        out["name"] = message.name
+    if message.tool_call_id is not None:
+        out["tool_call_id"] = message.tool_call_id
+    return out
+
+
+def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's wire has the arguments as JSON text; templates walk or print an object."""
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return dict(call)
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except ValueError:
+        return dict(call)
+    if not isinstance(arguments, dict):
+        return dict(call)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _named(value: Any) -> dict[str, str]:
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, Mapping):
+        return {str(name): source for name, source in value.items() if isinstance(source, str)}
+    if isinstance(value, Sequence):
+        entries = [entry for entry in value if isinstance(entry, Mapping)]
+        return {str(entry.get("name")): str(entry.get("template")) for entry in entries}
+    return {}
+
+
+def _tag_final_message(messages: list[dict[str, Any]]) -> None:
+    final = messages[-1]
+    if not isinstance(final.get("content"), str):
+        raise InvalidRequest(
+            "continue_final_message needs a last message with content",
+            param=f"messages[{len(messages) - 1}].content",
+        )
+    final["content"] += _TAG
+
+
+def _cut_at_tag(text: str) -> str:
+    """The text up to the tag. A template that trims contents has trimmed the tag's space: so do we."""
+    at = text.rfind(_TAG.strip())
+    if at < 0:
+        raise InvalidRequest(
+            "the chat template leaves the final message out, so it cannot be continued",
+            param="continue_final_message",
+        )
+    head = text[:at]
+    return head if text.startswith(_TAG, at) else head.rstrip()
