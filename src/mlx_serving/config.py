@@ -56,6 +56,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Larger request bodies are refused with 413."""
     drain_timeout_s: Annotated[float, Meta(ge=0)] = 30.0
     """How long running streams may take to finish after SIGTERM or SIGINT."""
+    ping_interval_s: Annotated[float, Meta(ge=0)] = 15.0
+    """How often a stream with nothing to say sends a comment, lest a proxy give it up; 0: never."""
     log_level: LogLevel = "info"
     """Least severe message to log."""
 

@@ -1,0 +1,184 @@
+"""The ASGI application: which path goes where, and what becomes of every error.
+
+Bare ASGI: a table of exact paths and one of prefixes. What a route does not raise as a typed error
+is ours: logged with the request's id, answered with a 500 that shows nothing of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+
+import msgspec
+
+from mlx_serving import __version__, clock
+from mlx_serving.api.exchange import (
+    ASGIApp,
+    ClientGone,
+    Exchange,
+    Receive,
+    Scope,
+    Send,
+    internal_error,
+)
+from mlx_serving.api.openai import OpenAIRoutes
+from mlx_serving.api.port import GatewayPort
+from mlx_serving.config import Config
+from mlx_serving.errors import InvalidRequest, MLXServingError, ModelNotFound
+from mlx_serving.types import ServedModel
+
+Handler = Callable[[Exchange], Awaitable[None]]
+Methods = Mapping[str, Handler]
+
+PROMETHEUS = b"text/plain; version=0.0.4; charset=utf-8"
+
+log = logging.getLogger(__name__)
+
+
+class RouteNotFound(MLXServingError):
+    status, type, code = 404, "invalid_request_error", "not_found"
+
+
+class MethodNotAllowed(InvalidRequest):
+    status, code = 405, "method_not_allowed"
+
+
+def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
+    """The application over `gateway`; it holds no state of its own."""
+    openai, info = OpenAIRoutes(gateway, config), InfoRoutes(gateway)
+    exact: Mapping[str, Methods] = {
+        "/": {"GET": info.index},
+        "/health": {"GET": info.health},
+        "/ready": {"GET": info.ready},
+        "/metrics": {"GET": info.metrics},
+        "/v1/models": {"GET": info.models},
+        "/v1/chat/completions": {"POST": openai.chat_completions},
+        "/v1/completions": {"POST": openai.completions},
+    }
+    prefixes: Mapping[str, Methods] = {"/v1/models/": {"GET": info.model}}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000})
+        else:
+            await _answer(Exchange(scope, receive, send), exact, prefixes)
+
+    return app
+
+
+async def _answer(
+    exchange: Exchange, exact: Mapping[str, Methods], prefixes: Mapping[str, Methods]
+) -> None:
+    started_s = clock.monotonic()
+    try:
+        await _route(exchange, exact, prefixes)
+    except ClientGone:
+        pass
+    except MLXServingError as error:
+        await exchange.respond_error(error)
+    except Exception:
+        log.exception("[%s] %s %r failed", exchange.id, exchange.method, exchange.path)
+        if exchange.status is None:
+            await exchange.respond_error(internal_error(exchange.id))
+    if log.isEnabledFor(logging.DEBUG):
+        status = exchange.status or "client gone"
+        elapsed_ms = (clock.monotonic() - started_s) * 1e3
+        line = "[%s] %s %r -> %s in %.1f ms"
+        log.debug(line, exchange.id, exchange.method, exchange.path, status, elapsed_ms)
+
+
+async def _route(
+    exchange: Exchange, exact: Mapping[str, Methods], prefixes: Mapping[str, Methods]
+) -> None:
+    methods = exact.get(exchange.path)
+    if methods is None:
+        for prefix, found in prefixes.items():
+            if exchange.path.startswith(prefix):
+                methods = found
+                break
+        else:
+            raise RouteNotFound(f"There is no '{exchange.path[:200]}' here; '/' lists what is.")
+    # The server sends no body to HEAD by itself.
+    handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
+    if handler is None:
+        allowed = ", ".join(methods)
+        error = MethodNotAllowed(f"'{exchange.path[:200]}' takes {allowed}.")
+        await exchange.respond_error(error, [(b"allow", allowed.encode("ascii"))])
+        return
+    await handler(exchange)
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        kind = (await receive())["type"]
+        await send({"type": kind + ".complete"})
+        if kind == "lifespan.shutdown":
+            return
+
+
+class InfoRoutes:
+    """What there is to read: models, health, metrics, and where everything is."""
+
+    def __init__(self, gateway: GatewayPort) -> None:
+        self._gateway = gateway
+
+    async def index(self, exchange: Exchange) -> None:
+        await _json(exchange, 200, _INDEX)
+
+    async def health(self, exchange: Exchange) -> None:
+        """Always 200 while the gateway lives; the body tells the truth."""
+        await _json(exchange, 200, self._gateway.health())
+
+    async def ready(self, exchange: Exchange) -> None:
+        health = self._gateway.health()
+        await _json(exchange, 200 if health["status"] == "ready" else 503, health)
+
+    async def metrics(self, exchange: Exchange) -> None:
+        await exchange.respond(200, self._gateway.metrics(), content_type=PROMETHEUS)
+
+    async def models(self, exchange: Exchange) -> None:
+        data = [_model(served) for served in self._gateway.models()]
+        await _json(exchange, 200, {"object": "list", "data": data})
+
+    async def model(self, exchange: Exchange) -> None:
+        wanted = exchange.path.removeprefix("/v1/models/")
+        for served in self._gateway.models():
+            if wanted == served.id or wanted in served.aliases:
+                await _json(exchange, 200, _model(served))
+                return
+        raise ModelNotFound(f"Model '{wanted[:200]}' is not served here.", param="model")
+
+
+_INDEX = {
+    "name": "mlx-serving",
+    "version": __version__,
+    "about": "Language models served with MLX behind an OpenAI-compatible API.",
+    "openai_base_url": "/v1",
+    "endpoints": {
+        "POST /v1/chat/completions": "OpenAI chat completions, streamed or not",
+        "POST /v1/completions": "OpenAI completions, streamed or not",
+        "GET /v1/models": "the served models, the default first",
+        "GET /health": "what the server and its workers are doing; always 200",
+        "GET /ready": "200 when requests can be answered now, else 503",
+        "GET /metrics": "Prometheus metrics",
+    },
+}
+
+
+def _model(served: ServedModel) -> dict[str, object]:
+    return {
+        "id": served.id,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "mlx-serving",
+        "status": served.status,
+        "reason": served.reason,
+        "aliases": served.aliases,
+        "context_length": served.context_length,
+    }
+
+
+async def _json(exchange: Exchange, status: int, value: object) -> None:
+    await exchange.respond(status, msgspec.json.encode(value))

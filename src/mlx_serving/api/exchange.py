@@ -1,0 +1,127 @@
+"""One HTTP request and its answer on raw ASGI, and OpenAI's shape of an error."""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import msgspec
+
+from mlx_serving.errors import BodyTooLarge, MLXServingError, ServerError
+
+Scope = MutableMapping[str, Any]
+ASGIMessage = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[ASGIMessage]]
+Send = Callable[[ASGIMessage], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+JSON = b"application/json"
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+class ClientGone(Exception):
+    """The client closed the connection: nobody is left to answer."""
+
+
+class Exchange:
+    """A request's scope and channels, its id, and the status it was answered with."""
+
+    __slots__ = ("answered", "id", "method", "path", "receive", "scope", "send", "status")
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.status: int | None = None
+        self.answered = False
+        given = self.header(b"x-request-id")
+        # An id that could not stand in a log line is replaced, not refused.
+        valid = given is not None and _REQUEST_ID.fullmatch(given) is not None
+        self.id = given.decode("ascii") if valid and given else "req-" + secrets.token_hex(12)
+
+    def header(self, name: bytes) -> bytes | None:
+        for key, value in self.scope["headers"]:
+            if key == name:
+                found: bytes = value
+                return found
+        return None
+
+    async def body(self, limit: int) -> bytes:
+        """The whole body. Raises BodyTooLarge as soon as it is known to exceed `limit` bytes."""
+        declared = self.header(b"content-length")
+        if declared is not None and declared.isdigit() and int(declared[:20]) > limit:
+            raise _too_large(limit)
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part: bytes = message.get("body", b"")
+            size += len(part)
+            if size > limit:
+                raise _too_large(limit)
+            parts.append(part)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    async def start(self, status: int, content_type: bytes, headers: Headers) -> None:
+        self.status = status
+        await self.send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [
+                    (b"content-type", content_type),
+                    (b"x-request-id", self.id.encode("ascii")),
+                    *headers,
+                ],
+            }
+        )
+
+    async def respond(
+        self,
+        status: int,
+        body: bytes,
+        headers: Headers | None = None,
+        content_type: bytes = JSON,
+    ) -> None:
+        length = (b"content-length", b"%d" % len(body))
+        await self.start(status, content_type, [length, *(headers or [])])
+        self.answered = True
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def respond_error(self, error: MLXServingError, headers: Headers | None = None) -> None:
+        headers = list(headers or [])
+        if error.retry_after_s is not None:
+            headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
+        await self.respond(error.status, error_json(error), headers)
+
+
+def error_json(error: MLXServingError) -> bytes:
+    """`{"error": {"message", "type", "param", "code"}}`."""
+    return msgspec.json.encode(
+        {
+            "error": {
+                "message": error.message,
+                "type": error.type,
+                "param": error.param,
+                "code": error.code,
+            }
+        }
+    )
+
+
+def internal_error(request_id: str) -> ServerError:
+    """What a client learns of a fault of ours; the log has the rest under the same id."""
+    return ServerError(f"Internal error; the server's log has the details under {request_id}.")
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The request's body is over {limit} bytes, the server's limit.")

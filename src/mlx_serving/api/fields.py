@@ -1,0 +1,241 @@
+"""Every field of a request and what becomes of it: the one table that the parser and the docs read.
+
+honoured   it changes the answer as its definition says
+advisory   it cannot change the tokens by definition; accepted, and named in a response header
+refused    a 400 that names it, unless its value is neutral (null, or what it would be anyway)
+
+A field that is in no table is refused as unknown.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from mlx_serving.errors import InvalidRequest, UnsupportedParameter
+
+Disposition = Literal["honoured", "advisory", "refused"]
+Table = Mapping[str, "Field"]
+
+_MAX_NAME = 64
+"""Longer names are cut in messages, and no similar field is looked for."""
+
+
+class Field(msgspec.Struct, frozen=True):
+    name: str
+    disposition: Disposition
+    note: str
+    neutral: tuple[Any, ...] = ()
+    """Values of a refused field that ask for nothing, besides null."""
+
+
+def _table(*groups: tuple[Disposition, dict[str, str | tuple[str, tuple[Any, ...]]]]) -> Table:
+    table: dict[str, Field] = {}
+    for disposition, rows in groups:
+        for name, row in rows.items():
+            note, neutral = (row, ()) if isinstance(row, str) else row
+            assert name not in table, f"{name} has two dispositions"
+            table[name] = Field(name, disposition, note, neutral)
+    return table
+
+
+_SAMPLING = {
+    "model": "a served model's id or alias; default: the first served model",
+    "stream": "server-sent events, one a token",
+    "stream_options": "include_usage: a last chunk with usage; only with stream",
+    "n": "1 to 16 answers; the prompt is computed and counted once",
+    "temperature": "0 to 2, default 1; 0 is greedy",
+    "top_p": "above 0, to 1",
+    "top_k": "0 or -1: the whole vocabulary",
+    "min_p": "0 to 1",
+    "repetition_penalty": "above 0, to 100; 1 is off",
+    "presence_penalty": "-2 to 2",
+    "frequency_penalty": "-2 to 2",
+    "logit_bias": "token id to -100 ... 100, up to 1,024 entries",
+    "seed": "-2^63 to 2^64-1, taken modulo 2^64; default: drawn, and said in x-mlx-serving-seed",
+    "stop": "a string or up to 16, each 1 to 1,024 characters",
+    "stop_token_ids": "up to 128 token ids",
+    "min_tokens": "no end before this many tokens",
+    "ignore_eos": "the end-of-sequence token does not end the answer",
+    "include_stop_str_in_output": "the stop string stays in the text",
+    "priority": "critical, high, normal, low; or an integer: to -10 critical, -9 to -1 high, 0 normal, above low",
+    "cache_salt": "1 to 256 characters; requests share cached prefixes only with equal salts",
+}
+_ADVISORY = {
+    "user": "an end user's identifier",
+    "safety_identifier": "an end user's identifier",
+    "metadata": "the client's own notes",
+    "store": "nothing is stored",
+    "service_tier": "there is one tier; see priority",
+    "prompt_cache_key": "prefixes are matched by content",
+    "prompt_cache_retention": "the prefix cache is bounded by memory",
+    "prompt_cache_options": "the prefix cache is bounded by memory",
+    "prediction": "a hint for speed",
+}
+_REFUSED: dict[str, str | tuple[str, tuple[Any, ...]]] = {
+    "response_format": ("structured output is not built yet", ({"type": "text"},)),
+    "structured_outputs": "structured output is not built yet",
+    "guided_json": "structured output is not built yet",
+    "guided_regex": "structured output is not built yet",
+    "guided_choice": "structured output is not built yet",
+    "guided_grammar": "structured output is not built yet",
+    "prompt_logprobs": "log-probabilities of the prompt are not computed",
+    "best_of": ("ask for n answers and choose", (1,)),
+    "use_beam_search": ("there is no beam search", (False,)),
+    "length_penalty": ("there is no beam search", (1, 1.0)),
+    "early_stopping": ("there is no beam search", (False,)),
+    "skip_special_tokens": ("special tokens are never part of the text", (True,)),
+    "spaces_between_special_tokens": ("special tokens are never part of the text", (True,)),
+    "truncate_prompt_tokens": "a prompt over the context is a 400",
+    "allowed_token_ids": "use logit_bias",
+    "bad_words": ("use logit_bias", ([],)),
+    "typical_p": ("not implemented", (1, 1.0)),
+    "xtc_probability": ("not implemented", (0, 0.0)),
+    "xtc_threshold": ("not implemented", (0, 0.0)),
+    "repetition_context_size": "repetition_penalty looks at the whole prompt and output",
+    "adapters": "adapters are not built yet",
+    "draft_model": "speculation is not built yet",
+    "num_draft_tokens": "speculation is not built yet",
+    "return_token_ids": ("not implemented", (False,)),
+    "return_tokens_as_token_ids": ("not implemented", (False,)),
+    "moderation": "there is no moderation",
+}
+
+CHAT: Table = _table(
+    (
+        "honoured",
+        {
+            "messages": "roles system, developer (as system), user, assistant, tool; text content",
+            **_SAMPLING,
+            "max_tokens": "default: the server's, or what the context leaves",
+            "max_completion_tokens": "the same as max_tokens; both only if equal",
+            "logprobs": "true: the chosen tokens' log-probabilities",
+            "top_logprobs": "0 to 20; only with logprobs",
+            "chat_template_kwargs": "variables for the chat template",
+            "add_generation_prompt": "default true, or false with continue_final_message",
+            "continue_final_message": "the last message is left open and continued",
+        },
+    ),
+    ("advisory", dict(_ADVISORY)),
+    (
+        "refused",
+        {
+            **_REFUSED,
+            "tools": ("tools are not built yet", ([],)),
+            "tool_choice": ("tools are not built yet", ("none", "auto")),
+            "parallel_tool_calls": ("tools are not built yet", (True, False)),
+            "functions": ("deprecated by OpenAI in favour of tools", ([],)),
+            "function_call": ("deprecated by OpenAI in favour of tools", ("none", "auto")),
+            "reasoning_effort": "reasoning is not built yet; see chat_template_kwargs",
+            "verbosity": ("ask for it in the prompt", ("medium",)),
+            "modalities": ("text only", (["text"],)),
+            "audio": "text only",
+            "web_search_options": "there is no web search",
+            "echo": ("only on /v1/completions", (False,)),
+            "add_special_tokens": ("the chat template adds them", (False,)),
+            "chat_template": "the server's setting, not a request's",
+            "documents": ("use chat_template_kwargs", ([],)),
+            "role_mapping": "the chat template decides",
+        },
+    ),
+)
+
+COMPLETIONS: Table = _table(
+    (
+        "honoured",
+        {
+            "prompt": "a string, token ids, or up to 256 of either",
+            **_SAMPLING,
+            "max_tokens": "default: the server's, or OpenAI's 16",
+            "logprobs": "0 to 20: the chosen tokens' and that many most likely tokens' log-probabilities",
+            "echo": "the prompt's text comes first; not with logprobs",
+            "add_special_tokens": "default true: the tokenizer's begin-of-sequence token and the like",
+        },
+    ),
+    ("advisory", dict(_ADVISORY)),
+    ("refused", {**_REFUSED, "suffix": ("filling in the middle is not built", ("",))}),
+)
+
+STREAM_OPTIONS: Table = _table(
+    ("honoured", {"include_usage": "a last chunk with usage and no choices"}),
+    ("advisory", {"include_obfuscation": "nothing is padded"}),
+    ("refused", {"continuous_usage_stats": ("usage comes once, at the end", (False,))}),
+)
+
+MESSAGE: Table = _table(
+    (
+        "honoured",
+        {
+            "role": "system, developer, user, assistant or tool",
+            "content": "a string or text parts, which are joined by newlines",
+            "name": "given to the chat template",
+            "tool_calls": "an assistant's earlier calls, given to the chat template",
+            "tool_call_id": "the call that a tool message answers",
+            "reasoning_content": "an assistant's earlier reasoning, given to the chat template",
+        },
+    ),
+    (
+        "refused",
+        {
+            "refusal": "send it as content",
+            "audio": "text only",
+            "function_call": "deprecated by OpenAI in favour of tool_calls",
+            "annotations": ("not part of a prompt", ([],)),
+        },
+    ),
+)
+
+ROUTES: Mapping[str, Table] = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": COMPLETIONS,
+    "stream_options": STREAM_OPTIONS,
+    "messages[]": MESSAGE,
+}
+
+
+def check(table: Table, body: Mapping[str, Any], *, at: str = "") -> list[str]:
+    """The advisory fields that `body` names. Raises on refused and unknown ones; `at` is the
+    path of the object that holds them."""
+    advisory: list[str] = []
+    for name, value in body.items():
+        field = table.get(name)
+        if field is None:
+            raise _unknown(table, name, at)
+        if field.disposition == "honoured" or value is None:
+            continue
+        if field.disposition == "advisory":
+            advisory.append(at + name)
+        elif not any(_same(value, neutral) for neutral in field.neutral):
+            raise UnsupportedParameter(
+                f"'{at}{name}' is not supported: {field.note}.", param=at + name
+            )
+    return advisory
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    # JSON's true is not 1, as Python's is.
+    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
+
+
+def _unknown(table: Table, name: str, at: str) -> InvalidRequest:
+    shown = name if len(name) <= _MAX_NAME else name[:_MAX_NAME] + "..."
+    message = f"Unknown field '{at}{shown}'."
+    if len(name) <= _MAX_NAME and (close := difflib.get_close_matches(name, table, n=1)):
+        message += f" Did you mean '{at}{close[0]}'?"
+    return InvalidRequest(message, param=at + shown, code="unknown_parameter")
+
+
+def markdown() -> str:
+    """The tables as the docs show them, a section a route."""
+    lines: list[str] = []
+    for route, table in ROUTES.items():
+        lines += [f"### `{route}`", "", "| field | | note |", "|---|---|---|"]
+        for field in table.values():
+            neutral = ", ".join(f"`{msgspec.json.encode(v).decode()}`" for v in field.neutral)
+            note = f"{field.note} (accepted: {neutral})" if neutral else field.note
+            lines.append(f"| `{field.name}` | {field.disposition} | {note} |")
+        lines.append("")
+    return "\n".join(lines)

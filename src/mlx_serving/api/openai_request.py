@@ -1,0 +1,483 @@
+"""OpenAI's wire bodies → `GenerateRequest`s. Parsing proves validity; nothing is checked later
+but what depends on the model. Every refusal names its field."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from mlx_serving.api import fields
+from mlx_serving.errors import InvalidRequest, UnsupportedParameter
+from mlx_serving.types import (
+    MAX_LOGPROBS,
+    ChatPrompt,
+    GenerateRequest,
+    Message,
+    Priority,
+    Prompt,
+    SamplingParams,
+    TextPrompt,
+    TokenPrompt,
+)
+
+MAX_CHOICES = 16
+MAX_PROMPTS = 256
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_LOGIT_BIAS = 1024
+COMPLETIONS_MAX_TOKENS = 16
+"""OpenAI's default on /v1/completions."""
+
+_MAX_INT = 2**31 - 1
+_RESERVED_TEMPLATE_KWARGS = frozenset(
+    {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}
+)
+
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+TokenId = Annotated[int, Meta(ge=0, le=_MAX_INT)]
+Positive = Annotated[int, Meta(ge=1, le=_MAX_INT)]
+Natural = Annotated[int, Meta(ge=0, le=_MAX_INT)]
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """One wire request: a GenerateRequest for each prompt, and how the answer is to be written."""
+
+    id: str
+    model: str
+    requests: tuple[GenerateRequest, ...]
+    stream: bool
+    include_usage: bool
+    echo: bool
+    advisory: tuple[str, ...]
+
+
+class _StreamOptions(msgspec.Struct, kw_only=True):
+    include_usage: bool | None = None
+
+
+class _Body(msgspec.Struct, kw_only=True):
+    """What both routes honour. None: the client did not say."""
+
+    model: Annotated[str, Meta(min_length=1)] | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=_MAX_INT)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Any] | None = None
+    seed: int | None = None
+    stop: str | list[Any] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=128)] | None = None
+    min_tokens: Natural | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    priority: str | int | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    max_tokens: Positive | None = None
+
+
+class _ChatBody(_Body, kw_only=True):
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    max_completion_tokens: Positive | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class _CompletionBody(_Body, kw_only=True):
+    prompt: str | list[Any]
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool | None = None
+    add_special_tokens: bool | None = None
+
+
+class _Function(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    arguments: str
+
+
+class _ToolCall(msgspec.Struct, kw_only=True):
+    id: str
+    type: Literal["function"] = "function"
+    function: _Function
+    index: int | None = None
+
+
+class _Message(msgspec.Struct, kw_only=True):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Any] | None = None
+    name: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+def parse_chat(data: bytes, *, default_model: str) -> Call:
+    """The body of /v1/chat/completions. Raises InvalidRequest, UnsupportedParameter."""
+    raw = _object(data)
+    advisory = fields.check(fields.CHAT, raw)
+    body = _convert(raw, _ChatBody)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
+    max_tokens = body.max_tokens
+    if body.max_completion_tokens is not None:
+        if max_tokens not in (None, body.max_completion_tokens):
+            raise InvalidRequest(
+                "'max_tokens' and 'max_completion_tokens' disagree; send one.", param="max_tokens"
+            )
+        max_tokens = body.max_completion_tokens
+    return _call(
+        body,
+        advisory,
+        prompts=[_chat_prompt(body)],
+        call_id="chatcmpl-" + secrets.token_hex(12),
+        model=body.model or default_model,
+        max_tokens=max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        echo=False,
+    )
+
+
+def parse_completion(data: bytes, *, default_model: str, default_max_tokens: int | None) -> Call:
+    """The body of /v1/completions. Raises InvalidRequest, UnsupportedParameter."""
+    raw = _object(data)
+    advisory = fields.check(fields.COMPLETIONS, raw)
+    body = _convert(raw, _CompletionBody)
+    if body.echo and body.logprobs is not None:
+        raise UnsupportedParameter(
+            "'echo' with 'logprobs' needs the prompt's log-probabilities, which are not computed.",
+            param="echo",
+        )
+    add_special = True if body.add_special_tokens is None else body.add_special_tokens
+    fallback = COMPLETIONS_MAX_TOKENS if default_max_tokens is None else default_max_tokens
+    return _call(
+        body,
+        advisory,
+        prompts=_text_prompts(body.prompt, add_special),
+        call_id="cmpl-" + secrets.token_hex(12),
+        model=body.model or default_model,
+        max_tokens=fallback if body.max_tokens is None else body.max_tokens,
+        logprobs=body.logprobs,
+        echo=bool(body.echo),
+    )
+
+
+def _call(
+    body: _Body,
+    advisory: list[str],
+    *,
+    prompts: list[Prompt],
+    call_id: str,
+    model: str,
+    max_tokens: int | None,
+    logprobs: int | None,
+    echo: bool,
+) -> Call:
+    include_usage, more_advisory = _stream_options(body)
+    if body.min_tokens and max_tokens is not None and body.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"'min_tokens' ({body.min_tokens}) is over the {max_tokens} tokens allowed.",
+            param="min_tokens",
+        )
+    shared: dict[str, Any] = {
+        "model": model,
+        "sampling": _sampling(body, logprobs),
+        "max_tokens": max_tokens,
+        "seed": _seed(body.seed),
+        "n": body.n or 1,
+        "stop": _stop(body.stop),
+        "include_stop_str": bool(body.include_stop_str_in_output),
+        "priority": _priority(body.priority),
+        "cache_salt": body.cache_salt,
+        "echo": echo,
+    }
+    ids = [call_id] if len(prompts) == 1 else [f"{call_id}-{i}" for i in range(len(prompts))]
+    return Call(
+        id=call_id,
+        model=model,
+        requests=tuple(
+            GenerateRequest(request_id=request_id, prompt=prompt, **shared)
+            for request_id, prompt in zip(ids, prompts, strict=True)
+        ),
+        stream=bool(body.stream),
+        include_usage=include_usage,
+        echo=echo,
+        advisory=(*advisory, *more_advisory),
+    )
+
+
+def _sampling(body: _Body, logprobs: int | None) -> SamplingParams:
+    given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
+    return SamplingParams(
+        **given,
+        top_k=max(body.top_k or 0, 0),
+        logit_bias=_logit_bias(body.logit_bias),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        logprobs=logprobs,
+    )
+
+
+_SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_tokens",
+    "ignore_eos",
+)
+
+
+def _stream_options(body: _Body) -> tuple[bool, list[str]]:
+    if body.stream_options is None:
+        return False, []
+    if not body.stream:
+        raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
+    advisory = fields.check(fields.STREAM_OPTIONS, body.stream_options, at="stream_options.")
+    options = _convert(body.stream_options, _StreamOptions, at="stream_options")
+    return bool(options.include_usage), advisory
+
+
+def _logit_bias(entries: dict[str, Any] | None) -> dict[int, float]:
+    if not entries:
+        return {}
+    if len(entries) > MAX_LOGIT_BIAS:
+        raise InvalidRequest(
+            f"'logit_bias' has {len(entries)} entries; at most {MAX_LOGIT_BIAS}.",
+            param="logit_bias",
+        )
+    biases: dict[int, float] = {}
+    for key, bias in entries.items():
+        if not re.fullmatch(r"[0-9]{1,10}", key) or int(key) > _MAX_INT:
+            raise InvalidRequest("'logit_bias' maps token ids to biases.", param="logit_bias")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise InvalidRequest(
+                f"'logit_bias.{key}' must be a number from -100 to 100.", param=f"logit_bias.{key}"
+            )
+        biases[int(key)] = float(bias)
+    return biases
+
+
+def _seed(seed: int | None) -> int | None:
+    if seed is None:
+        return None
+    if not -(2**63) <= seed < 2**64:
+        raise InvalidRequest("'seed' must fit in 64 bits.", param="seed")
+    return seed % 2**64
+
+
+def _stop(stop: str | list[Any] | None) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    single = isinstance(stop, str)
+    strings = [stop] if isinstance(stop, str) else _convert(stop, list[str], at="stop")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidRequest(
+            f"'stop' has {len(strings)} strings; at most {MAX_STOP_STRINGS}.", param="stop"
+        )
+    for i, string in enumerate(strings):
+        if not 1 <= len(string) <= MAX_STOP_CHARS:
+            raise InvalidRequest(
+                f"A stop string must have 1 to {MAX_STOP_CHARS} characters.",
+                param="stop" if single else f"stop[{i}]",
+            )
+    return tuple(strings)
+
+
+def _priority(priority: str | int | None) -> Priority:
+    if priority is None:
+        return Priority.NORMAL
+    if isinstance(priority, str):
+        named = Priority.__members__.get(priority.upper()) if priority.islower() else None
+        if named is None:
+            raise InvalidRequest(
+                "'priority' must be critical, high, normal, low or an integer.", param="priority"
+            )
+        return named
+    if priority <= -10:
+        return Priority.CRITICAL
+    if priority < 0:
+        return Priority.HIGH
+    return Priority.NORMAL if priority == 0 else Priority.LOW
+
+
+def _chat_prompt(body: _ChatBody) -> ChatPrompt:
+    continued = bool(body.continue_final_message)
+    generation_prompt = body.add_generation_prompt
+    if generation_prompt is None:
+        generation_prompt = not continued
+    if generation_prompt and continued:
+        raise InvalidRequest(
+            "'continue_final_message' leaves no place for a generation prompt; "
+            "'add_generation_prompt' must be false with it.",
+            param="add_generation_prompt",
+        )
+    kwargs = body.chat_template_kwargs or {}
+    if reserved := _RESERVED_TEMPLATE_KWARGS.intersection(kwargs):
+        name = min(reserved)
+        raise InvalidRequest(
+            f"'chat_template_kwargs.{name}' has a field of its own or is the server's to set.",
+            param=f"chat_template_kwargs.{name}",
+        )
+    messages = tuple(_message(raw, f"messages[{i}]") for i, raw in enumerate(body.messages))
+    if continued and not messages[-1].content:
+        raise InvalidRequest(
+            "'continue_final_message' needs text in the last message.",
+            param=f"messages[{len(messages) - 1}].content",
+        )
+    return ChatPrompt(
+        messages=messages,
+        template_kwargs=kwargs,
+        add_generation_prompt=generation_prompt,
+        continue_final_message=continued,
+    )
+
+
+def _message(raw: dict[str, Any], at: str) -> Message:
+    fields.check(fields.MESSAGE, raw, at=at + ".")
+    message = _convert(raw, _Message, at=at)
+    role = "system" if message.role == "developer" else message.role
+    content = message.content
+    if isinstance(content, list):
+        content = _join_parts(content, at + ".content")
+    if content is None and not (role == "assistant" and message.tool_calls):
+        raise InvalidRequest(f"'{at}.content' is missing.", param=at + ".content")
+    if message.tool_calls and role != "assistant":
+        raise InvalidRequest("Only an assistant's message has calls.", param=at + ".tool_calls")
+    if role == "tool" and message.tool_call_id is None:
+        raise InvalidRequest(
+            f"'{at}.tool_call_id' is missing: which call does it answer?",
+            param=at + ".tool_call_id",
+        )
+    return Message(
+        role=role,
+        content=content,
+        name=message.name,
+        tool_calls=tuple(_tool_call(call) for call in message.tool_calls or ()),
+        tool_call_id=message.tool_call_id,
+        reasoning_content=message.reasoning_content,
+    )
+
+
+def _tool_call(call: _ToolCall) -> Mapping[str, Any]:
+    function = {"name": call.function.name, "arguments": call.function.arguments}
+    return {"id": call.id, "type": call.type, "function": function}
+
+
+def _join_parts(parts: list[Any], at: str) -> str:
+    if not parts:
+        raise InvalidRequest(f"'{at}' has no parts.", param=at)
+    texts: list[str] = []
+    for j, part in enumerate(parts):
+        if not isinstance(part, dict):
+            raise InvalidRequest(f"'{at}[{j}]' must be an object.", param=f"{at}[{j}]")
+        if part.get("type") != "text":
+            kind = str(part.get("type"))[:64]
+            raise UnsupportedParameter(
+                f"'{at}[{j}]' is of type '{kind}'; only text is supported.", param=f"{at}[{j}]"
+            )
+        if not isinstance(part.get("text"), str):
+            raise InvalidRequest(f"'{at}[{j}].text' must be a string.", param=f"{at}[{j}].text")
+        # cache_control marks a prefix for a cache that matches prefixes by content anyway.
+        if extra := part.keys() - {"type", "text", "cache_control"}:
+            name = min(extra)[:64]
+            raise InvalidRequest(
+                f"Unknown field '{at}[{j}].{name}'.",
+                param=f"{at}[{j}].{name}",
+                code="unknown_parameter",
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _text_prompts(prompt: str | list[Any], add_special_tokens: bool) -> list[Prompt]:
+    """One prompt or several: text, or token ids."""
+    if isinstance(prompt, str):
+        return [_text_prompt(prompt, "prompt", add_special_tokens)]
+    if not prompt:
+        raise InvalidRequest("'prompt' is empty.", param="prompt")
+    first = prompt[0]
+    if isinstance(first, int):
+        return [_token_prompt(prompt, "prompt")]
+    if len(prompt) > MAX_PROMPTS:
+        raise InvalidRequest(f"'prompt' has over {MAX_PROMPTS} prompts.", param="prompt")
+    if isinstance(first, str):
+        return [
+            _text_prompt(text, f"prompt[{i}]", add_special_tokens)
+            for i, text in enumerate(_convert(prompt, list[str], at="prompt"))
+        ]
+    return [_token_prompt(ids, f"prompt[{i}]") for i, ids in enumerate(prompt)]
+
+
+def _text_prompt(text: str, at: str, add_special_tokens: bool) -> TextPrompt:
+    if not text:
+        raise InvalidRequest(f"'{at}' is empty.", param=at)
+    return TextPrompt(text=text, add_special_tokens=add_special_tokens)
+
+
+def _token_prompt(ids: Any, at: str) -> TokenPrompt:
+    token_ids = _convert(ids, list[TokenId], at=at)
+    if not token_ids:
+        raise InvalidRequest(f"'{at}' is empty.", param=at)
+    return TokenPrompt(token_ids=tuple(token_ids))
+
+
+T = TypeVar("T")
+
+_decode = msgspec.json.Decoder().decode
+_decode_raw = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_PLACE = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$(?P<where>.*)`)?", re.DOTALL)
+_NAMED = re.compile(r"Object (?:missing required|contains unknown) field `(?P<name>.*)`", re.DOTALL)
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        body = _decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequest(
+            f"The body is not valid JSON: {error}.", param=_culprit(data), code="invalid_json"
+        ) from None
+    if not isinstance(body, dict):
+        raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
+    return body
+
+
+def _culprit(data: bytes) -> str | None:
+    """The top-level field whose value cannot be decoded (1e999, say), where that is the fault."""
+    try:
+        members = _decode_raw(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    for name, value in members.items():
+        try:
+            _decode(value)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return name[:64]
+    return None
+
+
+def _convert(value: Any, kind: type[T], *, at: str = "") -> T:
+    """Check types and bounds; `at` is the path of `value`, which the error's param starts with."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        match = _PLACE.fullmatch(str(error))
+        assert match is not None, "the pattern matches any message"
+        what, where = match["what"], (match["where"] or "").replace("[...]", "")
+        if named := _NAMED.fullmatch(what):
+            where += "." + named["name"]
+        param = (at + where).removeprefix(".")
+        raise InvalidRequest(f"'{param}': {what}.", param=param or None) from None

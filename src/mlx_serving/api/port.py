@@ -1,0 +1,65 @@
+"""What the API needs of the gateway. `gateway.Gateway` and the tests' fakes have this shape."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Protocol
+
+from mlx_serving.types import GenerateRequest, ServedModel, TokenEvent, Usage
+
+
+class Generation(Protocol):
+    """A running request. Iterating it ends when every choice has finished, or raises."""
+
+    @property
+    def request_id(self) -> str: ...
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def cached_tokens(self) -> int: ...
+
+    @property
+    def seed(self) -> int:
+        """The seed in use: the client's, or the one drawn at admission."""
+        ...
+
+    @property
+    def prompt_text(self) -> str | None:
+        """The prompt as text, for `echo`."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[list[TokenEvent]]:
+        """Batches of events of all choices, one batch a wake-up."""
+        ...
+
+    def cancel(self) -> None:
+        """Free its rows. Idempotent, and harmless once it has ended."""
+        ...
+
+    def usage(self) -> Usage: ...
+
+
+class GatewayPort(Protocol):
+    def default_model(self) -> str: ...
+
+    def models(self) -> list[ServedModel]:
+        """Every configured model, the default first."""
+        ...
+
+    def health(self) -> Mapping[str, Any]:
+        """`{"status": "starting|ready|degraded|draining", "workers": [...], ...}`."""
+        ...
+
+    async def open(self, request: GenerateRequest) -> Generation:
+        """Admit and tokenise; raises every refusal (typed) before any output."""
+        ...
+
+    def metrics(self) -> bytes:
+        """Prometheus text."""
+        ...
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests, wait for the running ones; True when all of them finished."""
+        ...
