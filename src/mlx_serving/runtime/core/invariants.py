@@ -1,0 +1,58 @@
+"""What holds for a scheduler between any two calls. O(sequences): for simulation and tests."""
+
+from __future__ import annotations
+
+from mlx_serving.runtime.core.scheduler import Scheduler
+from mlx_serving.runtime.core.sequence import Sequence, Status
+
+
+def check(scheduler: Scheduler) -> None:
+    """Raises AssertionError naming the first relation that does not hold."""
+    _check_rows(scheduler)
+    _check_queue(scheduler)
+    for seq_id, seq in scheduler.sequences.items():
+        assert seq.seq_id == seq_id
+        _check_quantity(seq, scheduler)
+    inflight = sum(seq.inflight for seq in scheduler.sequences.values())
+    sampled = sum(samples for _, samples in scheduler.launched)
+    assert inflight <= sampled, "more tokens in flight than launched steps sample"
+
+
+def _check_rows(scheduler: Scheduler) -> None:
+    rows, limits = scheduler.rows, scheduler.limits
+    holes = 0
+    for index, seq in enumerate(rows.slots):
+        if seq is None:
+            holes += 1
+            continue
+        assert seq.row == index, f"row {index} holds {seq.seq_id}, which says {seq.row}"
+        assert scheduler.sequences.get(seq.seq_id) is seq, f"row {index} leaked"
+    running = sum(seq.status is Status.RUNNING for seq in scheduler.sequences.values())
+    assert running == len(rows) == len(rows.slots) - holes, "rows are not conserved"
+    assert len(rows.slots) <= limits.max_num_seqs
+    assert holes == 0 or rows.unsettled, "a hole that no plan will report"
+    assert scheduler.kv_tokens <= limits.kv_capacity_tokens, "KV memory overdrawn"
+
+
+def _check_queue(scheduler: Scheduler) -> None:
+    queue = scheduler.queue
+    live = [seq for seq in scheduler.sequences.values() if seq.status is Status.WAITING]
+    assert scheduler.waiting == len(live)
+    assert all(seq.queued or seq.paused for seq in live), "a waiting sequence is in no queue"
+    assert sum(seq.queued for seq in scheduler.sequences.values()) <= len(queue) <= queue.bound
+    assert scheduler.paused == sum(seq.paused for seq in scheduler.sequences.values())
+
+
+def _check_quantity(seq: Sequence, scheduler: Scheduler) -> None:
+    name = f"sequence {seq.seq_id}"
+    behind = seq.wanted - seq.computed
+    assert seq.status is not Status.FINISHED, f"{name} has ended and is kept"
+    assert (seq.status is Status.RUNNING) == (seq.row is not None), f"{name} runs without a row"
+    assert 0 < seq.prompt_len <= len(seq.tokens) < seq.limit <= scheduler.context_length, name
+    assert 0 <= seq.inflight <= len(scheduler.launched), f"{name}: {seq.inflight} in flight"
+    assert behind >= 1 and seq.wanted <= seq.limit, f"{name} computed more than is wanted"
+    if seq.row is None:
+        assert seq.computed == 0 and seq.status is not Status.RUNNING, name
+    elif behind > 1:
+        assert seq.inflight == 0, f"{name} samples before its prefill is complete"
+        assert seq.computed % scheduler.limits.prefill_step_size == 0, f"{name} cut elsewhere"

@@ -1,0 +1,321 @@
+"""Which sequence computes what in the next step.
+
+    plan = scheduler.schedule(now_s)       up to the pipeline's depth before
+    result = runner.launch(plan).wait()
+    emitted = scheduler.apply(result)      in the order of launching
+
+A pure state machine: time is an argument, the plan is data. A step costs O(rows); sequences
+that wait cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from mlx_serving.errors import ContextOverflow, InvalidRequest
+from mlx_serving.runtime.core import policy
+from mlx_serving.runtime.core.plan import (
+    DecodeRow,
+    Limits,
+    PrefillChunk,
+    RowStart,
+    Sampled,
+    StepPlan,
+    StepResult,
+)
+from mlx_serving.runtime.core.rows import Rows, rectangle
+from mlx_serving.runtime.core.sequence import Sequence, Status
+from mlx_serving.runtime.core.waiting import WaitingQueue
+from mlx_serving.types import FinishReason, TokenLogprob
+
+
+@dataclass(slots=True)
+class Emitted:
+    """What one sequence gained in a step. The one with `finish_reason` is its last; a cancelled
+    sequence has none."""
+
+    seq_id: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The token (end of sequence, or a stop token) that ended it; it is also in `token_ids`."""
+
+
+class Scheduler:
+    """Continuous batching over dense rows with one quantity, `wanted - computed`.
+
+    Each step decodes every row that has one position to go and spends at most
+    `prefill_step_size` tokens on prefill, in order of class and arrival. A sequence is admitted
+    when its first chunk and its KV fit, with headroom; when growth does not fit, rows are
+    preempted and recomputed later.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.context_length = policy.usable_context(limits)
+        """Tokens a sequence may have, prompt and answer together."""
+        assert self.context_length >= 2, f"no sequence fits {limits}"
+        self.sequences: dict[int, Sequence] = {}
+        self.rows = Rows()
+        self.queue = WaitingQueue()
+        self.launched: deque[tuple[int, int]] = deque()
+        """Steps in flight, oldest first: (step_id, sequences it samples)."""
+        self.paused = 0
+        self._arrivals = 0
+        self._steps = 0
+
+    # -- what the client wants ------------------------------------------------------------
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence, new or resumed (its tokens then include what was generated).
+
+        Raises ContextOverflow if it can never fit, InvalidRequest if nothing is left to generate.
+        """
+        assert seq.seq_id not in self.sequences, f"sequence {seq.seq_id} exists"
+        assert seq.status is Status.WAITING and 0 < seq.prompt_len <= len(seq.tokens)
+        if len(seq.tokens) >= self.context_length:
+            raise ContextOverflow(
+                f"{len(seq.tokens)} tokens leave no room for an answer: at most "
+                f"{self.context_length - 1} fit (context {self.limits.context_length} tokens, "
+                f"KV memory {self.limits.kv_capacity_tokens} tokens)"
+            )
+        if len(seq.tokens) >= seq.prompt_len + seq.sampling.max_tokens:
+            raise InvalidRequest(
+                f"max_tokens is {seq.sampling.max_tokens} and "
+                f"{len(seq.tokens) - seq.prompt_len} tokens exist: nothing to generate",
+                param="max_tokens",
+            )
+        seq.bind(self._arrivals, self.context_length, self.limits.eos_token_ids)
+        self._arrivals += 1
+        self.sequences[seq.seq_id] = seq
+        self.paused += seq.paused
+        if not seq.paused:
+            self.queue.push(seq)
+
+    def cancel(self, seq_id: int) -> bool:
+        """Drop a sequence: nothing more is emitted for it, and the next plan frees its row.
+        False if it has already ended."""
+        seq = self.sequences.get(seq_id)
+        if seq is None:
+            return False
+        self._finish(seq)
+        return True
+
+    def pause(self, seq_id: int) -> None:
+        """Compute nothing more for it. It keeps its row until another sequence needs that."""
+        seq = self.sequences.get(seq_id)
+        if seq is not None and not seq.paused:
+            seq.paused = True
+            self.paused += 1
+
+    def resume(self, seq_id: int) -> None:
+        seq = self.sequences.get(seq_id)
+        if seq is not None and seq.paused:
+            seq.paused = False
+            self.paused -= 1
+            if seq.status is Status.WAITING and not seq.queued:
+                self.queue.push(seq)
+
+    def reset(self) -> None:
+        """The runner has forgotten every row and step in flight: compute all again."""
+        running = list(self.rows)
+        self.rows.clear()
+        self.launched.clear()
+        for seq in self.sequences.values():
+            seq.inflight = 0
+        for seq in running:
+            self._requeue(seq)
+
+    # -- the step -------------------------------------------------------------------------
+
+    def schedule(self, now_s: float) -> StepPlan | None:
+        """The next step, or None if there is nothing to do before the next `apply` or client's wish."""
+        preempted = self._shed()
+        prefill, starts = self._choose_prefill(now_s, admit=not preempted)
+        decode = [
+            seq
+            for seq in self.rows
+            if seq.wanted - seq.computed == 1 and seq.wanted < seq.limit and not seq.paused
+        ]
+        frees, moves = self.rows.settle()
+        if not (prefill or decode or frees):
+            return None
+        plan = StepPlan(
+            step_id=self._steps,
+            frees=frees,
+            moves=moves,
+            starts=tuple([_start(seq) for seq in starts]),
+            prefill=tuple([_prefill(seq, length) for seq, length in prefill]),
+            decode=tuple([_decode(seq) for seq in (sorted(decode, key=_row) if moves else decode)]),
+        )
+        samples = len(plan.decode) + sum(chunk.samples for chunk in plan.prefill)
+        self.launched.append((self._steps, samples))
+        self._steps += 1
+        return plan
+
+    def apply(self, result: StepResult) -> list[Emitted]:
+        """Take the oldest launched step's tokens. Those of sequences that have ended, or that were
+        computed past an end, are discarded."""
+        step_id, samples = self.launched.popleft()
+        assert (result.step_id, len(result.sampled)) == (step_id, samples), (step_id, samples)
+        sequences = self.sequences
+        emitted = []
+        for sampled in result.sampled:
+            seq = sequences.get(sampled.seq_id)
+            if seq is not None:
+                emitted.append(self._absorb(seq, sampled))
+        return emitted
+
+    def _absorb(self, seq: Sequence, sampled: Sampled) -> Emitted:
+        (token,) = sampled.token_ids
+        reason = seq.absorb(token)
+        if reason is not None:
+            self._finish(seq)
+        return Emitted(
+            sampled.seq_id,
+            sampled.token_ids,
+            sampled.logprobs,
+            reason,
+            token if reason == "stop" else None,
+        )
+
+    # -- memory and order -----------------------------------------------------------------
+
+    def _shed(self) -> bool:
+        """Preempt until what the rows will hold after this step fits."""
+        preempted = False
+        while not policy.fits(self.rows, self.limits):
+            self._preempt(policy.victim(self.rows))
+            preempted = True
+        return preempted
+
+    def _choose_prefill(
+        self, now_s: float, *, admit: bool
+    ) -> tuple[list[tuple[Sequence, int]], list[Sequence]]:
+        """Chunks for this step, and the sequences that start with it; best in order first.
+
+        A chunk that no longer fits the budget is passed over, never cut; only the queue stops at
+        its first sequence that does not fit, so that no later one overtakes it for good.
+        """
+        step_size = budget = self.limits.prefill_step_size
+        chunks: list[tuple[Sequence, int]] = []
+        starts: list[Sequence] = []
+        ready = [seq for seq in self.rows if seq.wanted - seq.computed > 1 and not seq.paused]
+        ready.sort(key=_order, reverse=True)
+        head = self.queue.peek() if admit else None
+        while budget and (ready or head is not None):
+            if head is None or (ready and ready[-1].order < head.order):
+                seq = ready.pop()
+                length = policy.chunk_length(seq.computed, seq.wanted, step_size)
+            else:
+                seq = head
+                length = policy.chunk_length(0, seq.wanted, step_size)
+                if length > budget or not self._admit(seq, now_s):
+                    head = None
+                    continue
+                starts.append(seq)
+                head = self.queue.peek()
+            if length <= budget and seq.wanted - seq.computed > 1:
+                chunks.append((seq, length))
+                budget -= length
+        return chunks, starts
+
+    def _admit(self, seq: Sequence, now_s: float) -> bool:
+        """Give the queue's first sequence a row, if memory will hold for a bucket's worth of steps;
+        paused sequences make way. Tokens still in flight must arrive first."""
+        limits = self.limits
+        if seq.inflight or len(self.rows) - self._paused_rows() >= limits.max_num_seqs:
+            return False
+        active = [other for other in self.rows if not other.paused]
+        if not policy.fits([*active, seq], limits, ahead=limits.kv_bucket_tokens):
+            return False
+        while len(self.rows) >= limits.max_num_seqs or not policy.fits(
+            [*self.rows, seq], limits, ahead=limits.kv_bucket_tokens
+        ):
+            self._preempt(policy.victim(self.rows))
+        self.queue.pop()
+        self.rows.take(seq)
+        seq.status = Status.RUNNING
+        if seq.admitted_s is None:
+            seq.admitted_s = now_s
+        return True
+
+    def _paused_rows(self) -> int:
+        return sum(seq.paused for seq in self.rows) if self.paused else 0
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.rows.release(seq)
+        self._requeue(seq)
+
+    def _requeue(self, seq: Sequence) -> None:
+        seq.forget()
+        if not seq.paused:
+            self.queue.push(seq)
+
+    def _finish(self, seq: Sequence) -> None:
+        if seq.row is not None:
+            self.rows.release(seq)
+        seq.status = Status.FINISHED
+        self.paused -= seq.paused
+        del self.sequences[seq.seq_id]
+
+    # -- figures --------------------------------------------------------------------------
+
+    @property
+    def running(self) -> int:
+        """Sequences that have a row."""
+        return len(self.rows)
+
+    @property
+    def waiting(self) -> int:
+        return len(self.sequences) - len(self.rows)
+
+    @property
+    def steps_in_flight(self) -> int:
+        return len(self.launched)
+
+    @property
+    def kv_tokens(self) -> int:
+        """KV tokens that the rows hold: rows × the longest row's capacity."""
+        longest = max((seq.computed for seq in self.rows), default=0)
+        return rectangle(len(self.rows), longest, self.limits.kv_bucket_tokens)
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        return self.limits.kv_capacity_tokens
+
+    @property
+    def has_work(self) -> bool:
+        """Something to compute, deliver or free. With no step in flight, `schedule` then has a plan."""
+        return bool(self.launched or self.rows.unsettled or len(self.sequences) > self.paused)
+
+
+def _row(seq: Sequence) -> int:
+    assert seq.row is not None
+    return seq.row
+
+
+def _order(seq: Sequence) -> tuple[int, int]:
+    return seq.order
+
+
+def _start(seq: Sequence) -> RowStart:
+    return RowStart(_row(seq), seq.seq_id, tuple(seq.tokens), seq.prompt_len, seq.sampling)
+
+
+def _prefill(seq: Sequence, length: int) -> PrefillChunk:
+    start, end = seq.computed, seq.computed + length
+    samples = end == len(seq.tokens)
+    seq.computed = end
+    seq.inflight += samples
+    return PrefillChunk(_row(seq), seq.seq_id, tuple(seq.tokens[start:end]), start, samples)
+
+
+def _decode(seq: Sequence) -> DecodeRow:
+    position = seq.computed
+    token = None if seq.inflight else seq.tokens[-1]
+    seq.computed += 1
+    seq.inflight += 1
+    return DecodeRow(_row(seq), seq.seq_id, position, token)

@@ -1,0 +1,88 @@
+"""One prompt being continued: the scheduler's mutable unit.
+
+    waiting ──admit──▶ running ──stop | length | cancel──▶ finished
+       ▲                  │
+       └─────preempt──────┘   (tokens still in flight are absorbed while it waits, and may finish it)
+
+There are no phases: `computed` catches up with `wanted`. One position to go is a decode row,
+more are a prefill chunk; prompts, chunked prefill, preemption and resumption all follow.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mlx_serving.types import FinishReason, Priority, SamplingParams
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """What the host knows of one sequence. All lengths are in tokens."""
+
+    seq_id: int
+    tokens: list[int]
+    """The prompt and what was generated, as far as the host knows it. Owned by the sequence."""
+    prompt_len: int
+    sampling: SamplingParams
+    priority: Priority = Priority.NORMAL
+
+    # Set by Scheduler.add.
+    arrival: int = -1
+    limit: int = 0
+    """Length at which it ends: prompt and `max_tokens`, or the context."""
+    stops: frozenset[int] = frozenset()
+    """Tokens that end it: its own stop tokens and, unless ignored, the model's."""
+
+    status: Status = Status.WAITING
+    row: int | None = None
+    computed: int = 0
+    """Positions whose KV is in its row once every launched step has run."""
+    inflight: int = 0
+    """Tokens that launched steps sample and whose values the host does not know yet."""
+    paused: bool = False
+    queued: bool = False
+    """It has an entry in the waiting queue."""
+    admitted_s: float | None = None
+    """When it first got a row, by the clock that `Scheduler.schedule` is given."""
+
+    @property
+    def wanted(self) -> int:
+        return len(self.tokens) + self.inflight
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who is served first: by class, then by arrival."""
+        return self.priority, self.arrival
+
+    def bind(self, arrival: int, context_length: int, eos_token_ids: Iterable[int]) -> None:
+        """Fix what depends on the model: the length at which it ends, and the tokens that end it."""
+        self.arrival = arrival
+        self.limit = min(self.prompt_len + self.sampling.max_tokens, context_length)
+        stops = self.sampling.stop_token_ids
+        self.stops = frozenset(stops if self.sampling.ignore_eos else (*stops, *eos_token_ids))
+
+    def reach(self, ahead: int = 0) -> int:
+        """KV positions it needs now, or once it is `ahead` tokens longer; its last token needs none."""
+        return min(len(self.tokens) + self.inflight + ahead, self.limit - 1)
+
+    def absorb(self, token: int) -> FinishReason | None:
+        """Take the value of the oldest token in flight; say whether it ends the sequence."""
+        assert self.inflight > 0
+        self.inflight -= 1
+        self.tokens.append(token)
+        if token in self.stops:
+            return "stop"
+        return "length" if len(self.tokens) >= self.limit else None
+
+    def forget(self) -> None:
+        """Its row is gone: wait, and compute everything again."""
+        self.status = Status.WAITING
+        self.computed = 0

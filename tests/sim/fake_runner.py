@@ -1,0 +1,133 @@
+"""A runner whose next token is a pure function of its row's real prefix.
+
+It keeps what a device would keep (each row's KV and the token it sampled last), obeys plans to
+the letter and asserts everything that the real runner takes for granted.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+
+from mlx_serving.runtime.core.plan import (
+    DecodeRow,
+    Limits,
+    PrefillChunk,
+    RowStart,
+    Sampled,
+    StepPlan,
+    StepResult,
+)
+from mlx_serving.runtime.core.rows import rectangle
+from mlx_serving.types import SamplingParams, TokenLogprob
+
+VOCAB = 40
+
+
+def next_token(
+    prefix: Tokens[int], prompt_len: int, sampling: SamplingParams, eos: Tokens[int]
+) -> tuple[int, TokenLogprob]:
+    """What a model would sample after `prefix`: a hash of it, keyed by seed and choice."""
+    banned: set[int] = set()
+    if len(prefix) - prompt_len < sampling.min_tokens:
+        banned.update(sampling.stop_token_ids, () if sampling.ignore_eos else eos)
+    digest = hash((tuple(prefix), sampling.seed, sampling.choice)) >> 5
+    token = digest % VOCAB
+    while token in banned:
+        token = (token + 1) % VOCAB
+    return token, TokenLogprob(-(digest % 1009) / 100)
+
+
+@dataclass(slots=True)
+class _Row:
+    start: RowStart
+    kv: list[int] = field(default_factory=list)
+    last_sampled: int | None = None
+
+
+@dataclass(slots=True)
+class _Done:
+    result: StepResult
+
+    def wait(self) -> StepResult:
+        return self.result
+
+
+class FakeRunner:
+    """`rng` only shuffles the order of a result's rows, which means nothing."""
+
+    def __init__(self, limits: Limits, rng: random.Random | None = None) -> None:
+        self.limits = limits
+        self.rows: dict[int, _Row] = {}
+        self._rng = rng or random.Random(0)
+
+    def reset(self) -> None:
+        self.rows.clear()
+
+    def launch(self, plan: StepPlan) -> _Done:
+        self._arrange(plan)
+        result = StepResult(plan.step_id)
+        assert plan.prefill_tokens <= self.limits.prefill_step_size
+        busy: set[int] = set()
+        for chunk in plan.prefill:
+            assert chunk.row not in busy, "a row works twice in one step"
+            busy.add(chunk.row)
+            self._prefill(chunk, result)
+        assert [d.row for d in plan.decode] == sorted(d.row for d in plan.decode)
+        for decode in plan.decode:
+            assert decode.row not in busy, "a row works twice in one step"
+            busy.add(decode.row)
+            self._decode(decode, result)
+        longest = max((len(row.kv) for row in self.rows.values()), default=0)
+        held = rectangle(len(self.rows), longest, self.limits.kv_bucket_tokens)
+        assert held <= self.limits.kv_capacity_tokens, "KV memory overdrawn"
+        self._rng.shuffle(result.sampled)
+        return _Done(result)
+
+    def _arrange(self, plan: StepPlan) -> None:
+        for row in plan.frees:
+            del self.rows[row]
+        for source, to in plan.moves:
+            assert to < source and to not in self.rows, "a move over a row in use"
+            self.rows[to] = self.rows.pop(source)
+        for start in plan.starts:
+            assert start.row not in self.rows, "a start over a row in use"
+            self.rows[start.row] = _Row(start)
+        assert sorted(self.rows) == list(range(len(self.rows))), "rows are not dense"
+        assert len(self.rows) <= self.limits.max_num_seqs
+
+    def _prefill(self, chunk: PrefillChunk, result: StepResult) -> None:
+        row, step_size = self.rows[chunk.row], self.limits.prefill_step_size
+        known = row.start.token_ids
+        end = chunk.start + len(chunk.token_ids)
+        assert row.start.seq_id == chunk.seq_id and row.last_sampled is None
+        assert chunk.start == len(row.kv) and chunk.start % step_size == 0
+        assert len(chunk.token_ids) > 0 and chunk.token_ids == known[chunk.start : end]
+        assert end == len(known) or end - chunk.start == step_size, "cut elsewhere"
+        assert chunk.samples == (end == len(known))
+        row.kv += chunk.token_ids
+        if chunk.samples:
+            self._sample(row, result)
+
+    def _decode(self, decode: DecodeRow, result: StepResult) -> None:
+        row = self.rows[decode.row]
+        known = row.start.token_ids
+        assert row.start.seq_id == decode.seq_id and decode.position == len(row.kv)
+        on_device = row.last_sampled
+        if on_device is None:
+            assert len(row.kv) == len(known) - 1, "decodes before its prefill is complete"
+            on_device = known[-1]
+            assert decode.token_id is not None
+        assert decode.token_id in (None, on_device), "the host has another token than the device"
+        row.kv.append(on_device)
+        self._sample(row, result)
+
+    def _sample(self, row: _Row, result: StepResult) -> None:
+        start, sampling = row.start, row.start.sampling
+        end = min(start.prompt_len + sampling.max_tokens, self.limits.context_length)
+        assert len(row.kv) < end, "sampled past max_tokens or the context"
+        token, logprob = next_token(row.kv, start.prompt_len, sampling, self.limits.eos_token_ids)
+        row.last_sampled = token
+        logprobs = None if sampling.logprobs is None else [logprob]
+        result.sampled.append(Sampled(start.seq_id, [token], logprobs))

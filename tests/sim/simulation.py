@@ -1,0 +1,379 @@
+"""The real scheduler under a virtual clock and one seed.
+
+Everything random comes from the seed: limits, requests, cancels, pauses, worker deaths, failed
+steps, and how launches and deliveries interleave. Invariants are checked after every call; each
+token is compared, as it arrives, with what the request generates alone.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from mlx_serving.errors import ContextOverflow
+from mlx_serving.runtime.core import invariants
+from mlx_serving.runtime.core.plan import Limits, PendingStep, StepPlan
+from mlx_serving.runtime.core.policy import usable_context
+from mlx_serving.runtime.core.rows import bucketed
+from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
+from mlx_serving.runtime.core.sequence import Sequence, Status
+from mlx_serving.types import FinishReason, Priority, SamplingParams, TokenLogprob
+from sim.fake_runner import VOCAB, FakeRunner, next_token
+
+
+@dataclass(slots=True)
+class Request:
+    """What a client asks for and does, and what it got."""
+
+    seq_id: int
+    prompt: list[int]
+    sampling: SamplingParams
+    priority: Priority
+    arrives_s: float
+    cancels_s: float | None
+    pauses_s: list[tuple[float, float]]
+    """When its reader stalls, and when it goes on."""
+
+    submitted: bool = False
+    rejected: bool = False
+    cancelled: bool = False
+    paused: bool = False
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    endings: list[tuple[FinishReason, int | None]] = field(default_factory=list)
+
+    @property
+    def live(self) -> bool:
+        return self.submitted and not (self.rejected or self.cancelled or self.endings)
+
+
+@dataclass(slots=True)
+class Oracle:
+    """What the request generates alone: no scheduler, no rows, no steps."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprob]
+    ending: tuple[FinishReason, int | None]
+
+
+def alone(request: Request, limits: Limits) -> Oracle:
+    sampling, eos = request.sampling, limits.eos_token_ids
+    stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos)}
+    prefix, logprobs = list(request.prompt), []
+    while True:
+        token, logprob = next_token(prefix, len(request.prompt), sampling, eos)
+        prefix.append(token)
+        logprobs.append(logprob)
+        generated = prefix[len(request.prompt) :]
+        if token in stops:
+            return Oracle(generated, logprobs, ("stop", token))
+        if len(generated) == sampling.max_tokens or len(prefix) == usable_context(limits):
+            return Oracle(generated, logprobs, ("length", None))
+
+
+@dataclass(slots=True)
+class Scenario:
+    limits: Limits
+    depth: int
+    requests: list[Request]
+    deaths_s: list[float]
+    """When the worker dies: all rows are lost, clients resubmit with what they have."""
+    failures_s: list[float]
+    """When a step fails inside the worker: rows are lost, the scheduler is reset."""
+
+
+def scenario(seed: int) -> Scenario:
+    rng = random.Random(seed)
+    context = rng.choice([12, 40, 100, 200])
+    bucket = rng.choice([4, 8, 16])
+    rows = rng.choice([1, 2, 3, 4, 8, 16])
+    roomy = rows * bucketed(context, bucket)
+    tight = rng.randint(max(bucket, context // 3), 3 * context)
+    limits = Limits(
+        max_num_seqs=rows,
+        prefill_step_size=rng.choice([1, 3, 8, 16, 64]),
+        context_length=context,
+        kv_capacity_tokens=rng.choice([roomy, tight]),
+        kv_bucket_tokens=bucket,
+        eos_token_ids=rng.choice([(), (0,), (0, 1)]),
+    )
+    horizon_s = rng.choice([1.0, 30.0, 200.0])
+    count = rng.randint(1, 24)
+    return Scenario(
+        limits,
+        depth=rng.randint(1, 3),
+        requests=[_request(rng, i, context, horizon_s) for i in range(count)],
+        deaths_s=[rng.uniform(0, 2 * horizon_s) for _ in range(rng.choice([0, 0, 1, 2]))],
+        failures_s=[rng.uniform(0, 2 * horizon_s) for _ in range(rng.choice([0, 0, 1]))],
+    )
+
+
+def _request(rng: random.Random, seq_id: int, context: int, horizon_s: float) -> Request:
+    arrives_s = rng.uniform(0, horizon_s)
+    length = rng.choice([1, rng.randint(1, 8), rng.randint(1, context - 2), context + 1])
+    if length > context and rng.random() < 0.8:
+        length = context // 2
+    pauses_s = []
+    at = arrives_s
+    for _ in range(rng.choice([0, 0, 0, 1, 3])):
+        at += rng.expovariate(1 / 20)
+        pauses_s.append((at, at := at + rng.expovariate(1 / 20)))
+    return Request(
+        seq_id=seq_id,
+        prompt=[rng.randrange(VOCAB) for _ in range(length)],
+        sampling=SamplingParams(
+            seed=rng.randrange(2**32),
+            choice=rng.randrange(2),
+            max_tokens=rng.choice([1, 2, rng.randint(1, 40), 10_000]),
+            min_tokens=rng.choice([0, 0, 5]),
+            ignore_eos=rng.random() < 0.3,
+            stop_token_ids=tuple(rng.sample(range(VOCAB), rng.choice([0, 0, 2]))),
+            logprobs=rng.choice([None, 0]),
+        ),
+        priority=rng.choice(list(Priority)),
+        arrives_s=arrives_s,
+        cancels_s=arrives_s + rng.expovariate(1 / 30) if rng.random() < 0.15 else None,
+        pauses_s=pauses_s,
+    )
+
+
+@dataclass(slots=True)
+class Report:
+    """What happened, for a glance and for tests that the injections do happen."""
+
+    seed: int
+    steps: int = 0
+    tokens: int = 0
+    preemptions: int = 0
+    """Rows taken away because memory did not suffice."""
+    evictions: int = 0
+    """Rows that paused sequences had to give up."""
+    discarded: int = 0
+    """Tokens computed past an end or a cancel."""
+    deaths: int = 0
+    cancelled: int = 0
+    rejected: int = 0
+    work: int = 0
+    """Steps the requests would take one after another, alone and undisturbed."""
+    disturbances: int = 0
+    """Deaths, failures and pauses that cost somebody a row's contents."""
+    deepest: int = 0
+
+
+class Simulation:
+    def __init__(self, seed: int, log: Callable[[str], None] | None = None) -> None:
+        self.scenario = scenario(seed)
+        self.limits = self.scenario.limits
+        self.report = Report(seed)
+        self._log = log or (lambda line: None)
+        self._rng = random.Random(seed ^ 0x5EED)
+        self._now_s = 0.0
+        self._scheduler = Scheduler(self.limits)
+        self._runner = FakeRunner(self.limits, self._rng)
+        self._pending: deque[PendingStep] = deque()
+        self._last_admission = -(10**9)
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._requests = {r.seq_id: r for r in self.scenario.requests}
+        self._oracles = {
+            r.seq_id: alone(r, self.limits)
+            for r in self.scenario.requests
+            if len(r.prompt) < usable_context(self.limits)
+        }
+        self._plan_events()
+
+    def run(self) -> Report:
+        """Raises AssertionError on the first thing that is wrong."""
+        self._log(f"{self.limits} depth={self.scenario.depth}")
+        while True:
+            while self._events and self._events[0][0] <= self._now_s:
+                heapq.heappop(self._events)[2]()
+                invariants.check(self._scheduler)
+            if self._scheduler.has_work:
+                self._step()
+                invariants.check(self._scheduler)
+            elif self._events:
+                self._now_s = self._events[0][0]
+            else:
+                break
+        self._check_end()
+        return self.report
+
+    # -- the worker's loop, its interleaving drawn ------------------------------------------
+
+    def _step(self) -> None:
+        self._now_s += self._rng.expovariate(1.0)
+        room = len(self._pending) < self.scenario.depth
+        if room and (not self._pending or self._rng.random() < 0.7) and self._launch():
+            return
+        assert self._pending, "stuck: there is work, no step in flight, and no plan"
+        self._deliver()
+
+    def _launch(self) -> bool:
+        scheduler = self._scheduler
+        before = list(scheduler.rows)
+        plan = scheduler.schedule(self._now_s)
+        if plan is None:
+            return False
+        self._observe(plan, before)
+        self._pending.append(self._runner.launch(plan))
+        self.report.deepest = max(self.report.deepest, len(self._pending))
+        return True
+
+    def _observe(self, plan: StepPlan, before: list[Sequence]) -> None:
+        report, scheduler = self.report, self._scheduler
+        self._log(f"{self._now_s:8.1f} launch {_brief(plan)}")
+        lost = [seq for seq in before if seq.status is Status.WAITING]
+        grown = [seq for seq in lost if not seq.paused]
+        report.evictions += len(lost) - len(grown)
+        report.preemptions += len(grown)
+        if grown:
+            since = report.steps - self._last_admission
+            assert since > self.limits.kv_bucket_tokens, f"thrash: {since} steps after admission"
+            assert not plan.starts, "admits and preempts in one step"
+        if plan.starts:
+            self._last_admission = report.steps
+            admitted = [scheduler.sequences[start.seq_id].order for start in plan.starts]
+            assert admitted == sorted(admitted)
+            head = scheduler.queue.peek()
+            assert head is None or admitted[-1] < head.order, "somebody was overtaken"
+        report.steps += 1
+
+    def _deliver(self) -> None:
+        result = self._pending.popleft().wait()
+        emitted = self._scheduler.apply(result)
+        self.report.discarded += len(result.sampled) - len(emitted)
+        for one in emitted:
+            self._receive(one)
+
+    def _receive(self, got: Emitted) -> None:
+        request, oracle = self._requests[got.seq_id], self._oracles[got.seq_id]
+        self._log(
+            f"{self._now_s:8.1f}   {got.seq_id} gets {got.token_ids} {got.finish_reason or ''}"
+        )
+        assert request.live, f"{got.seq_id} has ended or was cancelled, and is sent more"
+        assert got.token_ids
+        assert (got.logprobs is None) == (request.sampling.logprobs is None)
+        request.tokens += got.token_ids
+        request.logprobs += got.logprobs or []
+        self.report.tokens += len(got.token_ids)
+        assert request.tokens == oracle.tokens[: len(request.tokens)], f"{got.seq_id} diverges"
+        if got.finish_reason is not None:
+            request.endings.append((got.finish_reason, got.stop_token_id))
+
+    # -- what clients and fate do -------------------------------------------------------------
+
+    def _plan_events(self) -> None:
+        for request in self.scenario.requests:
+            self._at(request.arrives_s, lambda r=request: self._submit(r))
+            if request.cancels_s is not None:
+                self._at(request.cancels_s, lambda r=request: self._cancel(r))
+            for stalls_s, goes_on_s in request.pauses_s:
+                self._at(stalls_s, lambda r=request: self._pause(r, True))
+                self._at(goes_on_s, lambda r=request: self._pause(r, False))
+        for at_s in self.scenario.deaths_s:
+            self._at(at_s, self._die)
+        for at_s in self.scenario.failures_s:
+            self._at(at_s, self._fail)
+
+    def _at(self, at_s: float, event: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (at_s, len(self._events), event))
+
+    def _submit(self, request: Request) -> None:
+        request.submitted = True
+        oracle = self._oracles.get(request.seq_id)
+        try:
+            self._add(request)
+        except ContextOverflow:
+            assert oracle is None, f"{request.seq_id} is rejected and would fit"
+            request.rejected = True
+            self.report.rejected += 1
+        else:
+            assert oracle is not None, f"{request.seq_id} is accepted and can never fit"
+            chunks = -(-len(request.prompt) // self.limits.prefill_step_size)
+            self.report.work += chunks + len(oracle.tokens)
+        self._log(f"{self._now_s:8.1f} submit {request.seq_id} {request.priority.name}")
+
+    def _add(self, request: Request) -> None:
+        self._scheduler.add(
+            Sequence(
+                seq_id=request.seq_id,
+                tokens=request.prompt + request.tokens,
+                prompt_len=len(request.prompt),
+                sampling=request.sampling,
+                priority=request.priority,
+            )
+        )
+
+    def _cancel(self, request: Request) -> None:
+        live = request.live
+        assert self._scheduler.cancel(request.seq_id) == live
+        request.cancelled = live
+        self.report.cancelled += live
+        self._log(f"{self._now_s:8.1f} cancel {request.seq_id}")
+
+    def _pause(self, request: Request, paused: bool) -> None:
+        request.paused = paused
+        self.report.disturbances += paused and request.live
+        act = self._scheduler.pause if paused else self._scheduler.resume
+        act(request.seq_id)
+        self._log(f"{self._now_s:8.1f} {'pause' if paused else 'resume'} {request.seq_id}")
+
+    def _die(self) -> None:
+        """A new worker: clients resubmit, each with the tokens it has got."""
+        self._log(f"{self._now_s:8.1f} worker dies")
+        self.report.deaths += 1
+        self.report.disturbances += 1
+        self._pending.clear()
+        self._scheduler = Scheduler(self.limits)
+        self._runner = FakeRunner(self.limits, self._rng)
+        self._last_admission = -(10**9)
+        for request in sorted(self._requests.values(), key=lambda r: r.arrives_s):
+            if request.live:
+                self._add(request)
+                if request.paused:
+                    self._scheduler.pause(request.seq_id)
+
+    def _fail(self) -> None:
+        self._log(f"{self._now_s:8.1f} step fails")
+        self.report.disturbances += 1
+        self._pending.clear()
+        self._runner.reset()
+        self._scheduler.reset()
+
+    # -- at the end -------------------------------------------------------------------------
+
+    def _check_end(self) -> None:
+        assert not self._scheduler.sequences, "somebody was left behind"
+        assert not self._scheduler.rows.slots and not self._runner.rows, "a row leaked"
+        for request in self._requests.values():
+            if request.rejected or request.cancelled:
+                assert not request.endings
+                continue
+            oracle = self._oracles[request.seq_id]
+            assert request.endings == [oracle.ending], f"{request.seq_id}: {request.endings}"
+            assert request.tokens == oracle.tokens
+            if request.sampling.logprobs is not None:
+                assert request.logprobs == oracle.logprobs
+        bound = self.report.work * (2 + self.report.disturbances) + 2 * len(self._requests)
+        assert self.report.steps <= bound, f"{self.report.steps} steps where {bound} suffice"
+
+
+def _brief(plan: StepPlan) -> str:
+    parts = [f"#{plan.step_id}"]
+    if plan.frees:
+        parts.append(f"free {list(plan.frees)}")
+    if plan.moves:
+        parts.append("move " + " ".join(f"{a}>{b}" for a, b in plan.moves))
+    if plan.starts:
+        parts.append("start " + " ".join(f"{s.seq_id}@{s.row}" for s in plan.starts))
+    if plan.prefill:
+        parts.append(
+            "prefill "
+            + " ".join(f"{c.seq_id}[{c.start}:+{len(c.token_ids)}]" for c in plan.prefill)
+        )
+    if plan.decode:
+        parts.append("decode " + " ".join(f"{d.seq_id}[{d.position}]" for d in plan.decode))
+    return " ".join(parts)

@@ -1,0 +1,43 @@
+"""Many seeds of the simulation. A seed that fails is added to KEPT with what it showed."""
+
+from __future__ import annotations
+
+import pytest
+
+from sim.simulation import Report, Simulation
+
+FAST = range(60)
+SLOW = range(1_000, 2_000)
+KEPT: tuple[int, ...] = ()
+
+
+def run(seed: int) -> Report:
+    try:
+        return Simulation(seed).run()
+    except AssertionError as error:
+        raise AssertionError(f"make sim SEED={seed}: {error}") from error
+
+
+def test_a_few_seeds_and_everything_is_injected() -> None:
+    reports = [run(seed) for seed in FAST]
+    for what in ("preemptions", "evictions", "discarded", "deaths", "cancelled", "rejected"):
+        assert sum(getattr(report, what) for report in reports) > 0, f"no seed shows {what}"
+    assert {report.deepest for report in reports} == {1, 2, 3}
+
+
+@pytest.mark.parametrize("seed", KEPT)
+def test_a_kept_seed(seed: int) -> None:
+    run(seed)
+
+
+@pytest.mark.slow
+def test_a_thousand_seeds() -> None:
+    for seed in SLOW:
+        run(seed)
+
+
+def test_a_seed_repeats_itself() -> None:
+    first: list[str] = []
+    second: list[str] = []
+    assert Simulation(7, log=first.append).run() == Simulation(7, log=second.append).run()
+    assert first == second
