@@ -1,0 +1,116 @@
+"""The typer application: help, completion, and every command but a plainly spelt `serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mlx_serving.cli.flags import documented, from_typer
+
+app = typer.Typer(
+    name="mlx-serving",
+    help="Serve language models with MLX: an OpenAI-compatible server on this machine.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def serve(
+    *,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="A YAML file of settings, named as the flags are, with underscores.",
+            rich_help_panel="Sources",
+        ),
+    ] = None,
+    json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Say everything as one JSON object a line.", rich_help_panel="Sources"
+        ),
+    ] = False,
+    **settings: Any,
+) -> None:
+    """Serve one or more models over HTTP.
+
+    Every flag is also a variable (--max-num-seqs is MLX_SERVING_MAX_NUM_SEQS) and a key of the
+    --config file (max_num_seqs); a flag wins over a variable, a variable over the file.
+    """
+    from mlx_serving.cli import serve as command
+
+    args = from_typer(settings, str(config) if config else None, json)
+    raise typer.Exit(command.run(args))
+
+
+app.command()(documented(serve))
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Start an engine with this model; with --url, its name there."),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--url", help="A running server; default: http://127.0.0.1:8000 if it answers."
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0.0, help="0 is greedy.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Same seed, same answers.")] = None,
+) -> None:
+    """Talk to a model: to a running server, or to an engine started here.
+
+    With text piped in, it answers that text once and ends.
+    """
+    from mlx_serving.cli import chat as command
+
+    params = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    given = {name: value for name, value in params.items() if value is not None}
+    raise typer.Exit(command.run(model, url=url, system=system, params=given))
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="Alias, hub id, or a .gguf file to convert.")],
+    json: Json = False,
+) -> None:
+    """Fetch a model, and convert it if it needs that, without serving it."""
+    from mlx_serving.cli import pull as command
+
+    raise typer.Exit(command.run(name, json=json))
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Say whether this machine can serve, and how fast its arithmetic is.
+
+    Exits with 0 if it can and 3 if it cannot.
+    """
+    from mlx_serving.cli import doctor as command
+
+    raise typer.Exit(command.run(json=json))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from mlx_serving import __version__
+
+    print(__version__)

@@ -1,0 +1,168 @@
+"""`mlx-serving chat`: a conversation with a running server, or with an engine started here.
+
+On a terminal it is a loop with history; with text piped in, that text is asked once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TextIO
+
+from mlx_serving.cli.exits import Exit
+from mlx_serving.cli.say import Say
+from mlx_serving.errors import ConfigError, MLXServingError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+HELP = """\
+/reset            forget the conversation
+/system TEXT      set the system message (and forget the conversation); no TEXT: none
+/set NAME VALUE   set temperature, top_p, max_tokens, seed, ...; no VALUE: back to the default
+/help             this text
+/exit             leave (also Ctrl-D); Ctrl-C stops an answer"""
+
+Message = dict[str, str]
+Emit = Callable[[str], None]
+
+
+class Talker(Protocol):
+    """Who answers. `answer` emits text as it comes, and raises MLXServingError."""
+
+    name: str
+
+    def answer(self, messages: list[Message], params: Mapping[str, Any], emit: Emit) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Chat:
+    """The conversation and its commands, apart from where lines come from and go to."""
+
+    def __init__(
+        self, talker: Talker, out: TextIO, system: str | None, params: Mapping[str, Any]
+    ) -> None:
+        self._talker = talker
+        self._out = out
+        self._params = dict(params)
+        self._system = system
+        self.messages: list[Message] = []
+        self._reset()
+
+    def line(self, text: str) -> bool:
+        """Obey a command or ask a question; False ends the conversation."""
+        command, _, rest = text.strip().partition(" ")
+        match command:
+            case "":
+                pass
+            case "/exit" | "/quit":
+                return False
+            case "/help":
+                self._print(HELP)
+            case "/reset":
+                self._reset()
+            case "/system":
+                self._system = rest.strip() or None
+                self._reset()
+            case "/set":
+                self._set(*rest.partition(" ")[::2])
+            case _ if command.startswith("/"):
+                self._print(f"unknown command {command}; /help lists them")
+            case _:
+                self.ask(text)
+        return True
+
+    def ask(self, text: str) -> bool:
+        """Stream the answer; Ctrl-C keeps what came so far. False if it failed."""
+        self.messages.append({"role": "user", "content": text})
+        parts: list[str] = []
+
+        def emit(piece: str) -> None:
+            parts.append(piece)
+            self._out.write(piece)
+            self._out.flush()
+
+        try:
+            self._talker.answer(self.messages, self._params, emit)
+        except KeyboardInterrupt:
+            emit(" [stopped]")
+            parts.pop()
+        except MLXServingError as error:
+            self.messages.pop()
+            self._print(f"error: {error.message}")
+            return False
+        self._print("")
+        self.messages.append({"role": "assistant", "content": "".join(parts)})
+        return True
+
+    def _reset(self) -> None:
+        self.messages = [{"role": "system", "content": self._system}] if self._system else []
+
+    def _set(self, name: str, value: str) -> None:
+        if not name:
+            self._print(
+                ", ".join(f"{k} = {v}" for k, v in self._params.items()) or "nothing is set"
+            )
+        elif not value:
+            self._params.pop(name, None)
+        else:
+            try:
+                self._params[name] = float(value) if "." in value else int(value)
+            except ValueError:
+                self._print(f"'{value}' is not a number")
+
+    def _print(self, text: str) -> None:
+        print(text, file=self._out, flush=True)
+
+
+def run(
+    model: str | None, *, url: str | None, system: str | None, params: Mapping[str, Any]
+) -> int:
+    say = Say()
+    try:
+        talker = _talker(model, url, say)
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+    except ConfigError as error:
+        say.config_error(error)
+        return Exit.USAGE
+    except MLXServingError as error:
+        say.error(error.code, error.message)
+        return Exit.FAILED if url else Exit.NO_MODEL
+    try:
+        chat = Chat(talker, sys.stdout, system, params)
+        if not sys.stdin.isatty():
+            text = sys.stdin.read().strip()
+            return Exit.OK if not text or chat.ask(text) else Exit.FAILED
+        say.event("chat", f"talking to {talker.name}; /help lists commands, /exit leaves")
+        _loop(chat)
+        return Exit.OK
+    finally:
+        talker.close()
+
+
+def _loop(chat: Chat) -> None:
+    import contextlib
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # gives input() editing and history
+    while True:
+        try:
+            if not chat.line(input("> ")):
+                return
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(/exit leaves)")
+
+
+def _talker(model: str | None, url: str | None, say: Say) -> Talker:
+    from mlx_serving.cli.talkers import EngineTalker, ServerTalker, answers
+
+    if url is not None:
+        return ServerTalker(url, model)
+    if model is None and answers(DEFAULT_URL):
+        return ServerTalker(DEFAULT_URL, None)
+    say.event("starting", f"starting an engine with {model or 'the default model'} ...")
+    return EngineTalker(model, say)

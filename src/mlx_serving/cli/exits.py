@@ -1,0 +1,20 @@
+"""Exit codes; scripts may rely on them."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    OK = 0
+    FAILED = 1
+    """Something went wrong on the way; stderr says what."""
+    USAGE = 2
+    """A flag, a variable or a line of the config file is wrong."""
+    CANNOT_WORK = 3
+    """This host cannot run MLX; see `mlx-serving doctor`."""
+    CANNOT_BIND = 4
+    """The address is in use, not ours, or not allowed."""
+    NO_MODEL = 5
+    """The model cannot be found, fetched or loaded."""
+    INTERRUPTED = 130

@@ -1,0 +1,76 @@
+"""`mlx-serving serve`: check the host, read the settings, then run the API over an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+
+from mlx_serving import config as settings
+from mlx_serving import host
+from mlx_serving.cli.exits import Exit
+from mlx_serving.cli.flags import ServeArgs
+from mlx_serving.cli.say import Say
+from mlx_serving.config import Config
+from mlx_serving.errors import ConfigError, ModelNotFound
+
+
+def run(args: ServeArgs, say: Say | None = None, machine: host.Host | None = None) -> int:
+    """Serve until told to stop. Returns the exit code."""
+    say = say or Say(args.json)
+    findings = host.judge_host(machine or host.look())
+    if not host.able(findings):
+        say.unable(findings)
+        return Exit.CANNOT_WORK
+    try:
+        config = settings.load(args.settings, file=args.config_file)
+    except ConfigError as error:
+        say.config_error(error)
+        return Exit.USAGE
+    import uvloop
+
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(config, say))
+    except ConfigError as error:
+        say.config_error(error)
+        return Exit.CANNOT_BIND if error.param in ("host", "port", "uds") else Exit.USAGE
+
+
+async def _serve(config: Config, say: Say) -> int:
+    """The address is taken before anything is loaded, so that a port in use costs no minutes."""
+    from mlx_serving.api.app import create_app
+    from mlx_serving.api.server import serve
+    from mlx_serving.engine import Engine
+    from mlx_serving.telemetry import events
+
+    engine = Engine(config=config, progress=say.progress())
+    give_up = asyncio.Event()
+
+    def on_failed(event: events.ModelFailed) -> None:
+        say.error(event.code, f"{event.model_id}: {event.message}")
+        # A name that leads nowhere stays wrong; any other failure is retried, and /health tells.
+        if event.code == ModelNotFound.code:
+            give_up.set()
+
+    engine.on(events.ModelLoaded, lambda event: say.loaded(event.info))
+    engine.on(events.ModelFailed, on_failed)
+    engine.on(events.WorkerDied, lambda event: say.error("worker_died", event.cause))
+    starting: list[asyncio.Task[None]] = []
+
+    def on_started(address: str) -> None:
+        say.listening(address, engine.gateway.default_model())
+        starting.append(asyncio.create_task(engine.start(wait_ready=False)))
+
+    app = create_app(engine.gateway, config)
+    try:
+        code = await serve(app, engine.gateway, config, on_started=on_started, should_stop=give_up)
+    finally:
+        await asyncio.gather(*starting)
+        await engine.stop()
+    return Exit.NO_MODEL if give_up.is_set() else code

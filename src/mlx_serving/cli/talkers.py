@@ -1,0 +1,133 @@
+"""The two that a chat may talk to: a server over HTTP, and an engine in this process's care."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import httpx
+
+from mlx_serving import config as settings
+from mlx_serving.cli.chat import Emit, Message
+from mlx_serving.cli.say import Say
+from mlx_serving.errors import MLXServingError, ServerError, from_code
+
+CONNECT_TIMEOUT_S = 5.0
+
+
+def answers(url: str) -> bool:
+    """Whether a server of ours is there."""
+    try:
+        return "status" in httpx.get(f"{url}/health", timeout=0.5).json()
+    except (httpx.HTTPError, ValueError, TypeError):
+        return False
+
+
+class ServerTalker:
+    """Streams /v1/chat/completions. Raises ServerError where the server does not answer.
+
+    Args:
+        model: its name on the server; None takes the server's first.
+        transport: another way to the server, for tests.
+    """
+
+    def __init__(
+        self, url: str, model: str | None, transport: httpx.BaseTransport | None = None
+    ) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1")
+        # A queued request may wait for long, and a slow machine prefills for long.
+        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+        self._http = httpx.Client(base_url=self._url, timeout=timeout, transport=transport)
+        self._model = model or self._first_model()
+        self.name = f"{self._model} at {self._url}"
+
+    def answer(self, messages: list[Message], params: Mapping[str, Any], emit: Emit) -> None:
+        body = {"model": self._model, "messages": messages, "stream": True, **params}
+        try:
+            with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+                if response.status_code != 200:
+                    response.read()
+                    raise _error(response.json())
+                for chunk in _events(response.iter_lines()):
+                    for choice in chunk.get("choices", ()):
+                        if text := choice["delta"].get("content"):
+                            emit(text)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        except ValueError as error:
+            raise ServerError(f"{self._url} did not answer in JSON: {error}") from error
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _first_model(self) -> str:
+        try:
+            data = self._http.get("/v1/models").raise_for_status().json()
+            return str(data["data"][0]["id"])
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise ServerError(f"{self._url}/v1/models does not list a model") from error
+
+    def _unreachable(self, error: httpx.HTTPError) -> ServerError:
+        return ServerError(f"{self._url}: {error}")
+
+
+def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The JSON objects of an event stream. Raises the error that one of them may carry."""
+    for line in lines:
+        data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+        if data == "[DONE]":
+            return
+        if data:
+            event = json.loads(data)
+            if "error" in event:
+                raise _error(event)
+            yield event
+
+
+def _error(body: Mapping[str, Any]) -> MLXServingError:
+    error = body.get("error")
+    if not isinstance(error, dict):
+        return ServerError(f"the server answered {body}")
+    return from_code(str(error.get("code")), str(error.get("message")), param=error.get("param"))
+
+
+class EngineTalker:
+    """An engine on an event loop that runs only while it is talked to.
+
+    Raises what loading the model raises.
+    """
+
+    def __init__(self, model: str | None, say: Say) -> None:
+        from mlx_serving.engine import Engine
+
+        self._runner = asyncio.Runner()
+        try:
+            self._engine = Engine(model, config=settings.load(), progress=say.progress())
+            self._runner.run(self._start())
+        except BaseException:
+            self._runner.close()
+            raise
+        self.name = self._engine.gateway.default_model()
+
+    def answer(self, messages: list[Message], params: Mapping[str, Any], emit: Emit) -> None:
+        async def stream() -> None:
+            async for chunk in self._engine.generate(messages, **params):
+                emit(chunk.text)
+
+        # Ctrl-C cancels the task that runs, and with it the request; the loop goes on.
+        self._runner.run(stream())
+
+    def close(self) -> None:
+        self._runner.run(self._engine.stop())
+        self._runner.close()
+
+    async def _start(self) -> None:
+        try:
+            await self._engine.start()
+        except BaseException:
+            await self._engine.stop()
+            raise

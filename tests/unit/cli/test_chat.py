@@ -1,0 +1,194 @@
+"""The conversation, its commands, and the server at its other end."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import httpx
+import pytest
+
+from mlx_serving.cli.chat import Chat, Emit, Message
+from mlx_serving.cli.talkers import ServerTalker
+from mlx_serving.errors import (
+    InvalidRequest,
+    MLXServingError,
+    ModelNotFound,
+    Overloaded,
+    ServerError,
+)
+
+
+class Echo:
+    """Answers with how many messages it was given; breaks where it is told to."""
+
+    name = "echo"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[Message], dict[str, Any]]] = []
+        self.breaks: BaseException | None = None
+
+    def answer(self, messages: list[Message], params: Mapping[str, Any], emit: Emit) -> None:
+        self.asked.append(([dict(m) for m in messages], dict(params)))
+        emit(str(len(messages)))
+        if self.breaks is not None:
+            raise self.breaks
+        emit("!")
+
+    def close(self) -> None: ...
+
+
+def chatting(**kwargs: Any) -> tuple[Chat, Echo, io.StringIO]:
+    out, echo = io.StringIO(), Echo()
+    return Chat(echo, out, **{"system": None, "params": {}, **kwargs}), echo, out
+
+
+def test_history_grows_and_is_forgotten() -> None:
+    chat, echo, out = chatting(system="be brief")
+    assert chat.line("one")
+    assert chat.line("two")
+    assert echo.asked[1][0] == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "2!"},
+        {"role": "user", "content": "two"},
+    ]
+    assert out.getvalue() == "2!\n4!\n"
+    assert chat.line("/reset")
+    assert chat.messages == [{"role": "system", "content": "be brief"}]
+    assert chat.line("/system be long")
+    assert chat.messages == [{"role": "system", "content": "be long"}]
+    assert chat.line("/system")
+    assert chat.messages == []
+
+
+def test_leaving() -> None:
+    chat, _, _ = chatting()
+    assert not chat.line("/exit")
+    assert not chat.line(" /quit ")
+    assert chat.line("")
+
+
+def test_parameters() -> None:
+    chat, echo, out = chatting(params={"seed": 1})
+    for line in ("/set temperature 0.5", "/set max_tokens 3", "/set seed", "/set top_p x", "/set"):
+        assert chat.line(line)
+    chat.line("hello")
+    assert echo.asked[0][1] == {"temperature": 0.5, "max_tokens": 3}
+    assert "'x' is not a number" in out.getvalue()
+    assert "temperature = 0.5, max_tokens = 3" in out.getvalue()
+
+
+def test_an_unknown_command_is_no_question() -> None:
+    chat, echo, out = chatting()
+    chat.line("/help")
+    chat.line("/frobnicate")
+    assert echo.asked == []
+    assert "/system TEXT" in out.getvalue()
+    assert "unknown command /frobnicate" in out.getvalue()
+
+
+def test_an_interrupt_stops_the_answer_and_keeps_what_came() -> None:
+    chat, echo, out = chatting()
+    echo.breaks = KeyboardInterrupt()
+    assert chat.line("hello")
+    assert chat.messages[-1] == {"role": "assistant", "content": "1"}
+    assert "[stopped]" in out.getvalue()
+
+
+def test_an_error_takes_the_question_back() -> None:
+    chat, echo, out = chatting()
+    echo.breaks = Overloaded("try later")
+    assert not chat.ask("hello")
+    assert chat.messages == []
+    assert "error: try later" in out.getvalue()
+
+
+Handler = Callable[[httpx.Request], httpx.Response]
+
+
+def served(chat_completions: Handler) -> tuple[ServerTalker, list[dict[str, Any]]]:
+    bodies: list[dict[str, Any]] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "m"}, {"id": "n"}]})
+        bodies.append(json.loads(request.content))
+        return chat_completions(request)
+
+    return ServerTalker("http://x/v1/", None, httpx.MockTransport(handle)), bodies
+
+
+def sse(*events: object) -> httpx.Response:
+    lines = "".join(f"data: {e if isinstance(e, str) else json.dumps(e)}\n\n" for e in events)
+    return httpx.Response(200, text=": ping\n\n" + lines)
+
+
+def delta(**fields: Any) -> dict[str, Any]:
+    return {"choices": [{"delta": fields}]}
+
+
+def answer(talker: ServerTalker) -> str:
+    parts: list[str] = []
+    talker.answer([{"role": "user", "content": "hi"}], {"seed": 1}, parts.append)
+    return "".join(parts)
+
+
+def test_a_server_streams() -> None:
+    events = [delta(role="assistant"), delta(content="Pa"), delta(content="ris"), {"choices": []}]
+    talker, bodies = served(lambda _: sse(*events, "[DONE]", "never read"))
+    assert talker.name == "m at http://x"
+    assert answer(talker) == "Paris"
+    assert bodies == [
+        {
+            "model": "m",
+            "messages": [{"role": "user", "content": "hi"}],
+            "stream": True,
+            "seed": 1,
+        }
+    ]
+    talker.close()
+
+
+def refuse(request: httpx.Request) -> httpx.Response:
+    error = {"message": "no", "code": "invalid_value", "param": "seed", "type": "x"}
+    return httpx.Response(400, json={"error": error})
+
+
+def drop(request: httpx.Request) -> httpx.Response:
+    raise httpx.ConnectError("refused", request=request)
+
+
+@pytest.mark.parametrize(
+    ("handler", "error", "message"),
+    [
+        (refuse, InvalidRequest, "no"),
+        (drop, ServerError, "http://x: refused"),
+        (lambda _: httpx.Response(502, text="<html>"), ServerError, "did not answer in JSON"),
+        (lambda _: httpx.Response(500, json={"detail": "x"}), ServerError, "the server answered"),
+        (
+            lambda _: sse({"error": {"message": "gone", "code": "model_not_found"}}),
+            ModelNotFound,
+            "gone",
+        ),
+    ],
+)
+def test_a_server_refuses(handler: Handler, error: type[MLXServingError], message: str) -> None:
+    talker, _ = served(handler)
+    with pytest.raises(error, match=message):
+        answer(talker)
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        lambda _: httpx.Response(200, json={"data": []}),
+        lambda _: httpx.Response(404, json={}),
+        drop,
+    ],
+)
+def test_a_server_without_models(models: Handler) -> None:
+    with pytest.raises(ServerError):
+        ServerTalker("http://x", None, httpx.MockTransport(models))
