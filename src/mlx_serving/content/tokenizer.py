@@ -2,8 +2,9 @@
 
 Reads what transformers' fast tokenizers read, to the same effect: `tokenizer.json`, and from
 `tokenizer_config.json` (and `special_tokens_map.json`, for folders written before the former
-listed added tokens) the named special tokens, tokens to add, and `add_bos_token`/
-`add_eos_token`, which replace the file's post-processor where they are given.
+listed added tokens) the named special tokens and tokens to add. What is put around a text is
+tokenizer.json's post-processor's business; only where it has none do `add_bos_token` and
+`add_eos_token` of the configuration decide (transformers 5 ignores them even then, 4 did not).
 """
 
 from __future__ import annotations
@@ -152,8 +153,7 @@ def _configure(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> dict
     backend.no_padding()
     special = _special_tokens(config)
     _add_tokens(backend, config, special)
-    # As transformers: an explicit key replaces the post-processor that tokenizer.json brought.
-    if "add_bos_token" in config or "add_eos_token" in config:
+    if backend.post_processor is None:
         _set_post_processor(
             backend,
             bos=special.get("bos_token") if config.get("add_bos_token") else None,
