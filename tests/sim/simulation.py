@@ -91,17 +91,17 @@ def scenario(seed: int) -> Scenario:
     bucket = rng.choice([4, 8, 16])
     rows = rng.choice([1, 2, 3, 4, 8, 16])
     roomy = rows * bucketed(context, bucket)
-    tight = rng.randint(max(bucket, context // 3), 3 * context)
+    tight = rng.randint(max(2 * bucket, context // 3), 3 * context)
     limits = Limits(
         max_num_seqs=rows,
         prefill_step_size=rng.choice([1, 3, 8, 16, 64]),
         context_length=context,
-        kv_capacity_tokens=rng.choice([roomy, tight]),
+        kv_capacity_tokens=rng.choice([roomy, tight, tight]),
         kv_bucket_tokens=bucket,
         eos_token_ids=rng.choice([(), (0,), (0, 1)]),
     )
-    horizon_s = rng.choice([1.0, 30.0, 200.0])
-    count = rng.randint(1, 24)
+    horizon_s = rng.choice([1.0, 30.0, 100.0])
+    count = rng.choice([rng.randint(1, 4), rng.randint(10, 30)])
     return Scenario(
         limits,
         depth=rng.randint(1, 3),
@@ -113,9 +113,9 @@ def scenario(seed: int) -> Scenario:
 
 def _request(rng: random.Random, seq_id: int, context: int, horizon_s: float) -> Request:
     arrives_s = rng.uniform(0, horizon_s)
-    length = rng.choice([1, rng.randint(1, 8), rng.randint(1, context - 2), context + 1])
+    length = rng.choice([1, rng.randint(1, 8), rng.randint(1, context // 2), context + 1])
     if length > context and rng.random() < 0.8:
-        length = context // 2
+        length = rng.randint(1, context - 1)
     pauses_s = []
     at = arrives_s
     for _ in range(rng.choice([0, 0, 0, 1, 3])):
@@ -127,10 +127,10 @@ def _request(rng: random.Random, seq_id: int, context: int, horizon_s: float) ->
         sampling=SamplingParams(
             seed=rng.randrange(2**32),
             choice=rng.randrange(2),
-            max_tokens=rng.choice([1, 2, rng.randint(1, 40), 10_000]),
+            max_tokens=rng.choice([1, rng.randint(1, 40), 10_000, 10_000]),
             min_tokens=rng.choice([0, 0, 5]),
-            ignore_eos=rng.random() < 0.3,
-            stop_token_ids=tuple(rng.sample(range(VOCAB), rng.choice([0, 0, 2]))),
+            ignore_eos=rng.random() < 0.6,
+            stop_token_ids=tuple(rng.sample(range(VOCAB), rng.choice([0, 0, 0, 2]))),
             logprobs=rng.choice([None, 0]),
         ),
         priority=rng.choice(list(Priority)),

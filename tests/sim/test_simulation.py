@@ -8,7 +8,9 @@ from sim.simulation import Report, Simulation
 
 FAST = range(60)
 SLOW = range(1_000, 2_000)
-KEPT: tuple[int, ...] = ()
+KEPT = (
+    518,  # a row evicted after another had been given away left a start that moved
+)
 
 
 def run(seed: int) -> Report:
@@ -22,7 +24,7 @@ def test_a_few_seeds_and_everything_is_injected() -> None:
     reports = [run(seed) for seed in FAST]
     for what in ("preemptions", "evictions", "discarded", "deaths", "cancelled", "rejected"):
         assert sum(getattr(report, what) for report in reports) > 0, f"no seed shows {what}"
-    assert {report.deepest for report in reports} == {1, 2, 3}
+    assert {report.deepest for report in reports} >= {1, 2, 3}
 
 
 @pytest.mark.parametrize("seed", KEPT)

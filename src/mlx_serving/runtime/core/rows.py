@@ -6,7 +6,7 @@ The runner keeps one slab of `rows × row capacity` KV positions. Rows in use ar
 
 from __future__ import annotations
 
-import heapq
+from collections import deque
 from collections.abc import Iterator
 
 from mlx_serving.runtime.core.sequence import Sequence
@@ -25,68 +25,79 @@ def rectangle(rows: int, longest: int, bucket: int) -> int:
 class Rows:
     """Which sequence has which row.
 
-    Between plans a row may be a hole: its sequence has left, the runner has not been told. A
-    start takes the lowest hole; `settle` fills the others from the end and says what to tell.
+    Between plans a row may be a hole: its sequence has left, the runner has not been told.
+    `settle` gives holes to the sequences that join, fills the rest from the end, and says what
+    the runner has to do.
     """
 
-    __slots__ = ("_freed", "_holes", "slots")
+    __slots__ = ("_freed", "_joining", "slots")
 
     def __init__(self) -> None:
         self.slots: list[Sequence | None] = []
-        self._holes: list[int] = []
         self._freed: list[int] = []
+        self._joining: list[Sequence] = []
 
     def __len__(self) -> int:
-        """Rows in use."""
-        return len(self.slots) - len(self._holes)
+        """Rows in use, those of joining sequences included."""
+        return len(self.slots) - len(self._freed) + len(self._joining)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return (seq for seq in self.slots if seq is not None)
+        for seq in self.slots:
+            if seq is not None:
+                yield seq
+        yield from self._joining
 
     @property
     def unsettled(self) -> bool:
-        return bool(self._freed)
+        return bool(self._freed or self._joining)
+
+    def join(self, seq: Sequence) -> None:
+        """Take a row at the next `settle`."""
+        assert seq.row is None
+        self._joining.append(seq)
 
     def release(self, seq: Sequence) -> None:
         row = seq.row
         assert row is not None and self.slots[row] is seq
         self.slots[row] = seq.row = None
-        heapq.heappush(self._holes, row)
         self._freed.append(row)
 
-    def take(self, seq: Sequence) -> None:
-        assert seq.row is None
-        if self._holes:
-            seq.row = heapq.heappop(self._holes)
-            self.slots[seq.row] = seq
-        else:
-            seq.row = len(self.slots)
-            self.slots.append(seq)
-
     def settle(self) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
-        """Make the rows dense again. Returns the rows freed since the last time, and the moves
-        (from, to), which touch distinct rows. Starts took the lowest holes, so none of them moves."""
-        if not self._freed:
+        """Make the rows dense again. Returns the rows freed since the last time and the moves
+        (from, to), which touch distinct rows. Joining sequences take the lowest holes, so that
+        in a full house nothing moves."""
+        if not self.unsettled:
             return (), ()
-        frees = tuple(self._freed)
+        frees = tuple(sorted(self._freed))
+        holes = deque(frees)
+        for seq in self._joining:
+            if holes:
+                self._place(seq, holes.popleft())
+            else:
+                self.slots.append(None)
+                self._place(seq, len(self.slots) - 1)
         self._freed.clear()
-        moves: list[tuple[int, int]] = []
-        while self._holes:
-            seq = self.slots.pop()
-            if seq is None:
-                self._holes.remove(len(self.slots))
+        self._joining.clear()
+        return frees, tuple(self._close(holes))
+
+    def _close(self, holes: deque[int]) -> Iterator[tuple[int, int]]:
+        while holes:
+            last = self.slots.pop()
+            if last is None:
+                holes.pop()
                 continue
-            to = heapq.heappop(self._holes)
-            assert seq.row == len(self.slots)
-            moves.append((seq.row, to))
-            self.slots[to] = seq
-            seq.row = to
-        return frees, tuple(moves)
+            assert last.row == len(self.slots)
+            yield last.row, holes[0]
+            self._place(last, holes.popleft())
+
+    def _place(self, seq: Sequence, row: int) -> None:
+        self.slots[row] = seq
+        seq.row = row
 
     def clear(self) -> None:
         """The runner has forgotten every row."""
         for seq in self:
             seq.row = None
         self.slots.clear()
-        self._holes.clear()
         self._freed.clear()
+        self._joining.clear()

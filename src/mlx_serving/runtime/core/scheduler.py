@@ -134,12 +134,12 @@ class Scheduler:
         """The next step, or None if there is nothing to do before the next `apply` or client's wish."""
         preempted = self._shed()
         prefill, starts = self._choose_prefill(now_s, admit=not preempted)
+        frees, moves = self.rows.settle()
         decode = [
             seq
             for seq in self.rows
             if seq.wanted - seq.computed == 1 and seq.wanted < seq.limit and not seq.paused
         ]
-        frees, moves = self.rows.settle()
         if not (prefill or decode or frees):
             return None
         plan = StepPlan(
@@ -148,7 +148,7 @@ class Scheduler:
             moves=moves,
             starts=tuple([_start(seq) for seq in starts]),
             prefill=tuple([_prefill(seq, length) for seq, length in prefill]),
-            decode=tuple([_decode(seq) for seq in (sorted(decode, key=_row) if moves else decode)]),
+            decode=tuple([_decode(seq) for seq in decode]),
         )
         samples = len(plan.decode) + sum(chunk.samples for chunk in plan.prefill)
         self.launched.append((self._steps, samples))
@@ -236,7 +236,7 @@ class Scheduler:
         ):
             self._preempt(policy.victim(self.rows))
         self.queue.pop()
-        self.rows.take(seq)
+        self.rows.join(seq)
         seq.status = Status.RUNNING
         if seq.admitted_s is None:
             seq.admitted_s = now_s
