@@ -1,0 +1,73 @@
+"""Pure decisions: prefill cuts, KV rectangles, who gives way."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_serving.runtime.core import policy
+from mlx_serving.runtime.core.plan import Limits
+from mlx_serving.runtime.core.rows import bucketed, rectangle
+from mlx_serving.runtime.core.sequence import Sequence
+from mlx_serving.types import Priority, SamplingParams
+
+
+def limits(**changes: int) -> Limits:
+    base = {
+        "max_num_seqs": 4,
+        "prefill_step_size": 8,
+        "context_length": 64,
+        "kv_capacity_tokens": 256,
+        "kv_bucket_tokens": 8,
+    }
+    return Limits(**(base | changes))
+
+
+def sequence(length: int, priority: Priority = Priority.NORMAL, arrival: int = 0) -> Sequence:
+    seq = Sequence(
+        seq_id=arrival,
+        tokens=[1] * length,
+        prompt_len=length,
+        sampling=SamplingParams(max_tokens=1000),
+        priority=priority,
+    )
+    seq.bind(arrival, 64, ())
+    return seq
+
+
+@given(st.integers(1, 300), st.integers(1, 70))
+def test_chunks_are_cut_at_multiples_from_zero_and_cover_the_prompt(length: int, step: int) -> None:
+    ends, computed = [], 0
+    while computed < length:
+        computed += policy.chunk_length(computed, length, step)
+        ends.append(computed)
+    assert ends == [*range(step, length, step), length]
+
+
+@given(st.integers(0, 10_000), st.integers(1, 512))
+def test_a_bucket_is_the_smallest_multiple_that_holds(tokens: int, bucket: int) -> None:
+    capacity = bucketed(tokens, bucket)
+    assert capacity % bucket == 0 and capacity - bucket < tokens <= capacity
+
+
+@given(st.lists(st.integers(1, 63), max_size=8), st.integers(0, 80))
+def test_fits_is_the_rectangle_of_the_longest(lengths: list[int], ahead: int) -> None:
+    sequences = [sequence(n, arrival=i) for i, n in enumerate(lengths)]
+    longest = max((min(n + ahead, 63) for n in lengths), default=0)
+    expected = rectangle(len(lengths), longest, 8) <= 256
+    assert policy.fits(sequences, limits(), ahead=ahead) == expected
+
+
+def test_memory_may_hold_less_than_the_context() -> None:
+    assert policy.usable_context(limits()) == 64
+    assert policy.usable_context(limits(kv_capacity_tokens=39)) == 32
+
+
+def test_paused_gives_way_first_then_the_lowest_class_then_the_youngest() -> None:
+    urgent = sequence(1, Priority.CRITICAL, arrival=9)
+    older, younger = sequence(1, arrival=1), sequence(1, arrival=2)
+    low = sequence(1, Priority.LOW, arrival=0)
+    assert policy.victim([urgent, older, younger, low]) is low
+    assert policy.victim([urgent, younger, older]) is younger
+    urgent.paused = True
+    assert policy.victim([urgent, older, younger, low]) is urgent
