@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ ADDED = {
     "single_word": False,
     "special": True,
 }
+TEXT = "The quick brown fox jumps over the lazy dog. "
 CONFIGS: dict[str, dict[str, Any]] = {
     "bare": {},
     "named": {
@@ -121,6 +124,27 @@ def test_control_tokens_can_be_read_as_plain_text(
     ids = tokenizer.encode(text, add_special_tokens=False, parse_special_tokens=False)
     assert not tokenizer.special_ids & set(ids)
     assert tokenizer.decode(ids) == text
+
+
+def test_encoding_lets_other_threads_run(tokenizers: dict[str, Tokenizer]) -> None:
+    done, ticks = threading.Event(), 0
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.wait(0.0005):
+            ticks += 1
+
+    interval, ticker = sys.getswitchinterval(), threading.Thread(target=tick)
+    sys.setswitchinterval(60)  # threads run when another lets go, and only then
+    try:
+        ticker.start()
+        before = ticks
+        tokenizers["byte_level"].encode(TEXT * 2_000, add_special_tokens=False)
+        assert ticks > before
+    finally:
+        done.set()
+        sys.setswitchinterval(interval)
+        ticker.join()
 
 
 def test_ids_and_texts_that_do_not_exist(tokenizers: dict[str, Tokenizer]) -> None:
