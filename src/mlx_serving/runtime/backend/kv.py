@@ -1,0 +1,555 @@
+"""KV and recurrent state of every sequence in flight: row slabs under mlx-lm's cache interface.
+
+A slab is `[slots, kv_heads, capacity, head_dim]`; a sequence owns one row of every layer's slab.
+`Rows` holds what all layers share: lengths, the slabs' size, and the view that the next forward
+pass takes of them. A view is one row (`RowView`: integer offset, masks as for a single stream) or
+the dense prefix of rows (`BatchView`: a device array of offsets, a mask a row). The layers stand in
+for the cache objects that `make_prompt_cache(model)` describes, so model files run unmodified.
+
+Sliding-window layers keep the whole history under a window mask, so that every layer rolls back by
+assigning a length. No reference to a slab may outlive the call that took it: a second one makes the
+next write copy the whole slab.
+
+Where attention reads KV: `KVLayer.update_and_fetch`. A kernel that reads slabs in place takes
+`KVLayer.keys`, `KVLayer.values` and `KVLayer.rows.view` (rows, device offsets) instead.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
+
+FETCH_TOKENS = 32
+"""A batch reads its slabs up to the longest active row, rounded up to this."""
+
+Mask = mx.array | str | None
+
+
+class UnsupportedCache(TypeError):
+    """A layer's cache is of a kind that has no row-slot form."""
+
+
+def round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+class RowView:
+    """`count` new positions of one row, from `start` on."""
+
+    def __init__(self, row: int, start: int, count: int) -> None:
+        self.rows = (row, row + 1)
+        self.offset = start
+        self.count = count
+        self.fresh = start == 0
+        """The row's recurrent state, if any is left in the slot, is another sequence's."""
+
+    def write(self, slab: mx.array, new: mx.array) -> None:
+        first, last = self.rows
+        slab[first:last, :, self.offset : self.offset + self.count] = new
+
+    def read(self, slab: mx.array, window: int | None) -> mx.array:
+        first, last = self.rows
+        begin = self.offset - self._kept(window)
+        return slab[first:last, :, begin : self.offset + self.count]
+
+    def mask(self, window: int | None, limit: int | None, return_array: bool) -> Mask:
+        """As mlx-lm masks one stream whose layer fetches `window` and sees `limit` tokens."""
+        kept = self._kept(window)
+        if limit is not None and kept + self.count > limit:
+            return create_causal_mask(self.count, kept, window_size=limit)
+        if self.count == 1:
+            return None
+        return create_causal_mask(self.count, kept) if return_array else "causal"
+
+    def get_state(self, slab: mx.array | None) -> mx.array | None:
+        if slab is None:
+            return None
+        first, last = self.rows
+        return slab if slab.shape[0] == 1 else slab[first:last]
+
+    def put_state(self, slab: mx.array | None, new: mx.array, slots: int) -> mx.array:
+        if slots == 1:
+            return new
+        if slab is None:
+            slab = mx.zeros((slots, *new.shape[1:]), new.dtype)
+        first, last = self.rows
+        slab[first:last] = new
+        return slab
+
+    def _kept(self, window: int | None) -> int:
+        return self.offset if window is None else min(self.offset, window - 1)
+
+
+class BatchView:
+    """`count` new positions of each of the rows 0 … len(positions) - 1.
+
+    Rows whose `active` is False compute garbage: it lands beyond their length, where their own
+    next token overwrites it, and their recurrent state stays.
+    """
+
+    def __init__(
+        self,
+        positions: Sequence[int],
+        active: Sequence[bool],
+        capacity: int,
+        *,
+        count: int = 1,
+        mask_rank: int = 4,
+    ) -> None:
+        self.rows = (0, len(positions))
+        self.count = count
+        self.offset = mx.array(list(positions), dtype=mx.int32)
+        longest = max((p for p, a in zip(positions, active, strict=True) if a), default=0)
+        self.fetch = min(capacity, round_up(longest + count, FETCH_TOKENS))
+        self.fresh = False
+        self._index = self.offset[:, None] + mx.arange(count, dtype=mx.int32)[None]
+        self._row_index = mx.arange(len(positions), dtype=mx.int32)[:, None]
+        self._active = None if all(active) else mx.array(list(active))
+        self._mask_rank = mask_rank
+        self._masks: dict[int | None, mx.array] = {}
+
+    def write(self, slab: mx.array, new: mx.array) -> None:
+        slab[self._row_index, :, self._index] = new.transpose(0, 2, 1, 3)
+
+    def read(self, slab: mx.array, _window: int | None) -> mx.array:
+        return slab[: self.rows[1], :, : self.fetch]
+
+    def mask(self, _window: int | None, limit: int | None, _return_array: bool) -> Mask:
+        if limit not in self._masks:
+            keys = mx.arange(self.fetch, dtype=mx.int32)
+            queries = self._index[:, :, None]
+            mask = keys <= queries
+            if limit is not None:
+                mask = mask & (keys > queries - limit)
+            heads = (1,) * (self._mask_rank - 3)
+            self._masks[limit] = mask.reshape(mask.shape[0], *heads, *mask.shape[1:])
+        return self._masks[limit]
+
+    def get_state(self, slab: mx.array | None) -> mx.array | None:
+        if slab is None or slab.shape[0] == self.rows[1]:
+            return slab
+        return slab[: self.rows[1]]
+
+    def put_state(self, slab: mx.array | None, new: mx.array, slots: int) -> mx.array:
+        if self._active is not None and slab is not None:
+            active = self._active.reshape(-1, *(1,) * (new.ndim - 1))
+            new = mx.where(active, new, slab[: self.rows[1]])
+        if self.rows[1] == slots:
+            return new
+        if slab is None:
+            slab = mx.zeros((slots, *new.shape[1:]), new.dtype)
+        slab[: self.rows[1]] = new
+        return slab
+
+
+View = RowView | BatchView
+
+
+class Rows:
+    """What all layers share: each row's length, the slabs' size, the view of the next forward."""
+
+    def __init__(self, max_rows: int, bucket: int, min_slots: int = 1) -> None:
+        self.max_rows = max_rows
+        self.bucket = bucket
+        self.min_slots = min_slots
+        self.lengths = [0] * max_rows
+        self.used: set[int] = set()
+        self.slots = min_slots
+        self.capacity = bucket
+        self.view: View = RowView(0, 0, 1)
+
+    def fit(self, row: int, length: int) -> None:
+        """Make the slabs large enough for `length` tokens in `row`; layers follow at next use."""
+        while self.slots <= row:
+            self.slots = min(self.max_rows, self.slots * 2)
+        self.capacity = max(self.capacity, round_up(length, self.bucket))
+
+    def shrink(self) -> None:
+        self.slots, self.capacity = self.min_slots, self.bucket
+
+
+class KVLayer:
+    """One attention layer's keys and values (full, sliding window, or MLA's latent and rope parts).
+
+    Implements what model files use of mlx-lm's KVCache and RotatingKVCache.
+    """
+
+    def __init__(self, rows: Rows, window: int | None = None) -> None:
+        self.rows = rows
+        self.window = window
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    @property
+    def offset(self) -> int | mx.array:
+        return self.rows.view.offset
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Write the new positions' `[rows, heads, count, dim]`; return all that the view sees."""
+        self.keys = self._fitted(self.keys, keys)
+        self.values = self._fitted(self.values, values)
+        view = self.rows.view
+        view.write(self.keys, keys)
+        view.write(self.values, values)
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        view = self.rows.view
+        assert self.keys is not None and self.values is not None
+        return view.read(self.keys, self.window), view.read(self.values, self.window)
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
+        assert self.rows.view.count == N
+        return self.rows.view.mask(self.window, window_size or self.window, return_array)
+
+    def size(self) -> int:
+        return max(self.rows.lengths)
+
+    def empty(self) -> bool:
+        return self.keys is None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [a for a in (self.keys, self.values) if a is not None]
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one row over another."""
+        if self.keys is None or self.values is None:
+            return
+        length = self.rows.lengths[source]
+        for slab in (self.keys, self.values):
+            if slab.shape[0] > max(source, target) and length:
+                # Adding zero makes a buffer of its own; a view would forbid the write in place.
+                slab[target : target + 1, :, :length] = slab[source : source + 1, :, :length] + 0
+
+    def drop(self) -> None:
+        self.keys = self.values = None
+
+    def snapshot(self, _row: int) -> list[mx.array | None]:
+        return []
+
+    def restore(self, _row: int, state: list[mx.array | None]) -> None:
+        assert not state
+
+    def _fitted(self, slab: mx.array | None, new: mx.array) -> mx.array:
+        slots, capacity = self.rows.slots, self.rows.capacity
+        if slab is None:
+            return mx.zeros((slots, new.shape[1], capacity, new.shape[3]), new.dtype)
+        if slab.shape[0] >= slots and slab.shape[2] >= capacity:
+            return slab
+        grown = mx.zeros((slots, slab.shape[1], capacity, slab.shape[3]), slab.dtype)
+        grown[: slab.shape[0], :, : slab.shape[2]] = slab
+        return grown
+
+
+class StateLayer(ArraysCache):
+    """One recurrent layer's state, `[slots, …]` an array; idle rows keep theirs."""
+
+    def __init__(self, rows: Rows, size: int) -> None:
+        super().__init__(size)
+        self.cache: list[mx.array | None] = [None] * size  # type: ignore[assignment]
+        self.rows = rows
+        self._written: list[View | None] = [None] * size
+
+    def __getitem__(self, index: int) -> mx.array | None:
+        view = self.rows.view
+        if view.fresh and self._written[index] is not view:
+            return None
+        return view.get_state(self._fitted(index))
+
+    def __setitem__(self, index: int, new: mx.array) -> None:
+        view = self.rows.view
+        slab = self._fitted(index)
+        self.cache[index] = view.put_state(slab, new, self.rows.slots)
+        self._written[index] = view
+
+    def make_mask(self, N: int) -> None:
+        """No padding ever: prefill is unpadded, and idle rows' results are thrown away."""
+
+    def advance(self, N: int) -> None:
+        pass
+
+    def empty(self) -> bool:
+        return self.cache[0] is None or self.rows.view.fresh
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [a for a in self.cache if a is not None]
+
+    def move(self, source: int, target: int) -> None:
+        self.restore(target, self.snapshot(source))
+
+    def drop(self) -> None:
+        self.cache = [None] * len(self.cache)
+
+    def snapshot(self, row: int) -> list[mx.array | None]:
+        """A copy of the row's state, for `restore` or for another row."""
+        slabs = [self._fitted(i) for i in range(len(self.cache))]
+        return [None if s is None else mx.array(s[row : row + 1]) + 0 for s in slabs]
+
+    def restore(self, row: int, state: list[mx.array | None]) -> None:
+        for i, value in enumerate(state):
+            if value is not None:
+                slab = self._fitted(i)
+                if slab is None:
+                    slab = mx.zeros((self.rows.slots, *value.shape[1:]), value.dtype)
+                slab[row : row + 1] = value
+                self.cache[i] = slab
+
+    def _fitted(self, index: int) -> mx.array | None:
+        slab = self.cache[index]
+        if slab is not None and slab.shape[0] < self.rows.slots:
+            grown = mx.zeros((self.rows.slots, *slab.shape[1:]), slab.dtype)
+            grown[: slab.shape[0]] = slab
+            self.cache[index] = slab = grown
+        return slab
+
+
+Layer = KVLayer | StateLayer
+
+
+def _adapt(cache: Any, rows: Rows) -> Any:
+    # Exact types: a subclass may do more than the class that it refines.
+    if type(cache) is KVCache:
+        return KVLayer(rows)
+    if type(cache) is RotatingKVCache:
+        if cache.keep:
+            raise UnsupportedCache("RotatingKVCache that keeps its first tokens")
+        return KVLayer(rows, cache.max_size)
+    if type(cache) is ArraysCache:
+        return StateLayer(rows, len(cache.cache))
+    if type(cache) is CacheList:
+        return CacheList(*(_adapt(c, rows) for c in cache.caches))
+    raise UnsupportedCache(type(cache).__name__)
+
+
+def _flatten(caches: Sequence[Any]) -> list[Layer]:
+    flat: list[Layer] = []
+    for cache in caches:
+        if isinstance(cache, CacheList):
+            flat += _flatten(cache.caches)
+        elif cache is not None:
+            flat.append(cache)
+    return flat
+
+
+class KVStore(Protocol):
+    """Where sequences' KV and state live. The runner asks it for a cache list per forward pass."""
+
+    batched: bool
+    """`batch_view` works; otherwise each row needs a forward pass of its own."""
+
+    def start(self, row: int, length: int, /) -> None: ...
+    def free(self, row: int) -> None: ...
+    def move(self, source: int, target: int) -> None: ...
+    def truncate(self, row: int, length: int) -> None: ...
+    def snapshot(self, row: int) -> Any: ...
+    def restore(self, row: int, state: Any) -> None: ...
+    def row_view(self, row: int, start: int, count: int) -> list[Any]: ...
+    def batch_view(self, positions: dict[int, int], rows: int, /) -> list[Any]: ...
+    def length(self, row: int) -> int: ...
+    def arrays(self) -> list[mx.array]: ...
+    def bytes_per_token(self) -> int: ...
+    def reset(self) -> None: ...
+
+
+class RowSlots:
+    """The store of slabs. Raises UnsupportedCache where a layer's cache has no such form.
+
+    `min_slots` rows are allocated from the start; `mask_rank` 5 is for models whose attention
+    scores are `[rows, kv_heads, repeats, queries, keys]`.
+    """
+
+    batched = True
+
+    def __init__(
+        self,
+        model: Module,
+        max_rows: int,
+        *,
+        bucket: int = 256,
+        min_slots: int = 1,
+        mask_rank: int = 4,
+    ) -> None:
+        self.rows = Rows(max_rows, bucket, min_slots)
+        self.caches = [
+            None if c is None else _adapt(c, self.rows) for c in make_prompt_cache(model)
+        ]
+        self.layers = _flatten(self.caches)
+        self._mask_rank = mask_rank
+
+    def start(self, row: int, length: int) -> None:
+        """Take an empty row for a sequence of at least `length` tokens."""
+        self.rows.used.add(row)
+        self.rows.lengths[row] = 0
+        self.rows.fit(row, length)
+
+    def free(self, row: int) -> None:
+        self.rows.used.discard(row)
+        self.rows.lengths[row] = 0
+        if not self.rows.used:
+            self._release()
+
+    def move(self, source: int, target: int) -> None:
+        rows = self.rows
+        rows.fit(target, rows.lengths[source])
+        for layer in self.layers:
+            layer.move(source, target)
+        rows.lengths[target], rows.lengths[source] = rows.lengths[source], 0
+        rows.used.discard(source)
+        rows.used.add(target)
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget a row's tokens from `length` on. Recurrent layers also need `restore`."""
+        assert length <= self.rows.lengths[row]
+        self.rows.lengths[row] = length
+
+    def snapshot(self, row: int) -> tuple[int, list[list[mx.array | None]]]:
+        """A row's length and recurrent state; its KV is not copied."""
+        return self.rows.lengths[row], [layer.snapshot(row) for layer in self.layers]
+
+    def restore(self, row: int, state: tuple[int, list[list[mx.array | None]]]) -> None:
+        length, layers = state
+        self.rows.lengths[row] = length
+        for layer, saved in zip(self.layers, layers, strict=True):
+            layer.restore(row, saved)
+
+    def row_view(self, row: int, start: int, count: int) -> list[Any]:
+        """Caches for a forward pass `[1, count]` over one row, which it lengthens."""
+        assert start == self.rows.lengths[row], (row, start, self.rows.lengths[row])
+        self.rows.fit(row, start + count)
+        self.rows.lengths[row] = start + count
+        self.rows.view = RowView(row, start, count)
+        return self.caches
+
+    def batch_view(self, positions: dict[int, int], rows: int) -> list[Any]:
+        """Caches for a forward pass `[rows, 1]` that lengthens the rows in `positions` by one."""
+        lengths = self.rows.lengths
+        assert all(lengths[row] == p for row, p in positions.items()), (positions, lengths)
+        # An idle row's garbage needs a place beyond its length too.
+        self.rows.fit(rows - 1, max(lengths[:rows]) + 1)
+        active = [row in positions for row in range(rows)]
+        self.rows.view = BatchView(
+            lengths[:rows], active, self.rows.capacity, mask_rank=self._mask_rank
+        )
+        for row in positions:
+            lengths[row] += 1
+        return self.caches
+
+    def length(self, row: int) -> int:
+        return self.rows.lengths[row]
+
+    def arrays(self) -> list[mx.array]:
+        """Every slab, for evaluation."""
+        return [array for layer in self.layers for array in layer.arrays]
+
+    def bytes_per_token(self) -> int:
+        """KV bytes that one token of one row takes; known once a forward pass was built."""
+        total = 0
+        for layer in self.layers:
+            if isinstance(layer, KVLayer):
+                total += sum(a.nbytes // (a.shape[0] * a.shape[2]) for a in layer.arrays)
+        return total
+
+    def reset(self) -> None:
+        self.rows.used.clear()
+        self.rows.lengths = [0] * self.rows.max_rows
+        self._release()
+
+    def _release(self) -> None:
+        self.rows.shrink()
+        for layer in self.layers:
+            layer.drop()
+
+
+def _leaves(tree: Any) -> Iterator[mx.array]:
+    if isinstance(tree, mx.array):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for branch in tree:
+            yield from _leaves(branch)
+
+
+class SeparateRows:
+    """mlx-lm's own caches, a list a row: for models whose caches have no slab form. Decoding then
+    costs a forward pass a row."""
+
+    batched = False
+
+    def __init__(self, model: Module, max_rows: int) -> None:
+        self._model = model
+        self._caches: list[list[Any] | None] = [None] * max_rows
+        self._lengths = [0] * max_rows
+
+    def start(self, row: int, _length: int) -> None:
+        self._caches[row] = make_prompt_cache(self._model)
+        self._lengths[row] = 0
+
+    def free(self, row: int) -> None:
+        self._caches[row] = None
+        self._lengths[row] = 0
+
+    def move(self, source: int, target: int) -> None:
+        self._caches[target], self._caches[source] = self._caches[source], None
+        self._lengths[target], self._lengths[source] = self._lengths[source], 0
+
+    def truncate(self, row: int, length: int) -> None:
+        """Raises UnsupportedCache where a layer's cache cannot be trimmed."""
+        drop = self._lengths[row] - length
+        assert drop >= 0
+        caches = self._caches[row]
+        assert caches is not None
+        if not all(c.is_trimmable() for c in caches):
+            raise UnsupportedCache("cannot be trimmed; restore a snapshot")
+        for cache in caches:
+            cache.trim(drop)
+        self._lengths[row] = length
+
+    def snapshot(self, row: int) -> tuple[int, Any]:
+        return self._lengths[row], copy.deepcopy(self._caches[row])
+
+    def restore(self, row: int, state: tuple[int, Any]) -> None:
+        self._lengths[row], self._caches[row] = state[0], copy.deepcopy(state[1])
+
+    def row_view(self, row: int, start: int, count: int) -> list[Any]:
+        assert start == self._lengths[row], (row, start, self._lengths[row])
+        self._lengths[row] = start + count
+        caches = self._caches[row]
+        assert caches is not None
+        return caches
+
+    def batch_view(self, _positions: dict[int, int], _rows: int) -> list[Any]:
+        raise UnsupportedCache("no batch over separate rows")
+
+    def length(self, row: int) -> int:
+        return self._lengths[row]
+
+    def arrays(self) -> list[mx.array]:
+        state = [c.state for caches in self._caches if caches for c in caches if c is not None]
+        return list(_leaves(state))
+
+    def bytes_per_token(self) -> int:
+        """An estimate: a row's arrays by the tokens that they have room for."""
+        total = 0
+        caches = next((c for c in self._caches if c), [])
+        for cache in caches:
+            keys = getattr(cache, "keys", None)
+            if isinstance(keys, mx.array):
+                total += 2 * keys.nbytes // keys.shape[-2]
+        return total
+
+    def reset(self) -> None:
+        self._caches = [None] * len(self._caches)
+        self._lengths = [0] * len(self._lengths)

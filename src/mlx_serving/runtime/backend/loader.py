@@ -1,0 +1,81 @@
+"""From a model folder to a runner. Imports MLX only for a model that needs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_serving.errors import ModelBroken
+from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
+from mlx_serving.worker.wire import ModelOptions
+
+__all__ = ["LoadedModel", "OnPhase", "check_weights", "load"]
+
+
+def load(model_id: str, path: Path, options: ModelOptions, on_phase: OnPhase) -> LoadedModel:
+    """Load an MLX model folder (`config.json`, `model*.safetensors`) and warm it up.
+
+    Blocks for as long as that takes. Call it, and then the runner, on one thread. Raises ModelBroken,
+    whose message names the file or the setting at fault.
+    """
+    on_phase("loading", model_id)
+    config = read_json(path / "config.json", required=True)
+    if config.get("model_type") == "scripted":
+        from mlx_serving.runtime.backend import scripted
+
+        return scripted.load(model_id, path, config, options)
+    if not isinstance(config.get("model_type"), str):
+        raise ModelBroken(f"{path / 'config.json'} has no model_type")
+    check_weights(path)
+    from mlx_serving.runtime.backend import mlx_model
+
+    return mlx_model.load(model_id, path, config, options, on_phase)
+
+
+def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
+    """A JSON object from a file; empty if the file is not there and not `required`."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        if required:
+            raise ModelBroken(f"{path} is missing: not an MLX model folder") from None
+        return {}
+    except (OSError, ValueError) as e:
+        raise ModelBroken(f"{path} cannot be read: {e}") from e
+    if not isinstance(value, dict):
+        raise ModelBroken(f"{path} is not a JSON object")
+    return value
+
+
+def check_weights(path: Path) -> int:
+    """Bytes of the weights; every file whole. Reads headers only.
+
+    Raises ModelBroken if a file is missing, not safetensors, or cut short.
+    """
+    files = sorted(path.glob("model*.safetensors"))
+    listed = read_json(path / "model.safetensors.index.json").get("weight_map", {})
+    missing = sorted(set(listed.values()) - {f.name for f in files})
+    if missing:
+        raise ModelBroken(f"{path} lacks {', '.join(missing)}, which its index lists")
+    if not files:
+        raise ModelBroken(f"{path} has no model*.safetensors")
+    return sum(_check_safetensors(f) for f in files)
+
+
+def _check_safetensors(file: Path) -> int:
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        header_bytes = int.from_bytes(f.read(8), "little")
+        if size < 8 or header_bytes > size - 8:
+            raise ModelBroken(f"{file} is truncated or not safetensors ({size} bytes)")
+        try:
+            header = json.loads(f.read(header_bytes))
+            ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ModelBroken(f"{file} is not safetensors: {e}") from e
+    data_bytes: int = max(ends, default=0)
+    expected = 8 + header_bytes + data_bytes
+    if size < expected:
+        raise ModelBroken(f"{file} is truncated: {size} of {expected} bytes")
+    return data_bytes

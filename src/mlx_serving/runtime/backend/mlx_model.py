@@ -1,0 +1,293 @@
+"""Loads an MLX model folder through mlx-lm and makes it ready to step."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from mlx_serving.errors import ModelBroken
+from mlx_serving.runtime.backend.arch import head_on_last, make_store
+from mlx_serving.runtime.backend.kv import KVStore, round_up
+from mlx_serving.runtime.backend.loader import read_json
+from mlx_serving.runtime.backend.memory import model_budget_bytes
+from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
+from mlx_serving.runtime.backend.runner import MLXRunner
+from mlx_serving.runtime.backend.sampler import Sampler
+from mlx_serving.runtime.core.plan import DecodeRow, Limits, PrefillChunk, RowStart, StepPlan
+from mlx_serving.types import ModelInfo, SamplingParams
+from mlx_serving.worker.wire import ModelOptions
+
+KV_BUCKET = 256
+DEFAULT_CONTEXT = 8192
+"""Where neither the model's config nor its tokenizer's says."""
+PREFILL_STEP_CPU, PREFILL_STEP_NATIVE, PREFILL_STEP_GPU = 32, 256, 512
+_CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "model_max_length",
+    "seq_length",
+    "n_ctx",
+)
+_NATIVE_INSTALL = "mlx_serving.runtime.native.install"
+_WARM_UP_TOKENS = 4
+
+
+class _Accelerate(Protocol):
+    def __call__(self, model: Module, mode: str) -> str | None:
+        """Replace the model's arithmetic; the mode that runs, None if none does here."""
+        ...
+
+
+def load(
+    model_id: str, path: Path, config: dict[str, Any], options: ModelOptions, on_phase: OnPhase
+) -> LoadedModel:
+    """See `loader.load`, which has read `config` and checked that the weights' files are whole."""
+    began = time.monotonic()
+    gpu = mx.default_device().type == mx.gpu
+    model, config = _load_weights(path, config, options.dtype, gpu)
+    weight_bytes = sum(a.nbytes for a in _arrays(model))
+    kernels = _accelerate(model, options.kernels, gpu)
+    eos = eos_token_ids(path, config)
+    store = make_store(
+        model,
+        config["model_type"],
+        options.max_num_seqs,
+        bucket=KV_BUCKET,
+        exact_batch=options.exact_batch,
+    )
+    vocab_size = _vocab_size(model)
+    runner = MLXRunner(
+        model,
+        store,
+        Sampler(vocab_size, eos, options.max_num_seqs),
+        max_rows=options.max_num_seqs,
+        head_on_last=head_on_last(model),
+        exact_batch=options.exact_batch,
+    )
+    on_phase("compiling", model_id)
+    kv_bytes = _warm_up(runner, store, vocab_size, options.max_num_seqs)
+    context = context_length(config, path)
+    if options.context_length is not None:
+        context = min(context, options.context_length)
+    limits = Limits(
+        max_num_seqs=options.max_num_seqs,
+        prefill_step_size=options.prefill_step_size or _prefill_step(gpu, kernels),
+        context_length=context,
+        kv_capacity_tokens=_kv_capacity(
+            weight_bytes, kv_bytes, options.max_num_seqs * round_up(context, KV_BUCKET), gpu
+        ),
+        kv_bucket_tokens=KV_BUCKET,
+        eos_token_ids=eos,
+    )
+    info = ModelInfo(
+        model_id=model_id,
+        path=str(path),
+        architecture=config["model_type"],
+        context_length=context,
+        vocab_size=vocab_size,
+        eos_token_ids=eos,
+        quantization=quantization(config),
+        dtype=_dtype_name(model),
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=kv_bytes,
+        load_s=time.monotonic() - began,
+        kernels=kernels,
+        batch_invariant=options.exact_batch or kernels == "exact" or not store.batched,
+    )
+    return LoadedModel(info, runner, limits)
+
+
+def _load_weights(
+    path: Path, config: dict[str, Any], dtype: str, gpu: bool
+) -> tuple[Module, dict[str, Any]]:
+    from mlx_lm.utils import load_model
+
+    if config.get("model_file"):
+        raise ModelBroken(
+            f"{path}: config.json asks to run {config['model_file']!r}, which is refused"
+        )
+    try:
+        model, config = load_model(path, lazy=True)
+        _cast(model, _target_dtype(dtype, gpu))
+        mx.eval(model.parameters())
+    except MemoryError as e:
+        raise ModelBroken(f"{path}: not enough memory for the weights") from e
+    except Exception as e:
+        # mlx-lm and the model files raise whatever a wrong config or tensor leads to.
+        raise ModelBroken(f"{path}: {type(e).__name__}: {_first_lines(e)}") from e
+    return model, config
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def _target_dtype(dtype: str, gpu: bool) -> mx.Dtype | None:
+    """None: as stored, or on the CPU `auto`: half types become f32, whose kernels are 20-40 times
+    faster there, and more exact."""
+    if dtype == "auto":
+        return None if gpu else mx.float32
+    named: Mapping[str, mx.Dtype] = {
+        "float32": mx.float32,
+        "float16": mx.float16,
+        "bfloat16": mx.bfloat16,
+    }
+    return named[dtype]
+
+
+def _cast(model: Module, dtype: mx.Dtype | None) -> None:
+    if dtype is None:
+        return
+    may_cast = getattr(model, "cast_predicate", lambda _: True)
+
+    def cast(name: str, array: Any) -> Any:
+        if not isinstance(array, mx.array) or not mx.issubdtype(array.dtype, mx.floating):
+            return array
+        return array.astype(dtype) if dtype == mx.float32 or may_cast(name) else array
+
+    model.update(tree_map_with_path(cast, model.parameters()))
+
+
+def _accelerate(model: Module, mode: str, gpu: bool) -> str:
+    """Install the native kernels if they are built and `mode` wants them; what then runs."""
+    if gpu or mode == "off":
+        return "mlx"
+    running = None
+    if importlib.util.find_spec(_NATIVE_INSTALL) is not None:
+        accelerate: _Accelerate = importlib.import_module(_NATIVE_INSTALL).accelerate
+        running = accelerate(model, mode)
+    if running is None and mode != "auto":
+        raise ModelBroken(f"kernels '{mode}' cannot run here; use 'auto' or 'off'")
+    return running or "mlx"
+
+
+def _prefill_step(gpu: bool, kernels: str) -> int:
+    if gpu:
+        return PREFILL_STEP_GPU
+    return PREFILL_STEP_CPU if kernels == "mlx" else PREFILL_STEP_NATIVE
+
+
+def _warm_up(runner: MLXRunner, store: KVStore, vocab_size: int, rows: int) -> int:
+    """Run one prompt, a decode step alone and, with room, one of two rows: the shapes that the
+    backend compiles or measures. Returns the KV bytes of one token."""
+    count = min(rows, 2)
+    prompt = tuple(i % vocab_size for i in range(_WARM_UP_TOKENS))
+    n = len(prompt)
+    params = (SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, logprobs=1))
+    starts = tuple(RowStart(i, i, prompt, n, params[i]) for i in range(count))
+    chunks = tuple(PrefillChunk(i, i, prompt, 0, samples=True) for i in range(count))
+    try:
+        runner.launch(StepPlan(0, starts=starts, prefill=chunks)).wait()
+        runner.launch(StepPlan(1, decode=(DecodeRow(0, 0, n, None),))).wait()
+        both = tuple(DecodeRow(i, i, n + 1 - i, None) for i in range(count))
+        runner.launch(StepPlan(2, decode=both)).wait()
+    except Exception as e:
+        raise ModelBroken(f"the model cannot run: {type(e).__name__}: {_first_lines(e)}") from e
+    kv_bytes = store.bytes_per_token()
+    runner.reset()
+    mx.clear_cache()
+    return kv_bytes
+
+
+def _kv_capacity(weight_bytes: int, kv_bytes: int, most: int, gpu: bool) -> int:
+    """Row tokens that fit beside the weights, at most those that `most` rows can use."""
+    if kv_bytes == 0:
+        return most
+    rest = model_budget_bytes(mx.device_info(), gpu) - weight_bytes
+    tokens = rest // kv_bytes // KV_BUCKET * KV_BUCKET
+    if tokens < KV_BUCKET:
+        raise ModelBroken(
+            f"not enough memory: {weight_bytes / 2**30:.1f} GiB of weights leave {rest / 2**30:.1f} GiB, "
+            f"less than {KV_BUCKET} tokens of KV need"
+        )
+    return min(tokens, most)
+
+
+def _vocab_size(model: Module) -> int:
+    """The logits' width, from the graph of a forward pass that is not computed."""
+    try:
+        width: int = model(mx.zeros((1, 1), mx.int32)).shape[-1]
+    except Exception as e:
+        raise ModelBroken(f"the model cannot run: {type(e).__name__}: {_first_lines(e)}") from e
+    return width
+
+
+def _arrays(model: Module) -> list[mx.array]:
+    return [array for _, array in list(tree_flatten(model.parameters()))]
+
+
+def _dtype_name(model: Module) -> str:
+    for array in _arrays(model):
+        if mx.issubdtype(array.dtype, mx.floating):
+            return str(array.dtype).rsplit(".", 1)[-1]
+    return ""
+
+
+def quantization(config: Mapping[str, Any]) -> str | None:
+    """`4-bit group 32`, or a mode's own name; None if the weights are not quantised."""
+    q = config.get("quantization") or config.get("quantization_config")
+    if not isinstance(q, Mapping):
+        return None
+    if q.get("mode", "affine") != "affine":
+        return str(q["mode"])
+    if "bits" not in q:
+        return str(q.get("quant_method", "quantised"))
+    return f"{q['bits']}-bit group {q.get('group_size', 64)}"
+
+
+def context_length(config: Mapping[str, Any], path: Path) -> int:
+    """Tokens: the first of the usual keys in `text_config`, the config, the tokenizer's config."""
+    tokenizer = read_json(path / "tokenizer_config.json")
+    for source in (config.get("text_config") or {}, config, tokenizer):
+        for key in _CONTEXT_KEYS:
+            value = source.get(key)
+            # Tokenizers write 1e30 for "no limit".
+            if isinstance(value, int) and 0 < value < 1 << 32:
+                return value
+    return DEFAULT_CONTEXT
+
+
+def eos_token_ids(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Every id that ends a sequence: generation_config's, config's, and the tokenizer's `eos_token`."""
+    generation = read_json(path / "generation_config.json")
+    found: dict[int, None] = {}
+    for source in (generation, config, config.get("text_config") or {}):
+        for token_id in _as_ids(source.get("eos_token_id")):
+            found[token_id] = None
+    by_name = _tokenizer_eos(path)
+    if by_name is not None:
+        found[by_name] = None
+    return tuple(found)
+
+
+def _as_ids(value: Any) -> Iterable[int]:
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
+
+
+def _tokenizer_eos(path: Path) -> int | None:
+    settings = read_json(path / "tokenizer_config.json")
+    eos = settings.get("eos_token")
+    text = eos.get("content") if isinstance(eos, dict) else eos
+    if not isinstance(text, str):
+        return None
+    for token_id, token in settings.get("added_tokens_decoder", {}).items():
+        if token.get("content") == text:
+            return int(token_id)
+    tokenizer = read_json(path / "tokenizer.json")
+    for token in tokenizer.get("added_tokens", ()):
+        if token.get("content") == text:
+            return int(token["id"])
+    vocab = tokenizer.get("model", {}).get("vocab")
+    known = vocab.get(text) if isinstance(vocab, dict) else None
+    return known if isinstance(known, int) else None

@@ -1,0 +1,20 @@
+"""What the loader hands to the loop, for every kind of model. Imports no MLX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from mlx_serving.runtime.core.plan import Limits, Runner
+from mlx_serving.types import ModelInfo
+
+OnPhase = Callable[[Literal["loading", "compiling"], str], None]
+"""Called with a phase and a detail for people, whenever loading gets on."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    info: ModelInfo
+    runner: Runner
+    limits: Limits

@@ -1,0 +1,227 @@
+"""A runner that computes nothing: for tests and for measuring everything around a model.
+
+The loader chooses it for a folder whose `config.json` says `"model_type": "scripted"`; MLX is never
+imported. Keys of that file, all optional but the first:
+
+    model_type               "scripted"
+    vocab_size               default 256
+    max_position_embeddings  the context length, default 8192
+    eos_token_id             an integer or a list
+    script:
+      mode           "hash"   each token is a function of the tokens before it (and of seed and choice
+                              where the temperature is not 0); never an end-of-sequence token
+                     "echo"   the prompt's tokens again, then end of sequence
+                     "text"   `token_ids`, then end of sequence
+                     "cycle"  `token_ids` over and over
+      token_ids      for "text" and "cycle"
+      step_delay_ms  a step's tokens are there this long after its launch
+      logprob        the log-probability of every token, default -0.5
+      die_on         a prompt with this token ends the process (SIGABRT), as an accelerator fault does
+      hang_on        a step that starts a prompt with this token never ends
+      fail_on        launching a step that starts a prompt with this token raises RuntimeError
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from mlx_serving.clock import monotonic
+from mlx_serving.errors import ModelBroken
+from mlx_serving.runtime.backend.model import LoadedModel
+from mlx_serving.runtime.core.plan import (
+    DecodeRow,
+    Limits,
+    PrefillChunk,
+    RowStart,
+    Sampled,
+    StepPlan,
+    StepResult,
+)
+from mlx_serving.types import ModelInfo, SamplingParams, TokenLogprob
+from mlx_serving.worker.wire import ModelOptions
+
+_MASK64 = (1 << 64) - 1
+_PREFILL_STEP = 512
+_KV_BUCKET = 256
+
+
+class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    mode: Literal["hash", "echo", "text", "cycle"] = "hash"
+    token_ids: tuple[int, ...] = ()
+    step_delay_ms: float = 0.0
+    logprob: float = -0.5
+    die_on: int | None = None
+    hang_on: int | None = None
+    fail_on: int | None = None
+
+
+class ScriptedConfig(msgspec.Struct, frozen=True):
+    model_type: Literal["scripted"] = "scripted"
+    vocab_size: int = 256
+    max_position_embeddings: int = 8192
+    eos_token_id: int | tuple[int, ...] = ()
+    script: Script = Script()
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        ids = self.eos_token_id
+        return (ids,) if isinstance(ids, int) else ids
+
+
+@dataclass(slots=True)
+class _Row:
+    """A sequence in progress: what of it was computed, and what the next token depends on."""
+
+    params: SamplingParams
+    prompt: tuple[int, ...]
+    hash: int
+    length: int = 0
+    """Tokens computed."""
+    last: int | None = None
+
+    @property
+    def outputs(self) -> int:
+        return self.length - len(self.prompt)
+
+    def feed(self, token: int) -> None:
+        self.hash = _mix(self.hash ^ (token + 1))
+        self.length += 1
+
+
+class ScriptedStep:
+    def __init__(self, result: StepResult, due: float, hangs: bool) -> None:
+        self._result = result
+        self._due = due
+        self._hangs = hangs
+
+    def wait(self) -> StepResult:
+        rest = self._due - monotonic()
+        if self._hangs:
+            threading.Event().wait()
+        elif rest > 0:
+            threading.Event().wait(rest)
+        return self._result
+
+
+class ScriptedRunner:
+    """Implements `core.plan.Runner`. `die` replaces the way out of the process, in its own tests."""
+
+    def __init__(self, config: ScriptedConfig, die: Callable[[], None] = os.abort) -> None:
+        self._config = config
+        self._script = config.script
+        self._die = die
+        self._rows: dict[int, _Row] = {}
+        self._free_at = 0.0
+
+    def launch(self, plan: StepPlan) -> ScriptedStep:
+        for row in plan.frees:
+            self._rows.pop(row, None)
+        for source, target in plan.moves:
+            self._rows[target] = self._rows.pop(source)
+        hangs = max(map(self._start, plan.starts), default=False)
+        sampled = [s for chunk in plan.prefill if (s := self._prefill(chunk)) is not None]
+        sampled += [self._decode(row) for row in plan.decode]
+        self._free_at = max(self._free_at, monotonic()) + self._script.step_delay_ms / 1000
+        return ScriptedStep(StepResult(plan.step_id, sampled), self._free_at, hangs)
+
+    def reset(self) -> None:
+        self._rows.clear()
+
+    def _start(self, start: RowStart) -> bool:
+        """Returns whether the step hangs."""
+        tokens, params = start.token_ids, start.sampling
+        if self._script.die_on in tokens:
+            self._die()
+        if self._script.fail_on in tokens:
+            raise RuntimeError(f"scripted failure on token {self._script.fail_on}")
+        salt = _mix(params.seed ^ _mix(params.choice)) if params.temperature > 0 else 0
+        self._rows[start.row] = _Row(params, tokens[: start.prompt_len], salt)
+        return self._script.hang_on in tokens
+
+    def _prefill(self, chunk: PrefillChunk) -> Sampled | None:
+        row = self._rows[chunk.row]
+        assert row.length == chunk.start, (row.length, chunk)
+        for token in chunk.token_ids:
+            row.feed(token)
+        return self._sample(row, chunk.seq_id) if chunk.samples else None
+
+    def _decode(self, decode: DecodeRow) -> Sampled:
+        row = self._rows[decode.row]
+        assert row.length == decode.position, (row.length, decode)
+        token = row.last if decode.token_id is None else decode.token_id
+        assert token is not None, decode
+        row.feed(token)
+        return self._sample(row, decode.seq_id)
+
+    def _sample(self, row: _Row, seq_id: int) -> Sampled:
+        token = row.last = self._next(row)
+        k = row.params.logprobs
+        if k is None:
+            return Sampled(seq_id, [token])
+        ids = tuple((token + i) % self._config.vocab_size for i in range(k))
+        values = tuple(self._script.logprob - i for i in range(k))
+        return Sampled(seq_id, [token], [TokenLogprob(self._script.logprob, ids, values)])
+
+    def _next(self, row: _Row) -> int:
+        script, index = self._script, row.outputs
+        if script.mode == "hash":
+            return self._not_eos(row.hash)
+        if script.mode == "cycle" and script.token_ids:
+            return script.token_ids[index % len(script.token_ids)]
+        text = row.prompt if script.mode == "echo" else script.token_ids
+        if index < len(text):
+            return text[index]
+        if self._config.eos and index >= row.params.min_tokens:
+            return self._config.eos[0]
+        return self._not_eos(row.hash)
+
+    def _not_eos(self, hash_: int) -> int:
+        token = hash_ % self._config.vocab_size
+        while token in self._config.eos:
+            token = (token + 1) % self._config.vocab_size
+        return token
+
+
+def load(model_id: str, path: Path, config: dict[str, Any], options: ModelOptions) -> LoadedModel:
+    """Raises ModelBroken on a wrong key or value in `config.json`."""
+    try:
+        parsed = msgspec.convert(config, ScriptedConfig)
+    except msgspec.ValidationError as e:
+        raise ModelBroken(f"{path / 'config.json'}: {e}") from e
+    if len(set(parsed.eos)) >= parsed.vocab_size:
+        raise ModelBroken(f"{path / 'config.json'}: every token ends the sequence")
+    context = min(parsed.max_position_embeddings, options.context_length or 1 << 30)
+    info = ModelInfo(
+        model_id=model_id,
+        path=str(path),
+        architecture="scripted",
+        context_length=context,
+        vocab_size=parsed.vocab_size,
+        eos_token_ids=parsed.eos,
+        kernels="none",
+    )
+    row_tokens = -(-context // _KV_BUCKET) * _KV_BUCKET
+    limits = Limits(
+        max_num_seqs=options.max_num_seqs,
+        prefill_step_size=options.prefill_step_size or _PREFILL_STEP,
+        context_length=context,
+        kv_capacity_tokens=options.max_num_seqs * row_tokens,
+        kv_bucket_tokens=_KV_BUCKET,
+        eos_token_ids=parsed.eos,
+    )
+    return LoadedModel(info, ScriptedRunner(parsed), limits)
+
+
+def _mix(x: int) -> int:
+    """splitmix64's finaliser."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
