@@ -233,12 +233,14 @@ class Simulation:
             since = report.steps - self._last_admission
             assert since > self.limits.kv_bucket_tokens, f"thrash: {since} steps after admission"
             assert not plan.starts, "admits and preempts in one step"
+            kept = [_order(seq) for seq in before if seq.status is Status.RUNNING]
+            assert all(order < _order(seq) for order in kept for seq in grown)
         if plan.starts:
             self._last_admission = report.steps
-            admitted = [scheduler.sequences[start.seq_id].order for start in plan.starts]
+            admitted = [_order(scheduler.sequences[start.seq_id]) for start in plan.starts]
             assert admitted == sorted(admitted)
             head = scheduler.queue.peek()
-            assert head is None or admitted[-1] < head.order, "somebody was overtaken"
+            assert head is None or admitted[-1] < _order(head), "somebody was overtaken"
         report.steps += 1
 
     def _deliver(self) -> None:
@@ -359,6 +361,10 @@ class Simulation:
                 assert request.logprobs == oracle.logprobs
         bound = self.report.work * (2 + self.report.disturbances) + 2 * len(self._requests)
         assert self.report.steps <= bound, f"{self.report.steps} steps where {bound} suffice"
+
+
+def _order(seq: Sequence) -> tuple[int, int]:
+    return seq.priority, seq.arrival
 
 
 def _brief(plan: StepPlan) -> str:

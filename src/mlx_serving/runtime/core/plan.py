@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from mlx_serving.types import SamplingParams, TokenLogprob
 
 
@@ -41,8 +43,7 @@ class PrefillChunk:
     """The chunk reaches the last known token: sample the next one from its last logits."""
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeRow:
+class DecodeRow(msgspec.Struct, frozen=True, gc=False):
     """Compute one position of one row in the batched forward, and sample the next token."""
 
     row: int

@@ -26,7 +26,9 @@ def fits(sequences: Iterable[Sequence], limits: Limits, *, ahead: int = 0) -> bo
     count = longest = 0
     for seq in sequences:
         count += 1
-        longest = max(longest, seq.reach(ahead))
+        length = seq.reach(ahead)
+        if length > longest:
+            longest = length
     return rectangle(count, longest, limits.kv_bucket_tokens) <= limits.kv_capacity_tokens
 
 

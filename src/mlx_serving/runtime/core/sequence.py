@@ -71,7 +71,8 @@ class Sequence:
 
     def reach(self, ahead: int = 0) -> int:
         """KV positions it needs now, or once it is `ahead` tokens longer; its last token needs none."""
-        return min(len(self.tokens) + self.inflight + ahead, self.limit - 1)
+        wanted, last = len(self.tokens) + self.inflight + ahead, self.limit - 1
+        return wanted if wanted < last else last
 
     def absorb(self, token: int) -> FinishReason | None:
         """Take the value of the oldest token in flight; say whether it ends the sequence."""
