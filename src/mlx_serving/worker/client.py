@@ -15,6 +15,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from socket import socket
 from types import TracebackType
+from typing import Any
 
 from mlx_serving import errors
 from mlx_serving.types import ModelInfo
@@ -102,7 +103,7 @@ class SequenceStream:
                 if (row := self._take()) is not None:
                     yield row
                 elif self._error is not None:
-                    raise self._error
+                    raise self._error.with_traceback(None)
                 elif self._ended:
                     return
                 else:
@@ -226,15 +227,18 @@ class Connection(asyncio.Protocol):
             self._transport.write(wire.encode(message))
 
     def close(self) -> None:
-        """Flush what was sent, then close."""
+        """Flush what was sent, then close; from now on it counts as lost."""
         if self._transport is not None:
             self._transport.close()
+        if not self.lost.done():
+            self.lost.set_result(None)
 
     def abandon(self, error: errors.MLXServingError) -> None:
         """End everything that waits for this worker with `error`."""
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(error)
+        waiting: list[asyncio.Future[Any]]
         waiting = [self.hello, *self._loads.values(), *self._unloads.values()]
         self._loads, self._unloads = {}, {}
         for future in waiting:

@@ -1,0 +1,413 @@
+"""The worker's whole life: inbox → step → outbox.
+
+    receive ─▶ obey (load, submit, cancel, …) ─▶ step each model in turn ─▶ one Step frame each
+       ▲                                                                         │
+       └───────────── blocks here when no model has anything to do ◀─────────────┘
+
+One thread does all of it: while there is work, the socket is only polled between steps; when
+there is none, the thread sleeps in it, so that an idle worker uses no CPU and the kernel
+wakes it directly. A load happens between steps: the streams of other models wait for it, and
+`Phase` frames say so.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, assert_never
+
+from mlx_serving import clock, errors
+from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
+from mlx_serving.runtime.core.plan import PendingStep, StepPlan
+from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
+from mlx_serving.runtime.core.sequence import Sequence
+from mlx_serving.worker import wire
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 5.0
+"""How often an idle worker says that it is alive."""
+LOAD_PROGRESS_S = 1.0
+COLLECT_EVERY_STEPS = 1024
+RECEIVE_BYTES = 256 * 1024
+SEND_BUFFER_BYTES = 1024 * 1024
+
+Loader = Callable[[str, Path, wire.ModelOptions, OnPhase], LoadedModel]
+"""`backend.loader.load`, or a test's own."""
+
+
+@dataclass(slots=True)
+class _Launched:
+    plan: StepPlan
+    pending: PendingStep
+    at_s: float
+
+
+class Model:
+    """One loaded model: its scheduler, its runner, and the steps in flight between them."""
+
+    def __init__(self, loaded: LoadedModel, depth: int, now: clock.Clock = clock.monotonic) -> None:
+        self.info = loaded.info
+        self.sequences: set[int] = set()
+        """Those that have not ended."""
+        self._runner = loaded.runner
+        self._scheduler = Scheduler(loaded.limits)
+        self._depth = max(1, depth)
+        self._in_flight: deque[_Launched] = deque()
+        self._started: set[int] = set()
+        self._now = now
+        self._last_done_s = 0.0
+
+    def submit(self, request: wire.Submit) -> None:
+        """Raises what the scheduler raises for a sequence that cannot ever run."""
+        self._scheduler.add(
+            Sequence(
+                seq_id=request.seq_id,
+                tokens=request.token_ids,
+                prompt_len=request.prompt_len,
+                sampling=request.sampling,
+                priority=request.priority,
+            )
+        )
+        self.sequences.add(request.seq_id)
+
+    def cancel(self, seq_id: int) -> None:
+        self._forget(seq_id)
+        self._scheduler.cancel(seq_id)
+
+    def pause(self, seq_id: int) -> None:
+        self._scheduler.pause(seq_id)
+
+    def resume(self, seq_id: int) -> None:
+        self._scheduler.resume(seq_id)
+
+    def step(self) -> wire.Step | None:
+        """Launch what the pipeline has room for, then wait for the oldest step in flight.
+
+        None: nothing to compute until a message changes something. A step that fails ends the
+        sequences that had begun, with an error row each; those still waiting stay.
+        """
+        try:
+            while len(self._in_flight) < self._depth:
+                plan = self._scheduler.schedule(self._now())
+                if plan is None:
+                    break
+                self._started.update(start.seq_id for start in plan.starts)
+                self._in_flight.append(_Launched(plan, self._runner.launch(plan), self._now()))
+            if not self._in_flight:
+                return None
+            oldest = self._in_flight.popleft()
+            emitted = self._scheduler.apply(oldest.pending.wait())
+            return wire.Step(self._rows(emitted), self._stats(oldest))
+        except Exception as error:
+            log.exception("%s: step failed", self.info.model_id)
+            return self._fail_started(error)
+
+    def end_all(self, code: str, message: str) -> wire.Step:
+        """Error rows for every sequence; the model is not stepped again."""
+        rows = [self._error_row(seq_id, code, message) for seq_id in sorted(self.sequences)]
+        return wire.Step(rows, wire.StepStats(self.info.model_id))
+
+    def _rows(self, emitted: list[Emitted]) -> list[wire.TokenRow]:
+        rows = []
+        for e in emitted:
+            if e.seq_id in self.sequences:
+                rows.append(
+                    wire.TokenRow(
+                        e.seq_id, e.token_ids, e.logprobs, e.finish_reason, e.stop_token_id
+                    )
+                )
+                if e.finish_reason is not None:
+                    self._forget(e.seq_id)
+        return rows
+
+    def _stats(self, done: _Launched) -> wire.StepStats:
+        """A step's time runs from its launch, or from the end of the step before it."""
+        now = self._now()
+        began_s, self._last_done_s = max(done.at_s, self._last_done_s), now
+        return wire.StepStats(
+            model_id=self.info.model_id,
+            decode_rows=len(done.plan.decode),
+            prefill_tokens=done.plan.prefill_tokens,
+            running=self._scheduler.running,
+            waiting=self._scheduler.waiting,
+            step_ms=(now - began_s) * 1e3,
+            kv_tokens=self._scheduler.kv_tokens,
+            kv_capacity_tokens=self._scheduler.kv_capacity_tokens,
+        )
+
+    def _fail_started(self, error: Exception) -> wire.Step:
+        """Nothing that the failed step or those behind it have computed is kept."""
+        code, message = _reason(error, "step_failed")
+        rows = []
+        for seq_id in sorted(self._started):
+            self._scheduler.cancel(seq_id)
+            rows.append(self._error_row(seq_id, code, message))
+        self._in_flight.clear()
+        self._scheduler.reset()
+        self._runner.reset()
+        return wire.Step(rows, wire.StepStats(self.info.model_id))
+
+    def _error_row(self, seq_id: int, code: str, message: str) -> wire.TokenRow:
+        self._forget(seq_id)
+        return error_row(seq_id, code, message)
+
+    def _forget(self, seq_id: int) -> None:
+        self.sequences.discard(seq_id)
+        self._started.discard(seq_id)
+
+
+def error_row(seq_id: int, code: str, message: str) -> wire.TokenRow:
+    return wire.TokenRow(seq_id, [], finish_reason="error", error=(code, message))
+
+
+def _reason(error: Exception, code: str) -> tuple[str, str]:
+    if isinstance(error, errors.MLXServingError):
+        return error.code, error.message
+    return code, f"{type(error).__name__}: {error}"
+
+
+class Link:
+    """The worker's end of the socket. One thread receives; any thread may send."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(True)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        self._sock = sock
+        self._splitter = wire.FrameSplitter()
+        self._sending = threading.Lock()
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+
+    def send(self, message: wire.FromWorker) -> None:
+        """Blocks while the parent does not read: it is then busy, and so are its readers.
+        Raises OSError once the parent has gone."""
+        with self._sending:
+            self._sock.sendall(wire.encode(message))
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until something (or the end) can be received."""
+        return bool(self._poll.poll(timeout_s * 1000))
+
+    def receive(self) -> list[wire.ToWorker]:
+        """What has arrived, without waiting. Raises EOFError when the parent closed the socket."""
+        try:
+            data = self._sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        if not data:
+            raise EOFError
+        return [wire.decode_to_worker(body) for body in self._splitter.feed(data)]
+
+
+class Collector:
+    """Garbage collection where nobody waits for it. The interpreter's own is off: it would pause
+    a step whenever its counters say so, and walk the model's objects each time."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        gc.disable()
+
+    def loaded(self) -> None:
+        """What a load leaves is there to stay: never look at it again."""
+        gc.collect()
+        gc.freeze()
+
+    def unloaded(self) -> None:
+        """Let go of what an unloaded model held in cycles."""
+        gc.unfreeze()
+        self.loaded()
+
+    def stepped(self) -> None:
+        """Bounds what cycles can hold under a load that never pauses."""
+        self._steps += 1
+        if self._steps % COLLECT_EVERY_STEPS == 0:
+            gc.collect(1)
+
+    def idle(self) -> None:
+        if self._steps:
+            self._steps = 0
+            gc.collect()
+
+
+class NoCollector(Collector):
+    """For a loop in somebody else's process, whose garbage is not ours to time."""
+
+    def __init__(self) -> None:
+        pass
+
+    def loaded(self) -> None:
+        pass
+
+    def unloaded(self) -> None:
+        pass
+
+    def stepped(self) -> None:
+        pass
+
+    def idle(self) -> None:
+        pass
+
+
+PhaseName = Literal["idle", "loading", "compiling", "stepping"]
+
+
+class Loop:
+    """Obeys the parent until it says Shutdown or closes the socket."""
+
+    def __init__(
+        self,
+        link: Link,
+        load: Loader,
+        *,
+        collector: Collector,
+        now: clock.Clock = clock.monotonic,
+        heartbeat_s: float = HEARTBEAT_S,
+        load_progress_s: float = LOAD_PROGRESS_S,
+    ) -> None:
+        self._link = link
+        self._load = load
+        self._collector = collector
+        self._now = now
+        self._heartbeat_s = heartbeat_s
+        self._load_progress_s = load_progress_s
+        self._models: dict[str, Model] = {}
+        self._phase: PhaseName = "idle"
+
+    def run(self, hello: wire.Hello) -> None:
+        """Returns when it is told to leave or the parent has gone; raises on our own mistakes."""
+        try:
+            self._link.send(hello)
+            self._set_phase("idle")
+            while True:
+                for message in self._link.receive():
+                    if isinstance(message, wire.Shutdown):
+                        return
+                    self._obey(message)
+                if not self._step():
+                    self._sleep()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return
+
+    def _step(self) -> bool:
+        """One step of each model that has work. False: none had."""
+        worked = False
+        for model in self._models.values():
+            if model.sequences and self._phase != "stepping":
+                self._set_phase("stepping")
+            step = model.step()
+            if step is not None:
+                self._link.send(step)
+                self._collector.stepped()
+                worked = True
+        return worked
+
+    def _sleep(self) -> None:
+        if self._phase != "idle":
+            self._set_phase("idle")
+        while not self._link.wait(self._heartbeat_s):
+            self._collector.idle()
+            self._link.send(wire.Phase("idle"))
+
+    def _obey(self, message: wire.ToWorker) -> None:
+        match message:
+            case wire.Submit():
+                self._submit(message)
+            case wire.Cancel(seq_id):
+                if (model := self._owner(seq_id)) is not None:
+                    model.cancel(seq_id)
+            case wire.Pause(seq_id):
+                if (model := self._owner(seq_id)) is not None:
+                    model.pause(seq_id)
+            case wire.Resume(seq_id):
+                if (model := self._owner(seq_id)) is not None:
+                    model.resume(seq_id)
+            case wire.LoadModel():
+                self._load_model(message)
+            case wire.UnloadModel(model_id):
+                self._unload_model(model_id)
+            case wire.Shutdown():
+                raise AssertionError("handled by run")
+            case _:
+                assert_never(message)
+
+    def _submit(self, request: wire.Submit) -> None:
+        model = self._models.get(request.model_id)
+        try:
+            if model is None:
+                raise errors.ModelNotFound(f"model {request.model_id!r} is not loaded")
+            model.submit(request)
+        except Exception as error:
+            row = error_row(request.seq_id, *_reason(error, "internal_error"))
+            self._link.send(wire.Step([row], wire.StepStats(request.model_id)))
+
+    def _load_model(self, message: wire.LoadModel) -> None:
+        model_id = message.model_id
+        if model_id not in self._models:
+            try:
+                with self._progress(model_id) as on_phase:
+                    loaded = self._load(model_id, Path(message.path), message.options, on_phase)
+            except Exception as error:
+                log.exception("%s: load failed", model_id)
+                self._link.send(wire.ModelFailed(model_id, *_reason(error, "model_unavailable")))
+                return
+            self._models[model_id] = Model(loaded, message.options.pipeline_depth, self._now)
+            self._collector.loaded()
+        self._link.send(wire.ModelLoaded(self._models[model_id].info))
+
+    def _unload_model(self, model_id: str) -> None:
+        model = self._models.pop(model_id, None)
+        if model is not None:
+            message = f"model {model_id!r} was unloaded"
+            self._link.send(model.end_all(errors.ModelNotFound.code, message))
+            del model
+            self._collector.unloaded()
+        self._link.send(wire.ModelUnloaded(model_id))
+
+    def _owner(self, seq_id: int) -> Model | None:
+        """None: it has ended, and the message about it crossed the row that said so."""
+        return next((m for m in self._models.values() if seq_id in m.sequences), None)
+
+    def _set_phase(self, phase: PhaseName) -> None:
+        self._phase = phase
+        self._link.send(wire.Phase(phase))
+
+    @contextmanager
+    def _progress(self, model_id: str) -> Iterator[OnPhase]:
+        """While a load runs, a thread repeats what it is at, so that it is not taken for a hang."""
+        began_s = self._now()
+        done = threading.Event()
+        detail = model_id
+
+        def report() -> None:
+            elapsed_s = self._now() - began_s
+            # The parent may have gone; the loop notices when it is back at its socket.
+            with suppress(OSError):
+                self._link.send(wire.Phase(self._phase, detail, elapsed_s))
+
+        def repeat() -> None:
+            while not done.wait(self._load_progress_s):
+                report()
+
+        def on_phase(phase: Literal["loading", "compiling"], text: str) -> None:
+            nonlocal detail
+            self._phase, detail = phase, text
+            report()
+
+        self._phase = "loading"
+        report()
+        thread = threading.Thread(target=repeat, name="load-progress", daemon=True)
+        thread.start()
+        try:
+            yield on_phase
+        finally:
+            done.set()
+            thread.join()

@@ -1,0 +1,101 @@
+"""One worker process: started, listened to, reaped. Works on any event loop, in any thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+log = logging.getLogger("mlx_serving.worker.stderr")
+
+TAIL_LINES = 50
+COMMAND = (sys.executable, "-u", "-m", "mlx_serving.runtime.main")
+
+
+class Process(Protocol):
+    """What the supervisor needs of whatever runs the loop."""
+
+    socket: socket.socket
+    """The parent's end; non-blocking use is the taker's business."""
+    pid: int
+    exited: asyncio.Future[int]
+
+    def kill(self) -> None: ...
+    def cause(self, status: int) -> str: ...
+
+
+class WorkerProcess:
+    """A child in a session of its own, with one end of a socket pair.
+
+    A thread reads its output (kept: the last `TAIL_LINES`; logged: all) and reaps it, so that
+    no child watcher of an event loop is needed. `exited` is a future of the exit status as
+    `subprocess` gives it (negative: the signal's number).
+    """
+
+    def __init__(self, command: Sequence[str] = COMMAND) -> None:
+        self.socket, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._child = subprocess.Popen(
+                    [*command, "--fd", str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,
+                    text=True,
+                    errors="replace",
+                )
+        except BaseException:
+            self.socket.close()
+            raise
+        self.pid = self._child.pid
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._loop = asyncio.get_running_loop()
+        self.exited: asyncio.Future[int] = self._loop.create_future()
+        # Not joined: the loop that it reports to may be closed before a worker that is being
+        # killed has gone.
+        threading.Thread(target=self._listen, name=f"worker-{self.pid}", daemon=True).start()
+
+    def kill(self) -> None:
+        """SIGKILL to the whole session; nothing if it has been reaped."""
+        if self._child.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def cause(self, status: int) -> str:
+        """How it ended, and its last words."""
+        how = f"worker {self.pid} {_how(status)}"
+        return f"{how}; its last lines:\n" + "\n".join(self.tail) if self.tail else how
+
+    def _listen(self) -> None:
+        assert self._child.stdout is not None
+        with self._child.stdout as lines:
+            for line in lines:
+                self.tail.append(line.rstrip("\n"))
+                log.info("%d: %s", self.pid, self.tail[-1])
+        status = self._child.wait()
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
+            self._loop.call_soon_threadsafe(self._report, status)
+
+    def _report(self, status: int) -> None:
+        if not self.exited.done():
+            self.exited.set_result(status)
+
+
+def _how(status: int) -> str:
+    if status >= 0:
+        return f"exited with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"

@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import gc
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+
+from mlx_serving import errors
+from mlx_serving.runtime.backend.model import LoadedModel
+from mlx_serving.runtime.core.plan import Limits, Sampled, StepPlan, StepResult
+from mlx_serving.runtime.loop import Collector, Link, Loop, NoCollector
+from mlx_serving.types import ModelInfo, SamplingParams
+from mlx_serving.worker import wire
+
+HELLO = wire.Hello(pid=1, device="cpu", mlx_version="", memory_bytes=0)
+FAIL_LAUNCH, FAIL_WAIT = 901, 902
+
+
+@dataclass
+class Pending:
+    runner: Runner
+    result: StepResult
+    error: Exception | None = None
+
+    def wait(self) -> StepResult:
+        self.runner.in_flight -= 1
+        self.runner.log.append(f"wait {self.result.step_id}")
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+@dataclass
+class Runner:
+    """The next token is the last one plus one."""
+
+    last: dict[int, int] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
+    in_flight: int = 0
+    most_in_flight: int = 0
+
+    def launch(self, plan: StepPlan) -> Pending:
+        self.log.append(f"launch {plan.step_id}")
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        pending = Pending(self, StepResult(plan.step_id))
+        for start in plan.starts:
+            self.last[start.seq_id] = start.token_ids[-1]
+            if start.token_ids[0] == FAIL_LAUNCH:
+                raise errors.ModelBroken("the kernels are not there")
+            if start.token_ids[0] == FAIL_WAIT:
+                pending.error = MemoryError("no room")
+        sampling = [c.seq_id for c in plan.prefill if c.samples] + [r.seq_id for r in plan.decode]
+        for seq_id in sampling:
+            self.last[seq_id] += 1
+            pending.result.sampled.append(Sampled(seq_id, [self.last[seq_id]]))
+        return pending
+
+    def reset(self) -> None:
+        self.log.append("reset")
+        self.in_flight = 0
+        self.last.clear()
+
+
+def loaded(model_id: str, max_num_seqs: int = 16) -> LoadedModel:
+    info = ModelInfo(
+        model_id=model_id,
+        path="",
+        architecture="counting",
+        context_length=10_000,
+        vocab_size=100_000,
+        eos_token_ids=(),
+    )
+    limits = Limits(
+        max_num_seqs=max_num_seqs,
+        prefill_step_size=64,
+        context_length=10_000,
+        kv_capacity_tokens=10_000_000,
+    )
+    return LoadedModel(info, Runner(), limits)
+
+
+class Parent:
+    """The other end of the loop's socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.runners: dict[str, Runner] = {}
+        self._splitter = wire.FrameSplitter()
+        self._received: list[wire.FromWorker] = []
+
+    def send(self, *messages: wire.ToWorker) -> None:
+        """In one write, so that the loop sees them together."""
+        self.sock.sendall(b"".join(wire.encode(message) for message in messages))
+
+    def receive(self) -> wire.FromWorker:
+        while not self._received:
+            data = self.sock.recv(65536)
+            assert data, "the loop has gone"
+            self._received += map(wire.decode_from_worker, self._splitter.feed(data))
+        return self._received.pop(0)
+
+    def expect(self, kind: type, when: Callable[[object], bool] = lambda _: True):
+        """The next message of that kind; others are passed over."""
+        while not (isinstance(message := self.receive(), kind) and when(message)):
+            pass
+        return message
+
+    def rows(self, count: int) -> dict[int, wire.TokenRow]:
+        """Merged rows of `count` sequences, until each has its finish reason."""
+        tokens: dict[int, list[int]] = {}
+        ended: dict[int, wire.TokenRow] = {}
+        while len(ended) < count:
+            for row in self.expect(wire.Step).rows:
+                tokens.setdefault(row.seq_id, []).extend(row.token_ids)
+                if row.finish_reason is not None:
+                    ended[row.seq_id] = msgspec.structs.replace(row, token_ids=tokens[row.seq_id])
+        return ended
+
+
+@pytest.fixture
+def parent() -> Iterator[Parent]:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(30)  # a guard against hangs
+    parent = Parent(ours)
+
+    def load(model_id, path, options, on_phase):
+        if path.name == "broken":
+            raise RuntimeError("a shard is short")
+        model = loaded(model_id, options.max_num_seqs)
+        parent.runners[model_id] = model.runner
+        return model
+
+    loop = Loop(Link(theirs), load, collector=NoCollector())
+    thread = threading.Thread(target=loop.run, args=(HELLO,), daemon=True)
+    thread.start()
+    yield parent
+    ours.close()
+    thread.join(30)
+    theirs.close()
+    assert not thread.is_alive()
+
+
+def load(model_id: str = "m", path: str = "any", **options) -> wire.LoadModel:
+    return wire.LoadModel(model_id, path, wire.ModelOptions(**options))
+
+
+def submit(seq_id: int, *tokens: int, model_id: str = "m", max_tokens: int = 4) -> wire.Submit:
+    return wire.Submit(
+        seq_id=seq_id,
+        model_id=model_id,
+        token_ids=list(tokens),
+        prompt_len=len(tokens),
+        sampling=SamplingParams(max_tokens=max_tokens),
+    )
+
+
+def test_it_says_hello_then_that_it_is_idle(parent):
+    assert parent.receive() == HELLO
+    assert parent.receive() == wire.Phase("idle")
+
+
+def test_one_frame_a_step_carries_every_row(parent):
+    parent.send(load(), submit(1, 10), submit(2, 20), submit(3, 5, 6, 7))
+    steps = [parent.expect(wire.Step) for _ in range(2)]
+    assert {row.seq_id for step in steps for row in step.rows} == {1, 2, 3}
+    assert any(len(step.rows) >= 2 for step in steps)
+    assert steps[-1].stats.running == 3
+    assert steps[-1].stats.model_id == "m"
+    assert steps[-1].stats.kv_tokens > 0
+
+
+def test_tokens_follow_the_prompt(parent):
+    parent.send(load(), submit(1, 10), submit(2, *range(100, 300), max_tokens=3))
+    rows = parent.rows(2)
+    assert rows[1].token_ids == [11, 12, 13, 14]
+    assert rows[2].token_ids == [300, 301, 302]
+    assert rows[2].finish_reason == "length"
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_pipeline_is_as_deep_as_asked(parent, depth):
+    parent.send(load(pipeline_depth=depth), submit(1, 10, max_tokens=30))
+    assert parent.rows(1)[1].token_ids == list(range(11, 41))
+    assert parent.runners["m"].most_in_flight == depth
+
+
+def test_the_next_step_is_launched_before_the_last_is_waited_for(parent):
+    parent.send(load(pipeline_depth=2), submit(1, 10, max_tokens=4))
+    parent.rows(1)
+    log = parent.runners["m"].log
+    assert log[:5] == ["launch 0", "launch 1", "wait 0", "launch 2", "wait 1"]
+
+
+def test_models_take_turns(parent):
+    parent.send(load("a"), load("b"))
+    parent.expect(wire.ModelLoaded, lambda m: m.info.model_id == "b")
+    parent.send(
+        submit(1, 10, model_id="a", max_tokens=20), submit(2, 20, model_id="b", max_tokens=20)
+    )
+    order = [parent.expect(wire.Step).stats.model_id for _ in range(20)]
+    assert order == ["a", "b"] * 10
+
+
+@pytest.mark.parametrize(
+    ("token", "reason"),
+    [
+        (FAIL_LAUNCH, ("model_unavailable", "the kernels are not there")),
+        (FAIL_WAIT, ("step_failed", "MemoryError: no room")),
+    ],
+)
+def test_a_failed_step_ends_those_who_began_and_spares_those_who_wait(parent, token, reason):
+    parent.send(load(max_num_seqs=2), submit(1, token), submit(2, 20), submit(3, 30))
+    rows = parent.rows(3)
+    assert rows[1].error == rows[2].error == reason
+    assert rows[1].finish_reason == "error"
+    assert rows[3].token_ids == [31, 32, 33, 34]
+    assert parent.runners["m"].log.count("reset") == 1
+
+
+def test_a_failed_model_leaves_the_others_alone(parent):
+    parent.send(load("a"), load("b"), submit(1, FAIL_WAIT, model_id="a"))
+    parent.send(submit(2, 20, model_id="b"))
+    rows = parent.rows(2)
+    assert rows[1].error is not None
+    assert rows[2].token_ids == [21, 22, 23, 24]
+
+
+def test_a_cancelled_sequence_is_heard_of_no_more(parent):
+    parent.send(load(max_num_seqs=1), submit(1, 10, max_tokens=9000), submit(2, 20))
+    parent.expect(wire.Step)
+    parent.send(wire.Cancel(1), wire.Cancel(1), wire.Cancel(99))
+    assert parent.rows(1)[2].token_ids == [21, 22, 23, 24]
+    assert parent.expect(wire.Phase, lambda phase: phase.phase == "idle")
+
+
+def test_a_paused_sequence_waits_and_the_loop_sleeps(parent):
+    parent.send(load(), submit(1, 10, max_tokens=9000))
+    parent.expect(wire.Step)
+    parent.send(wire.Pause(1))
+    parent.expect(wire.Phase, lambda phase: phase.phase == "idle")
+    parent.send(wire.Resume(1))
+    assert parent.expect(wire.Step).rows[0].seq_id == 1
+
+
+def test_errors_of_a_load_and_of_a_submission(parent):
+    parent.send(load("x", "broken"), submit(1, 10, model_id="x"), load(), submit(2, *[1] * 10_000))
+    failed = parent.expect(wire.ModelFailed)
+    assert (failed.code, failed.message) == ("model_unavailable", "RuntimeError: a shard is short")
+    rows = parent.rows(1)
+    assert rows[1].error is not None
+    assert rows[1].error[0] == errors.ModelNotFound.code
+    rows = parent.rows(1)
+    assert rows[2].error is not None
+    assert rows[2].error[0] == errors.ContextOverflow.code
+
+
+def test_loading_twice_is_loading_once(parent):
+    parent.send(load())
+    parent.expect(wire.ModelLoaded)
+    first = parent.runners["m"]
+    parent.send(load())
+    parent.expect(wire.ModelLoaded)
+    assert parent.runners["m"] is first
+
+
+def test_unloading_ends_its_sequences(parent):
+    parent.send(load(), submit(1, 10, max_tokens=9000))
+    parent.expect(wire.Step)
+    parent.send(wire.UnloadModel("m"), wire.UnloadModel("m"))
+    assert parent.rows(1)[1].error == (errors.ModelNotFound.code, "model 'm' was unloaded")
+    assert parent.expect(wire.ModelUnloaded).model_id == "m"
+    assert parent.expect(wire.ModelUnloaded).model_id == "m"
+
+
+def run_loop(loop: Loop) -> threading.Thread:
+    thread = threading.Thread(target=loop.run, args=(HELLO,), daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_long_load_keeps_saying_so():
+    ours, theirs = socket.socketpair()
+    ours.settimeout(30)
+    enough = threading.Event()
+
+    def slow(model_id, path, options, on_phase):
+        on_phase("compiling", "weights")
+        assert enough.wait(30)
+        return loaded(model_id)
+
+    loop = Loop(Link(theirs), slow, collector=NoCollector(), load_progress_s=0.01)
+    with ours, theirs:
+        thread = run_loop(loop)
+        parent = Parent(ours)
+        parent.send(load())
+        told = [
+            parent.expect(wire.Phase, lambda phase: phase.detail == "weights") for _ in range(4)
+        ]
+        enough.set()
+        parent.expect(wire.ModelLoaded)
+        assert {phase.phase for phase in told} == {"compiling"}
+        elapsed = [phase.elapsed_s for phase in told]
+        assert elapsed == sorted(elapsed)
+        assert elapsed[-1] > elapsed[0]
+        parent.send(wire.Shutdown())
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_an_idle_loop_says_that_it_lives():
+    ours, theirs = socket.socketpair()
+    ours.settimeout(30)
+    loop = Loop(Link(theirs), lambda *_: loaded("m"), collector=NoCollector(), heartbeat_s=0.01)
+    with theirs:
+        thread = run_loop(loop)
+        parent = Parent(ours)
+        assert [parent.expect(wire.Phase).phase for _ in range(4)] == ["idle"] * 4
+        ours.close()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_a_frame_that_is_not_ours_is_our_mistake():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall((3).to_bytes(4, "little") + b"\xc1\xc1\xc1")
+        with pytest.raises(msgspec.DecodeError):
+            Loop(Link(theirs), lambda *_: loaded("m"), collector=NoCollector()).run(HELLO)
+
+
+def test_the_collector_collects_only_when_told():
+    was_enabled, was_frozen = gc.isenabled(), gc.get_freeze_count()
+    collections = []
+    gc.callbacks.append(lambda phase, info: collections.append(info["generation"]))
+    try:
+        collector = Collector()
+        assert not gc.isenabled()
+        collector.loaded()
+        assert gc.get_freeze_count() > was_frozen
+        collections.clear()
+        for _ in range(1000):
+            collector.stepped()
+        assert collections == []
+        collector.idle()
+        assert set(collections) == {2}
+        collections.clear()
+        collector.idle()
+        assert collections == []
+        for _ in range(2000):
+            collector.stepped()
+        assert set(collections) == {1}
+    finally:
+        gc.callbacks.pop()
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib.util
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from mlx_serving.worker.process import WorkerProcess
+from mlx_serving.worker.restart import RestartPolicy
+from mlx_serving.worker.supervisor import Supervisor
+
+FAKE = (sys.executable, "-u", str(Path(__file__).with_name("fake_worker.py")))
+
+
+@pytest.fixture
+def spawn():
+    """Starts the real worker process over a runner without MLX."""
+    return functools.partial(WorkerProcess, FAKE)
+
+
+@pytest.fixture(scope="session")
+def fake():
+    """The fake worker's module, for a loop in this process."""
+    spec = importlib.util.spec_from_file_location("fake_worker", FAKE[-1])
+    module = sys.modules["fake_worker"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+async def worker(spawn) -> AsyncIterator[Supervisor]:
+    supervisor = Supervisor(spawn=spawn, policy=RestartPolicy(base_s=0.01, give_up_after=3))
+    supervisor.events = []
+    supervisor.on_event = supervisor.events.append
+    supervisor.start()
+    async with asyncio.timeout(30):  # a guard against hangs, not a measurement
+        yield supervisor
+        await supervisor.stop()

@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import signal
+import sys
+
+import pytest
+
+from mlx_serving import errors
+from mlx_serving.types import SamplingParams
+from mlx_serving.worker import port, wire
+from mlx_serving.worker.client import HIGH_WATER_TOKENS
+from mlx_serving.worker.process import WorkerProcess
+from mlx_serving.worker.restart import RestartPolicy
+from mlx_serving.worker.supervisor import Supervisor
+from mlx_serving.worker.wire import ModelOptions, StepStats
+
+RAISE, ABORT, HANG = 901, 902, 903  # as fake_worker.py has them
+FOREVER = 90_000
+
+
+def submit(worker, start=1000, max_tokens=8, model="m"):
+    return worker.submit(model, [start], SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+
+
+async def tokens_of(stream) -> list[int]:
+    return [token async for row in stream for token in row.token_ids]
+
+
+async def until(condition) -> None:
+    while not condition():  # noqa: ASYNC110 - the condition is another process's
+        await asyncio.sleep(0.005)
+
+
+def alive(pid: int) -> bool:
+    """False once reaped: a zombie still answers."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def test_streams_are_whole_and_in_order(worker):
+    info = await worker.load_model("m", "any")
+    assert info.architecture == "counting"
+    got = await asyncio.gather(*(tokens_of(submit(worker, k * 1000, 40)) for k in range(1, 9)))
+    assert got == [list(range(k * 1000 + 1, k * 1000 + 41)) for k in range(1, 9)]
+    assert isinstance(worker.state, port.Ready)
+    assert worker.models == (info,)
+
+
+async def test_rows_end_with_their_finish_reason(worker):
+    await worker.load_model("m", "any")
+    rows = [row async for row in submit(worker, max_tokens=3)]
+    assert [row.finish_reason for row in rows[:-1]] == [None] * (len(rows) - 1)
+    assert rows[-1].finish_reason == "length"
+
+
+async def test_a_resumed_sequence_continues_after_its_output(worker):
+    await worker.load_model("m", "any")
+    sampling = SamplingParams(max_tokens=6)
+    stream = worker.submit("m", [10, 11, 12, 13], sampling, prompt_len=2)
+    assert await tokens_of(stream) == [14, 15, 16, 17]
+
+
+async def test_two_models_share_a_worker(worker):
+    await asyncio.gather(worker.load_model("a", "any"), worker.load_model("b", "any"))
+    one, two = submit(worker, 100, 50, "a"), submit(worker, 200, 50, "b")
+    assert await asyncio.gather(tokens_of(one), tokens_of(two)) == [
+        list(range(101, 151)),
+        list(range(201, 251)),
+    ]
+
+
+async def test_concurrent_loads_of_a_model_are_one(worker):
+    one, two = await asyncio.gather(worker.load_model("m", "x"), worker.load_model("m", "x"))
+    assert one is two
+
+
+@pytest.mark.parametrize("leave", ["cancel", "break", "context", "task"])
+async def test_leaving_a_stream_frees_its_row(worker, leave):
+    seen: list[StepStats] = []
+    worker.on_stats = seen.append
+    await worker.load_model("m", "any", ModelOptions(max_num_seqs=1))
+    stream = submit(worker, max_tokens=FOREVER)
+    if leave == "cancel":
+        async for _ in stream:
+            stream.cancel()
+            stream.cancel()
+    elif leave == "break":
+        async for _ in stream:
+            break
+    elif leave == "context":
+        async with stream:
+            pass
+    else:
+        task = asyncio.create_task(tokens_of(stream))
+        await until(lambda: seen)
+        task.cancel()
+        await asyncio.wait([task])
+    assert await tokens_of(submit(worker, 5000, 3)) == [5001, 5002, 5003]
+    assert stream.ended
+    assert all(stats.running <= 1 for stats in seen)
+
+
+async def test_a_slow_reader_is_set_aside_and_loses_nothing(worker):
+    seen: list[StepStats] = []
+    worker.on_stats = seen.append
+    await worker.load_model("m", "any")
+    slow = submit(worker, 0, 20 * HIGH_WATER_TOKENS)
+    got = []
+    async for row in slow:
+        got += row.token_ids
+        if len(got) < 4 * HIGH_WATER_TOKENS:
+            # Meanwhile a neighbour runs to its end, which alone is more than the slow one may hold.
+            quick = await tokens_of(submit(worker, 7000, 3 * HIGH_WATER_TOKENS))
+            assert quick == list(range(7001, 7001 + 3 * HIGH_WATER_TOKENS))
+            assert len(row.token_ids) < 3 * HIGH_WATER_TOKENS
+    assert got == list(range(1, 1 + 20 * HIGH_WATER_TOKENS))
+
+
+async def test_an_idle_reader_stops_its_sequence(worker):
+    seen: list[StepStats] = []
+    worker.on_stats = seen.append
+    await worker.load_model("m", "any")
+    stream = submit(worker, 0, FOREVER)
+    await until(lambda: worker.health()[0].phase == "stepping")
+    await until(lambda: worker.health()[0].phase == "idle")
+    # Paused with a row or without: either way it is not computed for.
+    assert len(seen) < 20 * HIGH_WATER_TOKENS
+    stream.cancel()
+
+
+async def test_a_failed_step_is_typed_and_the_worker_goes_on(worker):
+    await worker.load_model("m", "any")
+    pid = worker.health()[0].pid
+    with pytest.raises(errors.ServerError, match="this prompt fails") as raised:
+        await tokens_of(submit(worker, RAISE))
+    assert raised.value.code == "step_failed"
+    assert await tokens_of(submit(worker, 10, 2)) == [11, 12]
+    assert worker.health()[0].pid == pid
+
+
+async def test_what_cannot_run_is_refused_in_its_stream(worker):
+    await worker.load_model("m", "any")
+    with pytest.raises(errors.ModelNotFound, match="'other'"):
+        await tokens_of(submit(worker, model="other"))
+    long = worker.submit("m", [1] * 100_001, SamplingParams())
+    with pytest.raises(errors.ContextOverflow):
+        await tokens_of(long)
+
+
+async def test_a_load_error_is_typed(worker):
+    with pytest.raises(errors.ModelBroken, match=r"config\.json is not there"):
+        await worker.load_model("m", "broken")
+    assert port.ModelLoadFailed("m", "model_unavailable", "config.json is not there") in (
+        worker.events
+    )
+    await worker.load_model("m", "any")
+
+
+async def test_unloading_ends_its_streams(worker):
+    await worker.load_model("m", "any")
+    stream = submit(worker, max_tokens=FOREVER)
+    await worker.unload_model("m")
+    with pytest.raises(errors.ModelNotFound, match="unloaded"):
+        await tokens_of(stream)
+    assert worker.models == ()
+
+
+async def test_kill_ends_every_stream_and_the_next_one_works(worker):
+    await worker.load_model("m", "any")
+    streams = [submit(worker, k * 1000, FOREVER) for k in range(1, 5)]
+    readers = [asyncio.create_task(tokens_of(stream)) for stream in streams]
+    await until(lambda: worker.health()[0].phase == "stepping")
+    first = worker.health()[0].pid
+    os.kill(first, signal.SIGKILL)
+    for outcome in await asyncio.gather(*readers, return_exceptions=True):
+        assert isinstance(outcome, errors.WorkerDied)
+        assert "SIGKILL" in outcome.message
+    # The model is reloaded; a request that comes in between waits for that.
+    assert await tokens_of(submit(worker, 10, 2)) == [11, 12]
+    assert worker.health()[0].pid != first
+    assert worker.health()[0].restarts == 1
+    exited = next(e for e in worker.events if isinstance(e, port.WorkerExited))
+    assert exited.pid == first
+    assert isinstance(exited.next, port.Restarting)
+
+
+async def test_an_abort_names_its_signal_and_last_words(worker):
+    await worker.load_model("m", "any")
+    with pytest.raises(errors.WorkerDied, match=r"(?s)SIGABRT.*about to abort"):
+        await tokens_of(submit(worker, ABORT))
+
+
+async def test_dying_over_a_first_load_is_not_repeated(worker):
+    with pytest.raises(errors.WorkerDied, match=r"(?s)status 3.*no memory left"):
+        await worker.load_model("m", "die")
+    await worker.load_model("n", "any")
+    assert worker.health()[0].restarts == 1
+
+
+async def test_a_crash_loop_is_given_up_and_said(worker, tmp_path):
+    await worker.load_model("m", f"once:{tmp_path / 'loaded'}")
+    os.kill(worker.health()[0].pid, signal.SIGKILL)
+    await until(lambda: isinstance(worker.state, port.Restarting | port.Starting | port.Loading))
+    parked = submit(worker)
+    with pytest.raises(errors.Overloaded, match="status 4"):
+        await tokens_of(parked)
+    assert isinstance(worker.state, port.Failed)
+    with pytest.raises(errors.Overloaded) as refused:
+        submit(worker)
+    assert refused.value.retry_after_s is not None
+    with pytest.raises(errors.Overloaded):
+        await worker.load_model("n", "any")
+    health = worker.health()[0]
+    assert (health.state, health.pid) == ("failed", None)
+    assert health.cause is not None
+
+
+async def test_waiting_for_a_worker_is_bounded():
+    silent = (sys.executable, "-c", "import time; time.sleep(3600)")
+    worker = Supervisor(spawn=functools.partial(WorkerProcess, silent), park_timeout_s=0.05)
+    worker.start()
+    stream = submit(worker)
+    with pytest.raises(errors.Overloaded):
+        await tokens_of(stream)
+    with pytest.raises(errors.Overloaded):
+        await worker.load_model("m", "any")
+    await worker.stop(deadline_s=0.05)
+
+
+async def test_a_load_that_hangs_is_ended(spawn):
+    worker = Supervisor(spawn=spawn, load_timeout_s=0.5)
+    worker.start()
+    with pytest.raises(errors.ModelBroken, match="took longer"):
+        await worker.load_model("m", "hang")
+    await worker.load_model("n", "any")
+    assert worker.health()[0].restarts == 1
+    await worker.stop()
+
+
+async def test_a_command_that_cannot_start_fails_with_its_reason():
+    spawn = functools.partial(WorkerProcess, ("/nonexistent/python",))
+    worker = Supervisor(spawn=spawn, policy=RestartPolicy(give_up_after=2, base_s=0))
+    worker.start()
+    with pytest.raises(errors.Overloaded, match="could not be started"):
+        await worker.load_model("m", "any")
+    await worker.stop()
+
+
+@pytest.mark.parametrize("when", ["starting", "ready", "hung"])
+async def test_stop_leaves_no_process(spawn, when):
+    worker = Supervisor(spawn=spawn)
+    worker.start()
+    streams = []
+    if when == "starting":
+        await until(lambda: worker.health()[0].pid is not None)
+    else:
+        await worker.load_model("m", "any")
+        streams.append(submit(worker, HANG if when == "hung" else 1, FOREVER))
+    pid = worker.health()[0].pid
+    assert alive(pid)
+    await worker.stop(deadline_s=5.0 if when == "ready" else 0.1)
+    assert not alive(pid)
+    for stream in streams:
+        with pytest.raises(errors.Draining):
+            await tokens_of(stream)
+    with pytest.raises(errors.Draining):
+        submit(worker)
+    assert worker.health()[0].state == "stopped"
+
+
+async def test_it_can_be_started_again(worker):
+    await worker.load_model("m", "any")
+    await worker.stop()
+    worker.start()
+    assert await tokens_of(submit(worker, 1, 2)) == [2, 3]
+
+
+async def test_interrupts_to_the_worker_and_its_group_are_ignored(worker):
+    await worker.load_model("m", "any")
+    pid = worker.health()[0].pid
+    assert os.getsid(pid) == pid != os.getsid(0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.killpg(pid, number)
+    assert await tokens_of(submit(worker, 1, 100)) == list(range(2, 102))
+    assert worker.health()[0].pid == pid
+
+
+async def test_the_worker_leaves_when_the_parent_goes(spawn):
+    for load in ("any", "hang"):
+        process = spawn()
+        await asyncio.to_thread(process.socket.recv, 4)  # it lives
+        process.socket.sendall(wire.encode(wire.LoadModel("m", load, ModelOptions())))
+        process.socket.close()
+        async with asyncio.timeout(30):
+            assert await process.exited == 0
