@@ -1,27 +1,56 @@
-# The doors. Each sets up what it needs; `.venv` is the environment.
+# The doors. Each sets up what it needs in .venv; a second run is fast, and a changed
+# pyproject.toml installs anew.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SEED ?= 0
+PYTEST := $(BIN)/python -m pytest
 
-.PHONY: serve test test-slow check bench sim setup clean
+.PHONY: help serve test test-slow check bench sim setup clean
+
+help:
+	@echo "make serve       serve the default model; MLX_SERVING_* variables are its settings"
+	@echo "make test        unit, contract and short simulation tests, with coverage"
+	@echo "make test-slow   the tests that take minutes"
+	@echo "make check       format, lint, types, import contracts, tidiness"
+	@echo "make bench       measure, and write benchmarks/RESULTS.md"
+	@echo "make sim SEED=1  one seed of the deterministic simulation"
+	@echo "make clean       remove .venv and what was built"
+	@echo
+	@echo "PYTHON=python3.12 picks the interpreter; MLX_EXTRA=cpu|cuda12|cuda13 the MLX backend."
 
 serve: $(VENV)/.runtime
-	@$(BIN)/mlx-serving serve
+	@exec $(BIN)/mlx-serving serve
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered
+	$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered --cov-fail-under=85
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 check: $(VENV)/.dev
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/test_tidy.py
+	$(BIN)/lint-imports --no-logo
+	$(PYTEST) tests/test_tidy.py
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m mlx_serving.bench
+
+sim: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m sim $(SEED)
 
 setup: $(VENV)/.dev
 
+# What tests need includes what serving needs, so that neither stamp undoes the other.
+$(VENV)/.runtime: pyproject.toml scripts/setup_env.py
+	@$(PYTHON) scripts/setup_env.py $(VENV)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml scripts/setup_env.py
+	@$(PYTHON) scripts/setup_env.py $(VENV) --dev
+	@touch $@ $(VENV)/.runtime
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -6,11 +6,12 @@ On a terminal it is a loop with history; with text piped in, that text is asked 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TextIO
+from collections.abc import Mapping
+from typing import Any, TextIO
 
 from mlx_serving.cli.exits import Exit
 from mlx_serving.cli.say import Say
+from mlx_serving.cli.talkers import EngineTalker, Message, ServerTalker, Talker, answers
 from mlx_serving.errors import ConfigError, MLXServingError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -21,19 +22,6 @@ HELP = """\
 /set NAME VALUE   set temperature, top_p, max_tokens, seed, ...; no VALUE: back to the default
 /help             this text
 /exit             leave (also Ctrl-D); Ctrl-C stops an answer"""
-
-Message = dict[str, str]
-Emit = Callable[[str], None]
-
-
-class Talker(Protocol):
-    """Who answers. `answer` emits text as it comes, and raises MLXServingError."""
-
-    name: str
-
-    def answer(self, messages: list[Message], params: Mapping[str, Any], emit: Emit) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Chat:
@@ -158,8 +146,6 @@ def _loop(chat: Chat) -> None:
 
 
 def _talker(model: str | None, url: str | None, say: Say) -> Talker:
-    from mlx_serving.cli.talkers import EngineTalker, ServerTalker, answers
-
     if url is not None:
         return ServerTalker(url, model)
     if model is None and answers(DEFAULT_URL):

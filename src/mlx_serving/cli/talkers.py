@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import httpx
 
 from mlx_serving import config as settings
-from mlx_serving.cli.chat import Emit, Message
 from mlx_serving.cli.say import Say
 from mlx_serving.errors import MLXServingError, ServerError, from_code
 
 CONNECT_TIMEOUT_S = 5.0
+
+Message = dict[str, str]
+Emit = Callable[[str], None]
+
+
+class Talker(Protocol):
+    """Who answers. `answer` emits text as it comes, and raises MLXServingError."""
+
+    name: str
+
+    def answer(self, messages: list[Message], params: Mapping[str, Any], emit: Emit) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def answers(url: str) -> bool:

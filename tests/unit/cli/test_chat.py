@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from mlx_serving.cli.chat import Chat, Emit, Message
-from mlx_serving.cli.talkers import ServerTalker
+from mlx_serving.cli.chat import Chat
+from mlx_serving.cli.talkers import Emit, Message, ServerTalker
 from mlx_serving.errors import (
     InvalidRequest,
     MLXServingError,
