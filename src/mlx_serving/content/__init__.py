@@ -1,0 +1,1 @@
+"""Text and tokens: chat templates, tokenisers, incremental detokenising, stop strings."""

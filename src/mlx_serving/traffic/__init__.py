@@ -1,0 +1,1 @@
+"""Which request goes ahead, and which has to wait."""

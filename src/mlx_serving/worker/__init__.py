@@ -1,0 +1,1 @@
+"""The server's handle on a worker: wire messages, client, supervisor, in-process twin."""

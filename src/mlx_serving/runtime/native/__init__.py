@@ -1,0 +1,1 @@
+"""C++ kernels for MLX's CPU backend, their typed wrapper and their reference."""
