@@ -114,13 +114,9 @@ class ChoiceText:
 
 def text_logprob(tokenizer: Tokenizer, token_id: int, entry: TokenLogprob) -> TextLogprob:
     """With the tokens' texts and bytes. Part of a character has U+FFFD for text: see its bytes."""
-    raw = tokenizer.token_bytes(token_id)
-    return TextLogprob(
-        token=raw.decode(errors="replace"),
-        raw=raw,
-        logprob=entry.logprob,
-        top=tuple(
-            ((top := tokenizer.token_bytes(i)).decode(errors="replace"), top, logprob)
-            for i, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
-        ),
+    spell = tokenizer.token_text
+    text, raw = spell(token_id)
+    top = tuple(
+        (*spell(i), logprob) for i, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
     )
+    return TextLogprob(token=text, raw=raw, logprob=entry.logprob, top=top)

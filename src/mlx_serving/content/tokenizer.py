@@ -42,6 +42,7 @@ class Tokenizer:
         )
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.special_tokens = dict(special_tokens or {})
+        self._texts: dict[int, tuple[str, bytes]] = {}
         self.bos_token_id = self._named_id("bos_token")
         self.eos_token_id = self._named_id("eos_token")
 
@@ -91,13 +92,24 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence; ids that the tokenizer does not know are left out."""
-        known = [i for i in token_ids if 0 <= i < self.vocab_size]
+        skipped = self.special_ids if skip_special_tokens else frozenset[int]()
+        known = [i for i in token_ids if 0 <= i < self.vocab_size and i not in skipped]
+        if not known:  # a decoder that strips the end panics on nothing
+            return ""
         return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 of one token by itself, special tokens included; b"" for an unknown id."""
-        piece = self.pieces[token_id]
-        return piece.encode() if isinstance(piece, str) else piece
+        return self.token_text(token_id)[1]
+
+    def token_text(self, token_id: int) -> tuple[str, bytes]:
+        """One token by itself: its text (U+FFFD for part of a character) and its bytes."""
+        known = self._texts.get(token_id)
+        if known is None:
+            piece = self.pieces[token_id]
+            raw = piece.encode() if isinstance(piece, str) else piece
+            known = self._texts[token_id] = (raw.decode(errors="replace"), raw)
+        return known
 
     def token_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)

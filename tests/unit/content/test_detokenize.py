@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import tokenizers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, decoders
 
 from mlx_serving.content.detokenize import open_detokenizer
 from mlx_serving.content.tokenizer import Tokenizer
@@ -131,3 +133,41 @@ def test_token_bytes_are_the_tokens_own(tokenizers: dict[str, Tokenizer]) -> Non
     byte = tokenizers["llama"].token_id("<0xF0>")
     assert byte is not None
     assert tokenizers["llama"].token_bytes(byte) == b"\xf0"
+
+
+def test_a_window_stays_short_while_there_is_no_text(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["word_piece"]
+    quick = tokenizer.encode("quick", add_special_tokens=False)
+    assert "".join(stream(tokenizer, [999] * 100 + quick)) == "quick"
+    assert tokenizer.token_bytes(quick[0]) == b"quick"
+
+
+DECODERS: dict[str, decoders.Decoder | None] = {
+    "none": None,
+    "pattern": decoders.Sequence([decoders.Replace(Regex("e+"), "E"), decoders.Fuse()]),
+    "strip_end": decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 0, 1)]),
+    "strip_two": decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 2, 0),
+        ]
+    ),
+    "replace_two": decoders.Sequence(
+        [decoders.Replace("▁", "_"), decoders.Replace("_", " "), decoders.Fuse()]
+    ),
+    "metaspace_never": decoders.Metaspace(prepend_scheme="never"),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("text", ["the fox", "   the  eel", "x", "the <0xZZ> eel"])
+def test_other_decoders(backends: dict[str, hf.Tokenizer], name: str, text: str) -> None:
+    backend = hf.Tokenizer.from_str(backends["gemma"].to_str())
+    backend.decoder = DECODERS[name]
+    tokenizer = Tokenizer(backend)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    joined, whole = "".join(stream(tokenizer, ids)), tokenizer.decode(ids)
+    # Only the windowed reading may keep a last space that the decoder strips.
+    assert joined.rstrip() == whole.rstrip()
