@@ -1,0 +1,1 @@
+"""Conversion jobs: short-lived processes that turn what was fetched into an MLX folder."""

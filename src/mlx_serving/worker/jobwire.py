@@ -1,0 +1,41 @@
+"""What a conversion job prints on stdout: one JSON object a line, told apart by `event`.
+
+Started (Advanced)*  … for each task, then  Finished | Failed
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Started(msgspec.Struct, frozen=True, tag_field="event", tag="start"):
+    task: str
+    total_bytes: int
+
+
+class Advanced(msgspec.Struct, frozen=True, tag_field="event", tag="advance"):
+    n: int
+
+
+class Finished(msgspec.Struct, frozen=True, tag_field="event", tag="finish"):
+    path: str
+
+
+class Failed(msgspec.Struct, frozen=True, tag_field="event", tag="fail"):
+    code: str
+    message: str
+
+
+JobEvent = Started | Advanced | Finished | Failed
+
+_decoder: msgspec.json.Decoder[JobEvent] = msgspec.json.Decoder(JobEvent)
+
+
+def encode(event: JobEvent) -> bytes:
+    """One line, newline included."""
+    return msgspec.json.encode(event) + b"\n"
+
+
+def decode(line: bytes) -> JobEvent:
+    """Raises msgspec.DecodeError on anything else."""
+    return _decoder.decode(line)
