@@ -1,0 +1,223 @@
+"""What a model folder holds, read without MLX: its facts, and which of its files are broken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from mlx_serving.errors import ModelBroken
+
+MAX_HEADER_BYTES = 100 << 20
+"""The bound that the safetensors format sets for its header."""
+SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tiktoken.model", "qwen.tiktoken")
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+
+ProblemKind = Literal["missing", "truncated", "bad_json", "bad_file"]
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
+    """One broken file of a model folder."""
+
+    file: str
+    kind: ProblemKind
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.detail}"
+
+
+class ModelFolder(msgspec.Struct, frozen=True, kw_only=True):
+    """A model on disk. `name` is what clients call it unless configured otherwise."""
+
+    name: str
+    path: Path
+    tokenizer_path: Path
+    """Folder of tokenizer.json: `path`, or where the converted one is kept."""
+    model_type: str
+    architecture: str
+    context_length: int | None
+    vocab_size: int | None
+    quantization: str | None
+    """`4-bit g32`, or None for floats."""
+    dtype: str | None
+    weight_bytes: int
+    eos_token_ids: tuple[int, ...]
+    has_chat_template: bool
+
+
+def read_folder(path: Path, name: str, tokenizer_path: Path | None = None) -> ModelFolder:
+    """Raises ModelBroken (corrupt_file) when config.json cannot be read; checks nothing else."""
+    try:
+        config = _json_object(path / "config.json")
+    except _Bad as bad:
+        raise broken(path, [bad.problem]) from None
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else {}
+    merged = {**text, **{key: value for key, value in config.items() if value is not None}}
+    generation = _optional_json(path / "generation_config.json")
+    architectures = config.get("architectures")
+    return ModelFolder(
+        name=name,
+        path=path,
+        tokenizer_path=tokenizer_path or path,
+        model_type=str(config.get("model_type", "")),
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "",
+        context_length=next((n for key in _CONTEXT_KEYS if (n := _int(merged.get(key)))), None),
+        vocab_size=_int(merged.get("vocab_size")),
+        quantization=_quantization(config),
+        dtype=str(merged["torch_dtype"]) if "torch_dtype" in merged else _text(merged.get("dtype")),
+        weight_bytes=sum(shard.stat().st_size for shard in weight_files(path)),
+        eos_token_ids=_ids(generation.get("eos_token_id")) or _ids(merged.get("eos_token_id")),
+        has_chat_template=_has_chat_template(path),
+    )
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that mlx-lm loads."""
+    return sorted(path.glob("model*.safetensors"))
+
+
+def check(path: Path) -> list[Problem]:
+    """Every broken file: missing, cut short, or not what its name says. Reads headers, not weights."""
+    return [*_check_config(path), *_check_weights(path), *_check_tokenizer(path)]
+
+
+def broken(path: Path, problems: list[Problem]) -> ModelBroken:
+    listed = "; ".join(str(problem) for problem in problems[:5])
+    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return ModelBroken(f"the model in {path} has broken files: {listed}{more}", code="corrupt_file")
+
+
+def has_fast_tokenizer(path: Path) -> bool:
+    return (path / "tokenizer.json").is_file()
+
+
+class _Bad(Exception):
+    def __init__(self, file: str, kind: ProblemKind, detail: str) -> None:
+        self.problem = Problem(file=file, kind=kind, detail=detail)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise _Bad(path.name, "missing", "is missing") from None
+    except (ValueError, RecursionError) as e:
+        raise _Bad(path.name, "bad_json", f"is not JSON ({e})") from None
+    except OSError as e:
+        raise _Bad(path.name, "bad_file", f"cannot be read ({e.strerror})") from None
+    if not isinstance(value, dict):
+        raise _Bad(path.name, "bad_json", "is not a JSON object")
+    return value
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    try:
+        return _json_object(path)
+    except _Bad:
+        return {}
+
+
+def _check_config(path: Path) -> Iterator[Problem]:
+    try:
+        config = _json_object(path / "config.json")
+    except _Bad as bad:
+        yield bad.problem
+        return
+    if not isinstance(config.get("model_type"), str):
+        yield Problem(file="config.json", kind="bad_json", detail="has no model_type")
+
+
+def _check_weights(path: Path) -> Iterator[Problem]:
+    try:
+        shards = _expected_shards(path)
+    except _Bad as bad:
+        yield bad.problem
+        return
+    for shard in shards:
+        try:
+            _check_safetensors(shard)
+        except _Bad as bad:
+            yield bad.problem
+
+
+def _expected_shards(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = _json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise _Bad(index.name, "bad_json", "has no weight_map of names to files")
+        return [path / Path(name).name for name in sorted(set(weight_map.values()))]
+    shards = weight_files(path)
+    if not shards:
+        others = sorted(p.name for p in path.glob("*.gguf")) + sorted(p.name for p in path.glob("*.bin"))
+        hint = f" (found {', '.join(others[:3])})" if others else ""
+        raise _Bad("model.safetensors", "missing", f"is missing, and there are no other shards{hint}")
+    return shards
+
+
+def _check_safetensors(path: Path) -> None:
+    """The header is whole, and the data it describes is exactly what follows it."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise _Bad(path.name, "truncated", f"is cut short inside its header ({size} bytes)")
+            if length > MAX_HEADER_BYTES:
+                raise _Bad(path.name, "bad_file", "is not a safetensors file")
+            header = json.loads(file.read(length))
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        end = max((int(entry["data_offsets"][1]) for entry in entries), default=0)
+    except FileNotFoundError:
+        raise _Bad(path.name, "missing", "is missing") from None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        raise _Bad(path.name, "bad_file", "has no valid safetensors header") from None
+    expected = 8 + length + end
+    if size < expected:
+        raise _Bad(path.name, "truncated", f"is cut short: {size} of {expected} bytes")
+    if size > expected:
+        raise _Bad(path.name, "bad_file", f"has {size - expected} bytes too many")
+
+
+def _check_tokenizer(path: Path) -> Iterator[Problem]:
+    if has_fast_tokenizer(path):
+        try:
+            _json_object(path / "tokenizer.json")
+        except _Bad as bad:
+            yield bad.problem
+    elif not any((path / name).is_file() for name in SLOW_TOKENIZERS):
+        yield Problem(file="tokenizer.json", kind="missing", detail="is missing, and so is every other tokenizer file")
+
+
+def _quantization(config: Mapping[str, Any]) -> str | None:
+    entry = config.get("quantization") or config.get("quantization_config")
+    if not isinstance(entry, dict):
+        return None
+    bits, group = entry.get("bits"), entry.get("group_size")
+    if isinstance(bits, int) and isinstance(group, int):
+        return f"{bits}-bit g{group}"
+    return _text(entry.get("quant_method")) or "quantised"
+
+
+def _has_chat_template(path: Path) -> bool:
+    if (path / "chat_template.jinja").is_file() or (path / "chat_template.json").is_file():
+        return True
+    return bool(_optional_json(path / "tokenizer_config.json").get("chat_template"))
+
+
+def _int(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _ids(value: object) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool))

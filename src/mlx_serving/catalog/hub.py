@@ -1,0 +1,209 @@
+"""Pulls a model from a Hugging Face hub into the hub's own cache, and checks what arrived.
+
+huggingface_hub resumes, downloads in parallel, locks against other processes and honours
+HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE. It does not hash what it
+downloads over HTTP; this does, once a commit. It is imported when first used: 0.3 s.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import json
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_serving.catalog.progress import Progress
+from mlx_serving.errors import MLXServingError, ModelBroken, ModelNotFound
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+WANTED = ("*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")
+"""Files at a repository's top that serving needs; never code, never other frameworks' weights."""
+_CHUNK = 1 << 22
+_INFO_TIMEOUT_S = 20.0
+
+
+def pull(repo: str, revision: str | None, *, home: Path, offline: bool, progress: Progress) -> Path:
+    """The snapshot's folder. Falls back to a complete cached snapshot when the hub cannot be reached.
+
+    Raises ModelNotFound (no such repository or revision), ModelBroken with code hub_unauthorized,
+    hub_forbidden, hub_unreachable, hub_error, offline, no_space, no_weights or wrong_hash.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if offline or constants.HF_HUB_OFFLINE:
+        return _cached(repo, revision, ModelBroken(f"{repo} is not in the hub cache, and fetching is switched off", code="offline"))
+    try:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_INFO_TIMEOUT_S)
+    except Exception as e:  # huggingface_hub lets its HTTP client's own errors through
+        error = _typed(e, repo, revision)
+        if error.code in ("hub_unreachable", "hub_error"):
+            return _cached(repo, revision, error)
+        raise error from e
+    files = _wanted(repo, info)
+    mark = home / "verified" / f"{repo.replace('/', '--')}@{info.sha}"
+    snapshot = _snapshot_folder(repo, info)
+    if not (mark.exists() and all(_whole(snapshot, file) for file in files)):
+        _download(repo, revision, files, snapshot, progress)
+        _verify(repo, files, snapshot, progress)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    return snapshot
+
+
+def _cached(repo: str, revision: str | None, otherwise: MLXServingError) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=list(WANTED)))
+    except Exception:  # whatever keeps the cache from serving it, the first error is the cause
+        raise otherwise from None
+
+
+def _snapshot_folder(repo: str, info: ModelInfo) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots" / str(info.sha)
+
+
+def _wanted(repo: str, info: ModelInfo) -> list[RepoSibling]:
+    siblings = info.siblings or []
+    top = [file for file in siblings if "/" not in file.rfilename]
+    files = [file for file in top if any(fnmatch(file.rfilename, pattern) for pattern in WANTED)]
+    if not any(file.rfilename.endswith(".safetensors") for file in files):
+        ggufs = [file.rfilename for file in siblings if file.rfilename.endswith(".gguf")]
+        hint = f"; download one of its GGUF files ({', '.join(ggufs[:3])}) and name that" if ggufs else ""
+        raise ModelBroken(f"{repo} has no safetensors weights{hint}", code="no_weights")
+    return files
+
+
+def _whole(snapshot: Path, file: RepoSibling) -> bool:
+    path = snapshot / file.rfilename
+    return path.is_file() and path.stat().st_size == file.size
+
+
+def _download(repo: str, revision: str | None, files: list[RepoSibling], snapshot: Path, progress: Progress) -> None:
+    from huggingface_hub import snapshot_download
+
+    missing = sum(file.size or 0 for file in files if not _whole(snapshot, file))
+    _check_space(snapshot, missing)
+    progress.start(f"pull {repo}", missing)
+    names = [glob.escape(file.rfilename) for file in files]
+    try:
+        snapshot_download(repo, revision=revision, allow_patterns=names, tqdm_class=_byte_meter(progress, missing))
+    except Exception as e:  # as above
+        raise _typed(e, repo, revision) from e
+    progress.done()
+
+
+def _check_space(snapshot: Path, needed: int) -> None:
+    existing = next(parent for parent in snapshot.parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ModelBroken(f"pulling needs {needed >> 20} MiB in {existing}, {free >> 20} MiB are free", code="no_space")
+
+
+def _byte_meter(progress: Progress, total: int) -> Any:
+    """A bar class for huggingface_hub that draws nothing and passes bytes on. It keeps several bars
+    of the same bytes (received, written): the one furthest ahead counts."""
+    from tqdm.auto import tqdm
+
+    reported = 0
+
+    class ByteMeter(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            self._counts_bytes = kwargs.get("unit") == "B"
+            self._bytes = 0
+            super().__init__(*args, **(kwargs | {"disable": True}))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal reported
+            if self._counts_bytes:
+                with self.get_lock():
+                    self._bytes += int(n or 0)
+                    gained = min(self._bytes, total) - reported
+                    if gained > 0:
+                        reported += gained
+                        progress.advance(gained)
+            return super().update(n)
+
+    return ByteMeter
+
+
+def _verify(repo: str, files: list[RepoSibling], snapshot: Path, progress: Progress) -> None:
+    progress.start(f"check {repo}", sum(file.size or 0 for file in files))
+    wrong = [file.rfilename for file in files if not _is_right(snapshot / file.rfilename, file, progress)]
+    if wrong:
+        for name in wrong:
+            path = snapshot / name
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        raise ModelBroken(
+            f"{repo}: {', '.join(wrong)} did not arrive as published (size or hash); deleted, pull again",
+            code="wrong_hash",
+        )
+    progress.done()
+
+
+def _is_right(path: Path, file: RepoSibling, progress: Progress) -> bool:
+    if not path.is_file() or (file.size is not None and path.stat().st_size != file.size):
+        return False
+    if file.lfs is not None:
+        digest, expected = hashlib.sha256(), file.lfs.sha256
+    elif file.blob_id is not None:
+        digest, expected = hashlib.sha1(usedforsecurity=False), file.blob_id
+        digest.update(f"blob {path.stat().st_size}\0".encode())
+    else:
+        return True
+    with path.open("rb") as stream:
+        while block := stream.read(_CHUNK):
+            digest.update(block)
+            progress.advance(len(block))
+    return digest.hexdigest() == expected
+
+
+def _typed(error: Exception, repo: str, revision: str | None) -> MLXServingError:
+    from huggingface_hub import errors
+
+    named = f"{repo}@{revision}" if revision else repo
+    if isinstance(error, MLXServingError):
+        return error
+    if isinstance(error, errors.GatedRepoError):
+        return ModelBroken(
+            f"{named} is gated: accept its licence on the hub and set HF_TOKEN", code="hub_forbidden"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return ModelNotFound(f"{repo} has no revision {revision!r}", param="model")
+    if isinstance(error, errors.HfHubHTTPError):
+        return _by_status(error.response.status_code, named, error)
+    if isinstance(error, errors.HFValidationError):
+        return ModelNotFound(f"{named} is not a hub id: {error}", param="model")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return ModelBroken(f"{named}: the disk is full", code="no_space")
+    if isinstance(error, json.JSONDecodeError):
+        return ModelBroken(f"{named}: the hub's answer is not JSON", code="hub_error")
+    return ModelBroken(f"{named}: the hub cannot be reached ({type(error).__name__}: {error})", code="hub_unreachable")
+
+
+def _by_status(status: int, named: str, error: Exception) -> MLXServingError:
+    match status:
+        case 401:
+            return ModelBroken(
+                f"{named} does not exist or is private: set HF_TOKEN to a token that may read it",
+                code="hub_unauthorized",
+            )
+        case 403:
+            return ModelBroken(
+                f"{named}: this HF_TOKEN may not read it; its licence may have to be accepted",
+                code="hub_forbidden",
+            )
+        case 404:
+            return ModelNotFound(f"the hub has no model {named}", param="model")
+        case _:
+            return ModelBroken(f"{named}: the hub answered {status} ({error})", code="hub_error")
