@@ -201,7 +201,6 @@ def _call(
         "include_stop_str": bool(body.include_stop_str_in_output),
         "priority": _priority(body.priority),
         "cache_salt": body.cache_salt,
-        "echo": echo,
     }
     ids = [call_id] if len(prompts) == 1 else [f"{call_id}-{i}" for i in range(len(prompts))]
     return Call(

@@ -1,0 +1,257 @@
+"""A scripted gateway behind the API's seam, and the ways to talk to the application over it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvloop
+
+from mlx_serving.api.app import create_app
+from mlx_serving.api.server import serve
+from mlx_serving.config import Config
+from mlx_serving.errors import Cancelled, Draining
+from mlx_serving.types import GenerateRequest, ServedModel, TokenEvent, Usage
+
+Step = list[TokenEvent] | Exception | str
+"""A batch, an error to raise, or "hang": nothing more until cancelled."""
+Script = Callable[[GenerateRequest], list[Step]]
+
+DRAWN_SEED = 1234567890123
+
+
+def text_event(text: str, choice: int = 0, **more: Any) -> TokenEvent:
+    return TokenEvent(choice=choice, text=text, token_ids=[7], **more)
+
+
+def hello(request: GenerateRequest) -> list[Step]:
+    """Two tokens a choice and an end."""
+    return [
+        *([text_event("Hello", i) for i in range(request.n)],),
+        *([text_event(" world", i, finish_reason="stop") for i in range(request.n)],),
+    ]
+
+
+class FakeGeneration:
+    def __init__(self, request: GenerateRequest, steps: list[Step]) -> None:
+        self.request = request
+        self.request_id = request.request_id
+        self.prompt_tokens = 5
+        self.cached_tokens = 3
+        self.seed = DRAWN_SEED if request.seed is None else request.seed
+        self.prompt_text = "Once upon"
+        self.cancelled = False
+        self.ended = False
+        self._steps = steps
+        self._tokens = 0
+        self._wake = asyncio.Event()
+
+    async def __aiter__(self) -> AsyncIterator[list[TokenEvent]]:
+        try:
+            for step in self._steps:
+                if self.cancelled:
+                    raise Cancelled("cancelled")
+                if step == "hang":
+                    await self._wake.wait()
+                elif isinstance(step, Exception):
+                    raise step
+                else:
+                    assert isinstance(step, list)
+                    self._tokens += sum(len(event.token_ids) for event in step)
+                    yield step
+        finally:
+            self.ended = True
+
+    def cancel(self) -> None:
+        if not self.ended:
+            self.cancelled = True
+            self._wake.set()
+
+    def usage(self) -> Usage:
+        return Usage(prompt_tokens=5, completion_tokens=self._tokens, cached_tokens=3)
+
+
+class FakeGateway:
+    """Plays `script`; keeps the requests it saw and the generations it opened."""
+
+    def __init__(self) -> None:
+        self.script: Script = hello
+        self.refuse: Callable[[GenerateRequest], Exception | None] = lambda request: None
+        self.open_hangs = False
+        self.open_was_cancelled = False
+        self.status = "ready"
+        self.requests: list[GenerateRequest] = []
+        self.generations: list[FakeGeneration] = []
+
+    def default_model(self) -> str:
+        return "tiny"
+
+    def models(self) -> list[ServedModel]:
+        return [
+            ServedModel(
+                id="tiny", created=7, status="ready", aliases=("small",), context_length=8192
+            ),
+            ServedModel(id="org/big:4bit", created=8, status="failed", reason="no such file"),
+        ]
+
+    def health(self) -> dict[str, Any]:
+        return {
+            "status": self.status,
+            "workers": [{"pid": 42, "state": "ready", "phase": "idle", "models": ["tiny"]}],
+        }
+
+    async def open(self, request: GenerateRequest) -> FakeGeneration:
+        self.requests.append(request)
+        if self.status == "draining":
+            raise Draining("The server is shutting down.")
+        if self.open_hangs:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.open_was_cancelled = True
+        error = self.refuse(request)
+        if error is not None:
+            raise error
+        generation = FakeGeneration(request, self.script(request))
+        self.generations.append(generation)
+        return generation
+
+    def metrics(self) -> bytes:
+        return b"# HELP x X\nx 1\n"
+
+    async def drain(self, timeout_s: float) -> bool:
+        self.status = "draining"
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        while not self._idle() and asyncio.get_running_loop().time() < deadline_s:
+            await asyncio.sleep(0.01)
+        return self._idle()
+
+    def _idle(self) -> bool:
+        return all(g.ended or g.cancelled for g in self.generations)
+
+
+@pytest.fixture
+def gateway() -> FakeGateway:
+    return FakeGateway()
+
+
+@pytest.fixture
+def config() -> Config:
+    return Config(max_body_bytes=64 * 1024)
+
+
+@pytest.fixture
+async def client(gateway: FakeGateway, config: Config) -> AsyncIterator[httpx.AsyncClient]:
+    """Talks to the application without a socket; an exception that leaves the app fails the test."""
+    transport = httpx.ASGITransport(create_app(gateway, config))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+class Chat:
+    """Sends a chat request of one message, with fields of choice."""
+
+    def __init__(self, client: httpx.AsyncClient, gateway: FakeGateway) -> None:
+        self._client = client
+        self._gateway = gateway
+
+    async def post(self, **fields: Any) -> httpx.Response:
+        body = {"messages": [{"role": "user", "content": "Hi"}], **fields}
+        return await self._client.post("/v1/chat/completions", json=body)
+
+    async def complete(self, **fields: Any) -> httpx.Response:
+        return await self._client.post("/v1/completions", json={"prompt": "Hi", **fields})
+
+    async def request_of(self, **fields: Any) -> GenerateRequest:
+        """The GenerateRequest that a chat body becomes."""
+        response = await self.post(**fields)
+        assert response.status_code == 200, response.text
+        return self._gateway.requests[-1]
+
+    async def completion_request_of(self, **fields: Any) -> GenerateRequest:
+        response = await self.complete(**fields)
+        assert response.status_code == 200, response.text
+        return self._gateway.requests[-1]
+
+
+@pytest.fixture
+def chat(client: httpx.AsyncClient, gateway: FakeGateway) -> Chat:
+    return Chat(client, gateway)
+
+
+class RunningServer:
+    """`serve()` in a thread of its own, as a process would run it."""
+
+    def __init__(self, gateway: FakeGateway, config: Config) -> None:
+        self.gateway = gateway
+        self.config = config
+        self.address = ""
+        self.exit_code: int | None = None
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._started.wait(10), "the server did not start"
+
+    def stop(self) -> None:
+        """What a signal does: once drains, twice cuts."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has stopped
+            self._loop.call_soon_threadsafe(self._stop.set)
+
+    def join(self) -> int | None:
+        self._thread.join(15)
+        assert not self._thread.is_alive(), "the server did not stop"
+        return self.exit_code
+
+    def _run(self) -> None:
+        uvloop.run(self._main())
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        app = create_app(self.gateway, self.config)
+        self.exit_code = await serve(
+            app, self.gateway, self.config, on_started=self._on_started, should_stop=self._stop
+        )
+
+    def _on_started(self, address: str) -> None:
+        self.address = address
+        self._started.set()
+
+
+@pytest.fixture
+def start_server(gateway: FakeGateway) -> Iterator[Callable[..., RunningServer]]:
+    running: list[RunningServer] = []
+
+    def start(**settings: Any) -> RunningServer:
+        server = RunningServer(gateway, Config(**{"port": 0, "drain_timeout_s": 0.3, **settings}))
+        server.start()
+        running.append(server)
+        return server
+
+    yield start
+    for server in running:
+        server.stop()
+        server.join()
+
+
+@pytest.fixture
+def uds_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("u") / "s"
+
+
+@pytest.fixture
+def drawn_seed() -> int:
+    return DRAWN_SEED
+
+
+@pytest.fixture(scope="session")
+def make_gateway() -> Callable[[], FakeGateway]:
+    return FakeGateway
