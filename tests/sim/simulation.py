@@ -232,9 +232,11 @@ class Simulation:
         if grown:
             since = report.steps - self._last_admission
             assert since > self.limits.kv_bucket_tokens, f"thrash: {since} steps after admission"
-            assert not plan.starts, "admits and preempts in one step"
             kept = [_order(seq) for seq in before if seq.status is Status.RUNNING]
             assert all(order < _order(seq) for order in kept for seq in grown)
+        worked = {work.seq_id for work in (*plan.prefill, *plan.decode)}
+        assert not any(scheduler.sequences[i].paused for i in worked), "a paused row works"
+        assert worked.issuperset(s.seq_id for s in plan.starts), "a row is taken to stay idle"
         if plan.starts:
             self._last_admission = report.steps
             admitted = [_order(scheduler.sequences[start.seq_id]) for start in plan.starts]

@@ -132,8 +132,8 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> StepPlan | None:
         """The next step, or None if there is nothing to do before the next `apply` or client's wish."""
-        preempted = self._shed()
-        prefill, starts = self._choose_prefill(now_s, admit=not preempted)
+        self._shed()
+        prefill, starts = self._choose_prefill(now_s)
         frees, moves = self.rows.settle()
         decode = [
             seq
@@ -183,17 +183,12 @@ class Scheduler:
 
     # -- memory and order -----------------------------------------------------------------
 
-    def _shed(self) -> bool:
+    def _shed(self) -> None:
         """Preempt until what the rows will hold after this step fits."""
-        preempted = False
         while not policy.fits(self.rows, self.limits):
             self._preempt(policy.victim(self.rows))
-            preempted = True
-        return preempted
 
-    def _choose_prefill(
-        self, now_s: float, *, admit: bool
-    ) -> tuple[list[tuple[Sequence, int]], list[Sequence]]:
+    def _choose_prefill(self, now_s: float) -> tuple[list[tuple[Sequence, int]], list[Sequence]]:
         """Chunks for this step, and the sequences that start with it; best in order first.
 
         A chunk that no longer fits the budget is passed over, never cut; only the queue stops at
@@ -204,7 +199,7 @@ class Scheduler:
         starts: list[Sequence] = []
         ready = [seq for seq in self.rows if seq.wanted - seq.computed > 1 and not seq.paused]
         ready.sort(key=_order, reverse=True)
-        head = self.queue.peek() if admit else None
+        head = self.queue.peek()
         while budget and (ready or head is not None):
             if head is None or (ready and ready[-1].order < head.order):
                 seq = ready.pop()

@@ -139,6 +139,27 @@ def test_admission_by_class_then_arrival_and_an_urgent_prompt_goes_first() -> No
     assert order == [[3], [2], [1]]
 
 
+def test_an_urgent_prompt_that_began_later_is_finished_first() -> None:
+    sched = scheduler(rows=2, step=8)
+    add(sched, 1, 2)
+    add(sched, 2, 40, priority=Priority.LOW)
+    for _ in range(2):
+        step(sched)
+    sched.cancel(1)
+    add(sched, 3, 24, priority=Priority.CRITICAL)
+    assert [[c.seq_id for c in plan_of(sched).prefill] for _ in range(4)] == [[3], [3], [3], [2]]
+
+
+def test_a_pause_amid_a_prefill_stops_it() -> None:
+    sched = scheduler(step=8)
+    add(sched, 1, 20)
+    plan_of(sched)
+    sched.pause(1)
+    assert sched.schedule(0.0) is None
+    sched.resume(1)
+    assert plan_of(sched).prefill[0].start == 8
+
+
 @pytest.mark.parametrize(
     ("sampling", "token", "reason", "stop_token"),
     [
@@ -236,11 +257,26 @@ def test_tokens_of_a_preempted_sequence_arrive_and_may_end_it() -> None:
     while second.row is not None or not plans:
         plans.append(plan_of(sched))
     assert second.inflight > 0
-    assert not plans[-1].starts, "waits for what is in flight"
     got = [e for e in deliver(sched, plans[0], {2: EOS}) if e.seq_id == 2]
     assert [e.finish_reason for e in got] == ["stop"]
     assert sched.waiting == 0
     assert all(e.seq_id == 1 for p in plans[1:] for e in deliver(sched, p))
+
+
+def test_a_preempted_sequence_waits_for_what_is_in_flight() -> None:
+    sched = scheduler(rows=2, step=16, capacity=32, bucket=4, context=32)
+    add(sched, 1, 6)
+    second = add(sched, 2, 6)
+    plans = []
+    while second.row is not None or not plans:
+        plans.append(plan_of(sched))
+    sched.cancel(1)
+    plans.append(plan_of(sched))
+    assert plans[-1].frees and not plans[-1].starts and sched.schedule(0.0) is None
+    for plan in plans:
+        deliver(sched, plan)
+    assert second.inflight == 0
+    assert plan_of(sched).starts[0].token_ids == tuple(second.tokens)
 
 
 def test_admission_needs_headroom() -> None:
