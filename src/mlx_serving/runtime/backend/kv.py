@@ -168,6 +168,8 @@ class Rows:
         self.used: set[int] = set()
         self.slots = min_slots
         self.capacity = bucket
+        self.budget_tokens: int | None = None
+        """Slots are doubled, and keep what the longest sequence needed, only up to this."""
         self.view: View = RowView(0, 0, 1)
 
     def fit(self, row: int, length: int) -> None:
@@ -175,6 +177,10 @@ class Rows:
         while self.slots <= row:
             self.slots = min(self.max_rows, self.slots * 2)
         self.capacity = max(self.capacity, round_up(length, self.bucket))
+        if self.budget_tokens is not None and self.slots * self.capacity > self.budget_tokens:
+            longest = max(length, *(self.lengths[r] for r in self.used), 0)
+            self.slots = max(self.min_slots, row + 1, *(r + 1 for r in self.used))
+            self.capacity = round_up(longest, self.bucket)
 
     def shrink(self) -> None:
         self.slots, self.capacity = self.min_slots, self.bucket
@@ -226,13 +232,14 @@ class KVLayer:
 
     def move(self, source: int, target: int) -> None:
         """Copy one row over another."""
-        if self.keys is None or self.values is None:
-            return
         length = self.rows.lengths[source]
+        if self.keys is None or self.values is None or not length:
+            return
+        self.keys = self._fitted(self.keys, self.keys)
+        self.values = self._fitted(self.values, self.values)
         for slab in (self.keys, self.values):
-            if slab.shape[0] > max(source, target) and length:
-                # Adding zero makes a buffer of its own; a view would forbid the write in place.
-                slab[target : target + 1, :, :length] = slab[source : source + 1, :, :length] + 0
+            # Adding zero makes a buffer of its own; a view would forbid the write in place.
+            slab[target : target + 1, :, :length] = slab[source : source + 1, :, :length] + 0
 
     def drop(self) -> None:
         self.keys = self.values = None
@@ -247,11 +254,12 @@ class KVLayer:
         slots, capacity = self.rows.slots, self.rows.capacity
         if slab is None:
             return mx.zeros((slots, new.shape[1], capacity, new.shape[3]), new.dtype)
-        if slab.shape[0] >= slots and slab.shape[2] >= capacity:
+        if (slab.shape[0], slab.shape[2]) == (slots, capacity):
             return slab
-        grown = mx.zeros((slots, slab.shape[1], capacity, slab.shape[3]), slab.dtype)
-        grown[: slab.shape[0], :, : slab.shape[2]] = slab
-        return grown
+        rows, tokens = min(slots, slab.shape[0]), min(capacity, slab.shape[2])
+        fitted = mx.zeros((slots, slab.shape[1], capacity, slab.shape[3]), slab.dtype)
+        fitted[:rows, :, :tokens] = slab[:rows, :, :tokens]
+        return fitted
 
 
 class StateLayer(ArraysCache):
@@ -310,10 +318,12 @@ class StateLayer(ArraysCache):
 
     def _fitted(self, index: int) -> mx.array | None:
         slab = self.cache[index]
-        if slab is not None and slab.shape[0] < self.rows.slots:
-            grown = mx.zeros((self.rows.slots, *slab.shape[1:]), slab.dtype)
-            grown[: slab.shape[0]] = slab
-            self.cache[index] = slab = grown
+        slots = self.rows.slots
+        if slab is not None and slab.shape[0] != slots:
+            rows = min(slots, slab.shape[0])
+            fitted = mx.zeros((slots, *slab.shape[1:]), slab.dtype)
+            fitted[:rows] = slab[:rows]
+            self.cache[index] = slab = fitted
         return slab
 
 
@@ -362,6 +372,7 @@ class KVStore(Protocol):
     def length(self, row: int) -> int: ...
     def arrays(self) -> list[mx.array]: ...
     def bytes_per_token(self) -> int: ...
+    def set_budget(self, tokens: int, /) -> None: ...
     def reset(self) -> None: ...
 
 
@@ -463,6 +474,10 @@ class RowSlots:
                 total += sum(a.nbytes // (a.shape[0] * a.shape[2]) for a in layer.arrays)
         return total
 
+    def set_budget(self, tokens: int) -> None:
+        """Hold at most this many row tokens, unless the sequences in flight need more."""
+        self.rows.budget_tokens = tokens
+
     def reset(self) -> None:
         self.rows.used.clear()
         self.rows.lengths = [0] * self.rows.max_rows
@@ -549,6 +564,9 @@ class SeparateRows:
             if isinstance(keys, mx.array):
                 total += 2 * keys.nbytes // keys.shape[-2]
         return total
+
+    def set_budget(self, _tokens: int) -> None:
+        """Caches are as large as their sequences already."""
 
     def reset(self) -> None:
         self._caches = [None] * len(self._caches)

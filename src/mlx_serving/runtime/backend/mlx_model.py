@@ -79,13 +79,17 @@ def load(
     context = context_length(config, path)
     if options.context_length is not None:
         context = min(context, options.context_length)
+    rows = options.max_num_seqs
+    capacity = _kv_capacity(weight_bytes, kv_bytes, rows * round_up(context, KV_BUCKET), gpu)
+    store.set_budget(capacity)
+    if options.exact_batch:
+        # The slabs then always have every row.
+        context = min(context, max(KV_BUCKET, capacity // rows // KV_BUCKET * KV_BUCKET))
     limits = Limits(
-        max_num_seqs=options.max_num_seqs,
+        max_num_seqs=rows,
         prefill_step_size=options.prefill_step_size or _prefill_step(gpu, kernels),
         context_length=context,
-        kv_capacity_tokens=_kv_capacity(
-            weight_bytes, kv_bytes, options.max_num_seqs * round_up(context, KV_BUCKET), gpu
-        ),
+        kv_capacity_tokens=capacity,
         kv_bucket_tokens=KV_BUCKET,
         eos_token_ids=eos,
     )
@@ -223,7 +227,8 @@ def _vocab_size(model: Module) -> int:
 
 
 def _arrays(model: Module) -> list[mx.array]:
-    return [array for _, array in list(tree_flatten(model.parameters()))]
+    flat: Any = tree_flatten(model.parameters())
+    return [array for _, array in flat]
 
 
 def _dtype_name(model: Module) -> str:

@@ -199,7 +199,8 @@ class MLXRunner:
 
     def _keep(self, tokens: mx.array, row: int) -> None:
         if tokens.shape[0] == self._max_rows:
-            self._last = tokens
+            # A new object: item assignment must not reach the tokens that a pending step holds.
+            self._last = mx.array(tokens)
         else:
             self._last[row : row + tokens.shape[0]] = tokens
 

@@ -1,0 +1,114 @@
+"""Runs sequences through the real scheduler and a runner, a few steps deep."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_serving.runtime.backend.arch import head_on_last, make_store
+from mlx_serving.runtime.backend.runner import MLXRunner
+from mlx_serving.runtime.backend.sampler import Sampler
+from mlx_serving.runtime.core.plan import Limits, PendingStep, Runner, StepPlan
+from mlx_serving.runtime.core.scheduler import Scheduler
+from mlx_serving.runtime.core.sequence import Sequence
+from mlx_serving.types import SamplingParams, TokenLogprob
+
+BUCKET = 16
+
+
+def make_runner(model: Any, vocab: int, *, rows: int = 4, exact_batch: bool = False) -> MLXRunner:
+    """A runner with small buckets, so that short sequences make slabs grow."""
+    store = make_store(model, model.model_type, rows, bucket=BUCKET, exact_batch=exact_batch)
+    return MLXRunner(
+        model,
+        store,
+        Sampler(vocab, (), rows),
+        max_rows=rows,
+        head_on_last=head_on_last(model),
+        exact_batch=exact_batch,
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sequence: when it joins, counted in steps, and when it is cancelled or paused if ever."""
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    joins: int = 0
+    leaves: int | None = None
+    pauses: range = range(0)
+
+
+@dataclass
+class Outcome:
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    outcomes: dict[int, Outcome]
+    plans: list[StepPlan]
+
+    def moves(self) -> int:
+        return sum(len(plan.moves) for plan in self.plans)
+
+
+def run(
+    runner: Runner,
+    jobs: Iterable[Job] | Mapping[int, Job],
+    *,
+    rows: int = 4,
+    prefill_step: int = 16,
+    depth: int = 1,
+    capacity_tokens: int = 4096,
+) -> Run:
+    """Until every job has ended. Outcomes are keyed by the job's place, or its key."""
+    jobs = dict(jobs) if isinstance(jobs, Mapping) else dict(enumerate(jobs))
+    limits = Limits(
+        max_num_seqs=rows,
+        prefill_step_size=prefill_step,
+        context_length=512,
+        kv_capacity_tokens=capacity_tokens,
+        kv_bucket_tokens=BUCKET,
+    )
+    scheduler = Scheduler(limits)
+    done = Run({key: Outcome() for key in jobs}, [])
+    pending: deque[PendingStep] = deque()
+    for step in range(2000):
+        for key, job in jobs.items():
+            _wishes(scheduler, key, job, step)
+        plan = scheduler.schedule(float(step)) if len(pending) < depth else None
+        if plan is not None:
+            done.plans.append(plan)
+            pending.append(runner.launch(plan))
+        if pending and (len(pending) >= depth or plan is None):
+            for emitted in scheduler.apply(pending.popleft().wait()):
+                outcome = done.outcomes[emitted.seq_id]
+                outcome.tokens += emitted.token_ids
+                outcome.logprobs += emitted.logprobs or []
+        started = all(job.joins <= step for job in jobs.values())
+        if started and not pending and not scheduler.has_work and not scheduler.sequences:
+            return done
+    raise AssertionError("the jobs never ended")
+
+
+def _wishes(scheduler: Scheduler, key: int, job: Job, step: int) -> None:
+    if job.joins == step:
+        scheduler.add(
+            Sequence(
+                seq_id=key,
+                tokens=list(job.prompt),
+                prompt_len=len(job.prompt),
+                sampling=job.sampling,
+            )
+        )
+    if job.leaves == step:
+        scheduler.cancel(key)
+    if job.pauses and step == job.pauses.start:
+        scheduler.pause(key)
+    if job.pauses and step == job.pauses.stop:
+        scheduler.resume(key)
