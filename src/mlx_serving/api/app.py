@@ -6,6 +6,7 @@ is ours: logged with the request's id, answered with a 500 that shows nothing of
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -19,6 +20,7 @@ from mlx_serving.api.exchange import (
     Receive,
     Scope,
     Send,
+    cut_short,
     internal_error,
 )
 from mlx_serving.api.openai import OpenAIRoutes
@@ -78,6 +80,10 @@ async def _answer(
         pass
     except MLXServingError as error:
         await exchange.respond_error(error)
+    except asyncio.CancelledError:
+        # The server cuts this request; the task ends here, as it would by raising.
+        if exchange.status is None:
+            await exchange.respond_error(cut_short())
     except Exception:
         log.exception("[%s] %s %r failed", exchange.id, exchange.method, exchange.path)
         if exchange.status is None:

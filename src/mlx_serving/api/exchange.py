@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from mlx_serving.errors import BodyTooLarge, MLXServingError, ServerError
+from mlx_serving.errors import BodyTooLarge, Draining, MLXServingError, ServerError
 
 Scope = MutableMapping[str, Any]
 ASGIMessage = MutableMapping[str, Any]
@@ -121,6 +121,11 @@ def error_json(error: MLXServingError) -> bytes:
 def internal_error(request_id: str) -> ServerError:
     """What a client learns of a fault of ours; the log has the rest under the same id."""
     return ServerError(f"Internal error; the server's log has the details under {request_id}.")
+
+
+def cut_short() -> Draining:
+    """For requests that still run when the server has to go."""
+    return Draining("The server shut down before the answer was complete.")
 
 
 def _too_large(limit: int) -> BodyTooLarge:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import msgspec
 
 from mlx_serving import clock
-from mlx_serving.api.exchange import Exchange, Headers, internal_error
+from mlx_serving.api.exchange import Exchange, Headers, cut_short, internal_error
 from mlx_serving.api.openai_request import Call, parse_chat, parse_completion
 from mlx_serving.api.openai_response import Answer, Chunks, Route
 from mlx_serving.api.port import GatewayPort, Generation
@@ -56,6 +56,11 @@ class OpenAIRoutes:
                     await _stream(exchange, watch.stream, route, call, generations, echoes)
                 else:
                     await _answer(exchange, headers, route, call, generations, echoes)
+            except asyncio.CancelledError:
+                # Not the client: the server cuts what its drain could not wait for.
+                if watch.stream is not None and watch.stream.started and not watch.gone:
+                    await watch.stream.fail(cut_short())
+                raise
             finally:
                 for generation in generations:
                     generation.cancel()

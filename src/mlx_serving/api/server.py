@@ -27,6 +27,8 @@ BACKLOG = 2048
 KEEP_ALIVE_S = 75
 FLUSH_S = 2.0
 """What the last bytes of drained streams may take to reach their clients."""
+CUT_S = 0.5
+"""What telling the clients of cut streams may take."""
 
 EXIT_DRAINED = 0
 EXIT_CUT = 1
@@ -59,7 +61,7 @@ async def serve(
             if serving.done():
                 serving.result()
             drained = await _drain(gateway, config.drain_timeout_s, stops)
-            await _close(server, serving, flush_s=FLUSH_S if drained else 0.0)
+            await _close(server, serving, drained=drained)
         finally:
             for task in (first, watching, serving):
                 task.cancel()
@@ -87,14 +89,15 @@ async def _drain(gateway: GatewayPort, timeout_s: float, stops: asyncio.Queue[No
             drain.cancel()
 
 
-async def _close(server: _Server, serving: asyncio.Task[None], *, flush_s: float) -> None:
-    """Stop listening; give responses `flush_s` to leave, then drop what is left."""
+async def _close(server: _Server, serving: asyncio.Task[None], *, drained: bool) -> None:
+    """Stop listening. Drained responses get a moment to leave, others are told and dropped."""
+    if not drained:
+        for task in list(server.server_state.tasks):
+            task.cancel()
     server.should_exit = True
-    if flush_s == 0.0:
-        server.force_exit = True
-    await asyncio.wait({serving}, timeout=flush_s or None)
+    await asyncio.wait({serving}, timeout=FLUSH_S if drained else CUT_S)
     server.force_exit = True
-    await asyncio.wait({serving}, timeout=1.0)
+    await asyncio.wait({serving}, timeout=CUT_S)
 
 
 class _Server(uvicorn.Server):

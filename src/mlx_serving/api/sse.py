@@ -64,7 +64,7 @@ class ClientWatch:
         self.stream: EventStream | None = None
         self._exchange = exchange
         self._interval_s = ping_interval_s if ping_interval_s > 0 else None
-        self._gone = False
+        self.gone = False
 
     async def __aenter__(self) -> ClientWatch:
         owner = asyncio.current_task()
@@ -79,7 +79,7 @@ class ClientWatch:
     ) -> None:
         self._task.cancel()
         # As asyncio.timeout does: only our own cancellation becomes ClientGone.
-        ours = self._gone and self._owner.uncancel() <= self._cancelling
+        ours = self.gone and self._owner.uncancel() <= self._cancelling
         if ours and kind is not None and issubclass(kind, asyncio.CancelledError):
             raise ClientGone from exc
 
@@ -90,7 +90,7 @@ class ClientWatch:
         except Exception:
             log.exception("[%s] watching the client failed", self._exchange.id)
         if not self._exchange.answered:
-            self._gone = True
+            self.gone = True
             self._owner.cancel()
 
     async def _disconnected(self) -> bool:

@@ -128,7 +128,7 @@ class FakeGateway:
     async def drain(self, timeout_s: float) -> bool:
         self.status = "draining"
         deadline_s = asyncio.get_running_loop().time() + timeout_s
-        while not self._idle() and asyncio.get_running_loop().time() < deadline_s:
+        while not self._idle() and asyncio.get_running_loop().time() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         return self._idle()
 

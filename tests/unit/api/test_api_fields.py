@@ -198,6 +198,7 @@ async def test_unknown_fields_are_refused_with_a_suggestion(chat: Any) -> None:
     await refused(chat.post(**{"x" * 50_000: 3}), "x" * 64 + "...", "unknown_parameter")
 
 
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 CHAT_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
     ({"messages": None}, "messages"),
@@ -216,6 +217,25 @@ CHAT_REFUSALS: list[tuple[dict[str, Any], str]] = [
     (
         {"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]},
         "messages[0].tool_calls[0].function",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]},
+        "messages[0].tool_calls",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]},
+        "messages[0].content[0].text",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "b": 1}]}]},
+        "messages[0].content[0].b",
+    ),
+    (
+        {
+            "messages": [{"role": "assistant", "tool_calls": [CALL]}],
+            "continue_final_message": True,
+        },
+        "messages[0].content",
     ),
     ({"temperature": 2.1}, "temperature"),
     ({"temperature": -0.1}, "temperature"),
@@ -316,7 +336,6 @@ async def test_parts_that_are_no_text_are_named(chat: Any, kind: str | None) -> 
 
 
 async def test_messages_become_what_the_template_sees(chat: Any) -> None:
-    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     request = await chat.request_of(
         messages=[
             {"role": "developer", "content": "Be brief."},
@@ -325,7 +344,7 @@ async def test_messages_become_what_the_template_sees(chat: Any) -> None:
                 "name": "ann",
                 "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
             },
-            {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]},
+            {"role": "assistant", "content": None, "refusal": None, "tool_calls": [CALL]},
             {"role": "tool", "tool_call_id": "c1", "content": "2"},
         ]
     )
@@ -337,7 +356,7 @@ async def test_messages_become_what_the_template_sees(chat: Any) -> None:
         ("tool", "2"),
     ]
     assert messages[1].name == "ann"
-    assert messages[2].tool_calls == (call,)
+    assert messages[2].tool_calls == (CALL,)
     assert messages[3].tool_call_id == "c1"
 
 

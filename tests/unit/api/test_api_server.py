@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -18,6 +19,8 @@ import httpx
 import openai
 import pytest
 
+from mlx_serving.api.app import create_app
+from mlx_serving.api.server import serve
 from mlx_serving.config import Config
 from mlx_serving.errors import ConfigError, WorkerDied
 from mlx_serving.types import TextLogprob, TokenEvent
@@ -100,8 +103,8 @@ def test_the_openai_client_raises(start_server: Any, gateway: Any) -> None:
     ]
     got: list[str | None] = []
     with pytest.raises(openai.APIError, match=r"The worker died\.") as failed:
-        for chunk in client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True):
-            got.append(chunk.choices[0].delta.content)
+        stream = client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
+        got.extend(chunk.choices[0].delta.content for chunk in stream)
     assert got == ["", "Hel"]
     assert failed.value.code == "worker_died"
 
@@ -198,7 +201,25 @@ def test_the_deadline_cuts_streams(start_server: Any, gateway: Any) -> None:
     stream = iter(sdk(server).chat.completions.create(model="tiny", messages=MESSAGES, stream=True))
     next(stream)
     server.stop()
+    with pytest.raises(openai.APIError) as told:
+        list(stream)
+    assert told.value.code == "draining"
     assert server.join() == 1
+
+
+def test_a_slow_reader_holds_up_itself_only(start_server: Any, gateway: Any) -> None:
+    long = [[TokenEvent(choice=0, text="x" * 1000, token_ids=[1])]] * 50_000
+    gateway.script = lambda request: long
+    server = start_server()
+    with httpx.stream(
+        "POST", server.address + "/v1/completions", json={"prompt": "x", "stream": True}
+    ) as slow:
+        assert slow.status_code == 200
+        gateway.script = lambda request: long[:3]
+        answer = httpx.post(server.address + "/v1/completions", json={"prompt": "x"})
+        assert len(answer.json()["choices"][0]["text"]) == 3000
+        assert not gateway.generations[0].ended, "50 MB do not fit in what is buffered"
+    eventually(lambda: gateway.generations[0].ended or gateway.generations[0].cancelled)
 
 
 SERVER = """
@@ -239,32 +260,29 @@ def test_one_signal_drains_and_a_second_cuts(signum: int) -> None:
         process.wait()
 
 
-async def run(config: Config, gateway: Any) -> int:
-    from mlx_serving.api.app import create_app
-    from mlx_serving.api.server import serve
-
-    return await serve(create_app(gateway, config), gateway, config)
+def run(config: Config, gateway: Any) -> int:
+    return asyncio.run(serve(create_app(gateway, config), gateway, config))
 
 
-async def test_addresses_that_cannot_be_listened_on(
+def test_addresses_that_cannot_be_listened_on(
     start_server: Any, gateway: Any, uds_path: Path
 ) -> None:
     taken = int(start_server().address.rsplit(":", 1)[1])
     with pytest.raises(ConfigError) as port:
-        await run(Config(port=taken), gateway)
+        run(Config(port=taken), gateway)
     assert port.value.param == "port"
     with pytest.raises(ConfigError) as host:
-        await run(Config(host="999.1.1.1", port=0), gateway)
+        run(Config(host="999.1.1.1", port=0), gateway)
     assert host.value.param == "host"
     start_server(uds=str(uds_path))
     with pytest.raises(ConfigError, match="Another server"):
-        await run(Config(uds=str(uds_path)), gateway)
+        run(Config(uds=str(uds_path)), gateway)
     assert uds_path.exists(), "the running server's socket stays"
     plain = uds_path.with_name("file")
     plain.write_text("precious")
     with pytest.raises(ConfigError, match="no socket"):
-        await run(Config(uds=str(plain)), gateway)
+        run(Config(uds=str(plain)), gateway)
     assert plain.read_text() == "precious"
     with pytest.raises(ConfigError) as missing:
-        await run(Config(uds=str(uds_path.parent / "no" / "s")), gateway)
+        run(Config(uds=str(uds_path.parent / "no" / "s")), gateway)
     assert missing.value.param == "uds"

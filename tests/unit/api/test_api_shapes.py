@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -347,6 +348,11 @@ class Wire:
         return asyncio.ensure_future(app(scope, self.receive, self.send))
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - nothing signals it
+        await asyncio.sleep(0)
+
+
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
@@ -358,8 +364,7 @@ async def test_a_client_that_leaves_cancels_its_generation(gateway: Any, stream:
     if stream:
         await wire.wrote.wait()
     else:
-        while not gateway.generations:
-            await asyncio.sleep(0)
+        await until(lambda: bool(gateway.generations))
     wire.gone.set()
     await asyncio.wait_for(task, 5)
     assert gateway.generations[0].ended or gateway.generations[0].cancelled
@@ -370,25 +375,26 @@ async def test_a_client_that_leaves_while_waiting_is_not_admitted(gateway: Any) 
     gateway.open_hangs = True
     wire = Wire({"messages": MESSAGES})
     task = wire.run(create_app(gateway, Config()))
-    while not gateway.requests:
-        await asyncio.sleep(0)
+    await until(lambda: bool(gateway.requests))
     wire.gone.set()
     await asyncio.wait_for(task, 5)
     assert gateway.open_was_cancelled
     assert wire.sent == []
 
 
-async def test_the_servers_own_cancellation_is_not_swallowed(gateway: Any) -> None:
-    gateway.script = lambda request: ["hang"]
-    wire = Wire({"messages": MESSAGES})
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_the_server_cuts_is_told(gateway: Any, stream: bool) -> None:
+    gateway.script = lambda request: [[TokenEvent(choice=0, text="x", token_ids=[1])], "hang"]
+    wire = Wire({"messages": MESSAGES, "stream": stream})
     task = wire.run(create_app(gateway, Config()))
-    while not gateway.generations:
-        await asyncio.sleep(0)
+    await until(lambda: bool(gateway.generations) and (not stream or bool(wire.sent)))
     await asyncio.sleep(0)
     task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await task
     assert gateway.generations[0].ended
+    assert wire.sent[0]["status"] == (200 if stream else 503)
+    assert b'"code":"draining"' in wire.sent[-1]["body"]
+    assert not wire.sent[-1].get("more_body", False)
 
 
 async def test_silence_is_filled_with_pings(gateway: Any) -> None:
