@@ -106,15 +106,16 @@ class Model:
                 return None
             oldest = self._in_flight.popleft()
             emitted = self._scheduler.apply(oldest.pending.wait())
-            return wire.Step(self._rows(emitted), self._stats(oldest))
+            return wire.Step(self._rows(emitted), self._stats(oldest.plan, oldest.at_s))
         except Exception as error:
             log.exception("%s: step failed", self.info.model_id)
             return self._fail_started(error)
 
     def end_all(self, code: str, message: str) -> wire.Step:
         """Error rows for every sequence; the model is not stepped again."""
-        rows = [self._error_row(seq_id, code, message) for seq_id in sorted(self.sequences)]
-        return wire.Step(rows, wire.StepStats(self.info.model_id))
+        return wire.Step(
+            [self._error_row(seq_id, code, message) for seq_id in sorted(self.sequences)]
+        )
 
     def _rows(self, emitted: list[Emitted]) -> list[wire.TokenRow]:
         rows = []
@@ -129,14 +130,14 @@ class Model:
                     self._forget(e.seq_id)
         return rows
 
-    def _stats(self, done: _Launched) -> wire.StepStats:
+    def _stats(self, plan: StepPlan, launched_s: float) -> wire.StepStats:
         """A step's time runs from its launch, or from the end of the step before it."""
         now = self._now()
-        began_s, self._last_done_s = max(done.at_s, self._last_done_s), now
+        began_s, self._last_done_s = max(launched_s, self._last_done_s), now
         return wire.StepStats(
             model_id=self.info.model_id,
-            decode_rows=len(done.plan.decode),
-            prefill_tokens=done.plan.prefill_tokens,
+            decode_rows=len(plan.decode),
+            prefill_tokens=plan.prefill_tokens,
             running=self._scheduler.running,
             waiting=self._scheduler.waiting,
             step_ms=(now - began_s) * 1e3,
@@ -154,7 +155,7 @@ class Model:
         self._in_flight.clear()
         self._scheduler.reset()
         self._runner.reset()
-        return wire.Step(rows, wire.StepStats(self.info.model_id))
+        return wire.Step(rows, self._stats(StepPlan(step_id=-1), self._now()))
 
     def _error_row(self, seq_id: int, code: str, message: str) -> wire.TokenRow:
         self._forget(seq_id)
@@ -347,7 +348,7 @@ class Loop:
             model.submit(request)
         except Exception as error:
             row = error_row(request.seq_id, *_reason(error, "internal_error"))
-            self._link.send(wire.Step([row], wire.StepStats(request.model_id)))
+            self._link.send(wire.Step([row]))
 
     def _load_model(self, message: wire.LoadModel) -> None:
         model_id = message.model_id

@@ -104,9 +104,12 @@ def _memory_bytes() -> int:
 
 def _leave_with_parent(sock: socket.socket) -> None:
     """The loop sees the end of its socket between two steps; a load or a stuck step does not."""
+    gone = select.POLLHUP | select.POLLERR | select.POLLNVAL
     hung_up = select.poll()
-    hung_up.register(sock, 0)
-    hung_up.poll()
+    hung_up.register(sock, select.POLLHUP)
+    # Darwin may also wake it for data that the loop has yet to read.
+    while not any(event & gone for _, event in hung_up.poll()):
+        time.sleep(0.1)
     time.sleep(LEAVE_GRACE_S)
     os._exit(0)
 

@@ -15,7 +15,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from socket import socket
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from mlx_serving import errors
 from mlx_serving.types import ModelInfo
@@ -249,8 +249,8 @@ class Connection(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's transports are of no asyncio class.
+        self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         for body in self._splitter.feed(data):
@@ -286,7 +286,8 @@ class Connection(asyncio.Protocol):
                     unload.set_result(None)
 
     def _deliver(self, step: wire.Step) -> None:
-        self._on_stats(step.stats)
+        if step.stats is not None:
+            self._on_stats(step.stats)
         streams = self._streams
         for row in step.rows:
             stream = streams.get(row.seq_id)

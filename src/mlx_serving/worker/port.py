@@ -112,6 +112,7 @@ class WorkerClient(Protocol):
     """What gateway and engine know of a worker."""
 
     on_event: Callable[[WorkerEvent], None]
+    """Must not raise, nor must `on_stats`."""
     on_stats: Callable[[StepStats], None]
     """Called once a step, before the step's rows are handed to their streams."""
 

@@ -97,7 +97,7 @@ class Supervisor:
         if self._run_task is None or self._run_task.done():
             self._restarts = 0
             self._set_state(port.Starting())
-            self._run_task = asyncio.create_task(self._run(), name="worker-supervisor")
+            self._run_task = asyncio.create_task(self._guarded_run(), name="worker-supervisor")
 
     async def stop(self, deadline_s: float = 5.0) -> None:
         self._set_state(port.Stopped())
@@ -179,6 +179,16 @@ class Supervisor:
 
     # The life of workers
 
+    async def _guarded_run(self) -> None:
+        """Nobody may wait for a supervisor that has failed by a mistake of ours."""
+        try:
+            await self._run()
+        except Exception as error:
+            log.exception("the supervisor failed")
+            if self._process is not None:
+                self._process.kill()
+            self._fail(port.Failed(f"the supervisor failed: {error!r}"))
+
     async def _run(self) -> None:
         attempt = 0
         while True:
@@ -190,10 +200,8 @@ class Supervisor:
             match decision:
                 case GiveUp(deaths):
                     failed = port.Failed(f"{deaths} quick deaths in a row; the last: {cause}")
-                    self._set_state(failed)
+                    self._fail(failed)
                     self.on_event(port.WorkerExited(pid, cause, failed))
-                    for stream in self._unpark():
-                        stream.fail(self._unavailable())
                     return
                 case Restart(attempt, in_s):
                     restarting = port.Restarting(attempt, in_s, cause)
@@ -324,6 +332,13 @@ class Supervisor:
                     f"the worker is restarting: {cause}", retry_after_s=max(1.0, in_s)
                 )
         return errors.Overloaded("the worker is starting", retry_after_s=1.0)
+
+    def _fail(self, failed: port.Failed) -> None:
+        self._set_state(failed)
+        for stream in self._unpark():
+            stream.fail(self._unavailable())
+        if self._connection is not None:
+            self._connection.abandon(self._unavailable())
 
     # Reports
 

@@ -148,7 +148,8 @@ class StepStats(msgspec.Struct, frozen=True, array_like=True):
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
     rows: list[TokenRow]
-    stats: StepStats
+    stats: StepStats | None = None
+    """None: rows that tell of errors between steps (a refusal, an unloaded model)."""
 
 
 FromWorker = Hello | Phase | ModelLoaded | ModelFailed | ModelUnloaded | Step

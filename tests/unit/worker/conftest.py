@@ -8,12 +8,18 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from mlx_serving.worker.process import WorkerProcess
 from mlx_serving.worker.restart import RestartPolicy
 from mlx_serving.worker.supervisor import Supervisor
 
 FAKE = (sys.executable, "-u", str(Path(__file__).with_name("fake_worker.py")))
+
+
+def pytest_asyncio_loop_factories(config, item):
+    """Every asynchronous test here runs under both loops that users have."""
+    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture

@@ -74,10 +74,13 @@ def load(model_id, path, options, on_phase):
             os._exit(3)
         case "hang":
             time.sleep(3600)
-    if path.startswith("once:"):  # loads once; every later process dies over it
-        if os.path.exists(path[5:]):
+    how, _, marker = path.partition(":")
+    if marker:  # loads once, not in a later process
+        if os.path.exists(marker) and how == "once":
             os._exit(4)
-        open(path[5:], "w").close()
+        if os.path.exists(marker):
+            raise errors.ModelBroken("a shard has gone")
+        open(marker, "w").close()
     info = ModelInfo(
         model_id=model_id,
         path=path,

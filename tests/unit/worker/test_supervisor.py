@@ -221,6 +221,23 @@ async def test_a_crash_loop_is_given_up_and_said(worker, tmp_path):
     assert health.cause is not None
 
 
+async def test_a_model_that_cannot_be_reloaded_says_why_and_spares_the_others(worker, tmp_path):
+    await worker.load_model("m", f"breaks:{tmp_path / 'loaded'}")
+    await worker.load_model("n", "any")
+    os.kill(worker.health()[0].pid, signal.SIGKILL)
+    await until(lambda: not isinstance(worker.state, port.Ready))
+    parked = submit(worker)
+    with pytest.raises(errors.ModelBroken, match="a shard has gone"):
+        await tokens_of(parked)
+    with pytest.raises(errors.ModelBroken, match="a shard has gone"):
+        submit(worker)
+    assert await tokens_of(submit(worker, 1, 2, "n")) == [2, 3]
+    assert worker.health()[0].models == ("n",)
+    # Put right, it can be loaded again.
+    await worker.load_model("m", "any")
+    assert await tokens_of(submit(worker, 1, 2)) == [2, 3]
+
+
 async def test_waiting_for_a_worker_is_bounded():
     silent = (sys.executable, "-c", "import time; time.sleep(3600)")
     worker = Supervisor(spawn=functools.partial(WorkerProcess, silent), park_timeout_s=0.05)
@@ -252,12 +269,56 @@ async def test_a_command_that_cannot_start_fails_with_its_reason():
     await worker.stop()
 
 
+async def test_health_says_what_it_is_at(worker):
+    assert worker.health()[0].state == "starting"
+    load = asyncio.create_task(worker.load_model("m", "hang"))
+    await until(lambda: worker.health()[0].phase == "loading")
+    health = worker.health()[0]
+    assert (health.state, health.models, health.restarts) == ("loading", (), 0)
+    assert worker.state == port.Loading(health.pid, ("m",))
+    await until(lambda: port.PhaseChanged in map(type, worker.events))
+    await worker.stop(deadline_s=0.05)
+    with pytest.raises(errors.Draining):
+        await load
+    assert worker.health()[0].state == "stopped"
+
+
+async def test_what_nobody_reads_does_not_pile_up_unsent(worker):
+    load = asyncio.create_task(worker.load_model("m", "hang"))
+    await until(lambda: worker.health()[0].phase == "loading")
+    prompt = [1_000_000] * 1_000_000
+    sent = 0
+    with pytest.raises(errors.Overloaded, match="does not keep up"):
+        while sent < 100:
+            worker.submit("m", prompt, SamplingParams())
+            sent += 1
+    assert sent < 20
+    await worker.stop(deadline_s=0.05)
+    await asyncio.wait([load])
+    assert isinstance(load.exception(), errors.Draining)
+
+
+async def test_a_listener_s_mistake_leaves_nobody_waiting(spawn):
+    worker = Supervisor(spawn=spawn)
+
+    def fail(event):
+        raise KeyError("of the listener")
+
+    worker.on_event = fail
+    worker.start()
+    with pytest.raises(errors.Overloaded, match="of the listener"):
+        await tokens_of(submit(worker))
+    assert isinstance(worker.state, port.Failed)
+    await worker.stop()
+
+
 @pytest.mark.parametrize("when", ["starting", "ready", "hung"])
 async def test_stop_leaves_no_process(spawn, when):
     worker = Supervisor(spawn=spawn)
     worker.start()
     streams = []
     if when == "starting":
+        streams.append(submit(worker))
         await until(lambda: worker.health()[0].pid is not None)
     else:
         await worker.load_model("m", "any")
