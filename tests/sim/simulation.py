@@ -118,9 +118,9 @@ def _request(rng: random.Random, seq_id: int, context: int, horizon_s: float) ->
         length = rng.randint(1, context - 1)
     pauses_s = []
     at = arrives_s
-    for _ in range(rng.choice([0, 0, 0, 1, 3])):
-        at += rng.expovariate(1 / 20)
-        pauses_s.append((at, at := at + rng.expovariate(1 / 20)))
+    for _ in range(rng.choice([0, 0, 1, 6])):
+        at += rng.expovariate(1 / rng.choice([3, 20]))
+        pauses_s.append((at, at := at + rng.expovariate(1 / rng.choice([2, 20]))))
     return Request(
         seq_id=seq_id,
         prompt=[rng.randrange(VOCAB) for _ in range(length)],

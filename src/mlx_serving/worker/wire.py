@@ -71,7 +71,7 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
 
 
 class Pause(msgspec.Struct, frozen=True, tag="pause"):
-    """The sequence's reader is slow: keep its row, compute nothing for it."""
+    """The sequence's reader is slow: compute nothing for it. It keeps its row until another needs it."""
 
     seq_id: int
 

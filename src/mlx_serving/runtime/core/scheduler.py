@@ -74,7 +74,11 @@ class Scheduler:
         Raises ContextOverflow if it can never fit, InvalidRequest if nothing is left to generate.
         """
         assert seq.seq_id not in self.sequences, f"sequence {seq.seq_id} exists"
-        assert seq.status is Status.WAITING and 0 < seq.prompt_len <= len(seq.tokens)
+        assert (
+            seq.status is Status.WAITING
+            and not seq.paused
+            and 0 < seq.prompt_len <= len(seq.tokens)
+        )
         if len(seq.tokens) >= self.context_length:
             raise ContextOverflow(
                 f"{len(seq.tokens)} tokens leave no room for an answer: at most "
@@ -90,9 +94,7 @@ class Scheduler:
         seq.bind(self._arrivals, self.context_length, self.limits.eos_token_ids)
         self._arrivals += 1
         self.sequences[seq.seq_id] = seq
-        self.paused += seq.paused
-        if not seq.paused:
-            self.queue.push(seq)
+        self.queue.push(seq)
 
     def cancel(self, seq_id: int) -> bool:
         """Drop a sequence: nothing more is emitted for it, and the next plan frees its row.
@@ -246,8 +248,7 @@ class Scheduler:
 
     def _requeue(self, seq: Sequence) -> None:
         seq.forget()
-        if not seq.paused:
-            self.queue.push(seq)
+        self.queue.push(seq)
 
     def _finish(self, seq: Sequence) -> None:
         if seq.row is not None:

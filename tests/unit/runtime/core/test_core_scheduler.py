@@ -214,7 +214,7 @@ def test_cancel_while_waiting() -> None:
     add(sched, 2)
     step(sched)
     assert sched.cancel(2) and sched.waiting == 0
-    assert sched.cancel(1)
+    assert sched.cancel(1) and sched.has_work
     assert plan_of(sched).frees == (0,)
     assert not deliver(sched, StepPlan(step_id=1)) and not sched.has_work
 
@@ -322,6 +322,21 @@ def test_paused_rows_do_not_hold_up_those_who_wait() -> None:
     sched.resume(1)
     assert plan_of(sched).starts[0].token_ids == (100, 101, 102, TOKEN)
     assert slow.row == 0
+
+
+def test_rows_freed_after_another_was_given_away_do_not_move_the_start() -> None:
+    sched = scheduler(rows=3, step=32, capacity=64, bucket=8)
+    for seq_id in (1, 2, 3):
+        add(sched, seq_id)
+    step(sched)
+    sched.pause(1)
+    sched.pause(2)
+    sched.cancel(3)
+    add(sched, 4)
+    add(sched, 5, 24)
+    plan = plan_of(sched)
+    assert (plan.frees, plan.moves) == ((0, 1, 2), ())
+    assert [(start.row, start.seq_id) for start in plan.starts] == [(0, 4), (1, 5)]
 
 
 def test_pause_while_waiting_keeps_it_out() -> None:
