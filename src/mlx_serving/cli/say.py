@@ -9,22 +9,17 @@ import json
 import sys
 import threading
 import time
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mlx_serving.errors import ConfigError
 from mlx_serving.host import Finding
 from mlx_serving.types import ModelInfo
 
+if TYPE_CHECKING:
+    from mlx_serving.catalog.progress import Progress
+
 REPEAT_S = 5.0
 """Between two plain lines about the same download."""
-
-
-class Progress(Protocol):
-    """What a download or a conversion reports; called from the thread that does the work."""
-
-    def start(self, task: str, total_bytes: int) -> None: ...
-    def advance(self, n: int) -> None: ...
-    def finish(self) -> None: ...
 
 
 class Say:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import sys
 
@@ -34,6 +35,7 @@ def run(args: ServeArgs, say: Say | None = None, machine: host.Host | None = Non
         format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(config, say))
@@ -64,6 +66,8 @@ async def _serve(config: Config, say: Say) -> int:
     starting: list[asyncio.Task[None]] = []
 
     def on_started(address: str) -> None:
+        gc.freeze()  # what is imported stays; no collection need look at it again
+        gc.enable()
         say.listening(address, engine.gateway.default_model())
         starting.append(asyncio.create_task(engine.start(wait_ready=False)))
 
