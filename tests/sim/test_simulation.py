@@ -1,4 +1,8 @@
-"""Many seeds of the simulation. A seed that fails is added to KEPT with what it showed."""
+"""Many seeds of the simulation.
+
+A seed that fails is added to KEPT with what it showed, and the fault gets a test of its own in
+tests/unit/runtime/core: a change to how scenarios are drawn changes what a seed shows.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,10 @@ from sim.simulation import Report, Simulation
 FAST = range(60)
 SLOW = range(1_000, 2_000)
 KEPT = (
-    518,  # a row evicted after another had been given away left a start that moved
+    # A preempted sequence's memory is free again before its tokens have arrived: few get there.
+    78,
+    379,
+    580,
 )
 
 
