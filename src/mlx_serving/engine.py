@@ -46,6 +46,7 @@ from mlx_serving.types import (
     SamplingParams,
     TextLogprob,
     TextPrompt,
+    TokenEvent,
     TokenPrompt,
     Usage,
 )
@@ -173,15 +174,12 @@ class Engine:
         `n`, `stop`, …). Raises the same typed errors that the HTTP API reports.
         """
         generation = await self._open(prompt, model, params)
-        async for events in generation:
-            for event in events:
-                yield Chunk(
-                    text=event.text,
-                    token_ids=tuple(event.token_ids),
-                    choice=event.choice,
-                    logprobs=None if event.logprobs is None else tuple(event.logprobs),
-                    finish_reason=event.finish_reason,
-                )
+        try:
+            async for events in generation:
+                for event in events:
+                    yield _chunk(event)
+        finally:
+            generation.cancel()
 
     async def complete(
         self, prompt: PromptLike, *, model: str | None = None, **params: Any
@@ -282,7 +280,7 @@ class Engine:
             slot.enter(Loading())
             info, text = await asyncio.gather(
                 self._worker.load_model(slot.model_id, str(folder.path), self._model_options()),
-                asyncio.to_thread(TextSide.load, folder.path, self.config.chat_template),
+                asyncio.to_thread(TextSide.load, folder.tokenizer_path, self.config.chat_template),
             )
         except Exception as error:
             code = getattr(error, "code", "model_unavailable")
@@ -431,19 +429,32 @@ async def _aclose(chunks: AsyncIterator[Chunk]) -> None:
         await close()
 
 
+def _chunk(event: TokenEvent) -> Chunk:
+    return Chunk(
+        text=event.text,
+        token_ids=tuple(event.token_ids),
+        choice=event.choice,
+        logprobs=None if event.logprobs is None else tuple(event.logprobs),
+        finish_reason=event.finish_reason,
+    )
+
+
 async def _collect(generation: Generation) -> Completion:
     n = generation.request.n
     texts: list[list[str]] = [[] for _ in range(n)]
     ids: list[list[int]] = [[] for _ in range(n)]
     logprobs: list[list[TextLogprob]] = [[] for _ in range(n)]
     reasons: list[FinishReason] = ["stop"] * n
-    async for events in generation:
-        for event in events:
-            texts[event.choice].append(event.text)
-            ids[event.choice] += event.token_ids
-            logprobs[event.choice] += event.logprobs or ()
-            if event.finish_reason is not None:
-                reasons[event.choice] = event.finish_reason
+    try:
+        async for events in generation:
+            for event in events:
+                texts[event.choice].append(event.text)
+                ids[event.choice] += event.token_ids
+                logprobs[event.choice] += event.logprobs or ()
+                if event.finish_reason is not None:
+                    reasons[event.choice] = event.finish_reason
+    finally:
+        generation.cancel()
     wanted = generation.request.sampling.logprobs is not None
     return Completion(
         request_id=generation.request_id,

@@ -206,7 +206,7 @@ class Gateway:
 class Generation:
     """A running request. Iterate it for batches of events; it ends when every choice has.
 
-    Leaving the iteration early, or `cancel()`, frees its rows at the worker's next step.
+    `cancel()` frees its rows at the worker's next step; who leaves the iteration early owes it.
     """
 
     def __init__(

@@ -13,7 +13,14 @@ from mlx_serving.errors import ModelBroken
 
 MAX_HEADER_BYTES = 100 << 20
 """The bound that the safetensors format sets for its header."""
-SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tiktoken.model", "qwen.tiktoken")
+SLOW_TOKENIZERS = (
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tiktoken.model",
+    "qwen.tiktoken",
+)
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
 ProblemKind = Literal["missing", "truncated", "bad_json", "bad_file"]
@@ -28,6 +35,9 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         return f"{self.file}: {self.detail}"
+
+WEIGHTLESS = "scripted"
+"""The `model_type` that the runtime's scripted backend serves: tests and benchmarks, no weights."""
 
 
 class ModelFolder(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,7 +75,9 @@ def read_folder(path: Path, name: str, tokenizer_path: Path | None = None) -> Mo
         path=path,
         tokenizer_path=tokenizer_path or path,
         model_type=str(config.get("model_type", "")),
-        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "",
+        architecture=str(architectures[0])
+        if isinstance(architectures, list) and architectures
+        else "",
         context_length=next((n for key in _CONTEXT_KEYS if (n := _int(merged.get(key)))), None),
         vocab_size=_int(merged.get("vocab_size")),
         quantization=_quantization(config),
@@ -83,6 +95,8 @@ def weight_files(path: Path) -> list[Path]:
 
 def check(path: Path) -> list[Problem]:
     """Every broken file: missing, cut short, or not what its name says. Reads headers, not weights."""
+    if _optional_json(path / "config.json").get("model_type") == WEIGHTLESS:
+        return [*_check_config(path), *_check_tokenizer(path)]
     return [*_check_config(path), *_check_weights(path), *_check_tokenizer(path)]
 
 
@@ -149,14 +163,20 @@ def _expected_shards(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.exists():
         weight_map = _json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(v, str) for v in weight_map.values()
+        ):
             raise _Bad(index.name, "bad_json", "has no weight_map of names to files")
         return [path / Path(name).name for name in sorted(set(weight_map.values()))]
     shards = weight_files(path)
     if not shards:
-        others = sorted(p.name for p in path.glob("*.gguf")) + sorted(p.name for p in path.glob("*.bin"))
+        others = sorted(p.name for p in path.glob("*.gguf")) + sorted(
+            p.name for p in path.glob("*.bin")
+        )
         hint = f" (found {', '.join(others[:3])})" if others else ""
-        raise _Bad("model.safetensors", "missing", f"is missing, and there are no other shards{hint}")
+        raise _Bad(
+            "model.safetensors", "missing", f"is missing, and there are no other shards{hint}"
+        )
     return shards
 
 
@@ -187,11 +207,16 @@ def _check_safetensors(path: Path) -> None:
 def _check_tokenizer(path: Path) -> Iterator[Problem]:
     if has_fast_tokenizer(path):
         try:
-            _json_object(path / "tokenizer.json")
-        except _Bad as bad:
-            yield bad.problem
+            # Checked without being built: a large vocabulary would be 200 MB of objects.
+            msgspec.json.decode((path / "tokenizer.json").read_bytes(), type=dict[str, msgspec.Raw])
+        except msgspec.DecodeError as e:
+            yield Problem(file="tokenizer.json", kind="bad_json", detail=f"is not JSON ({e})")
     elif not any((path / name).is_file() for name in SLOW_TOKENIZERS):
-        yield Problem(file="tokenizer.json", kind="missing", detail="is missing, and so is every other tokenizer file")
+        yield Problem(
+            file="tokenizer.json",
+            kind="missing",
+            detail="is missing, and so is every other tokenizer file",
+        )
 
 
 def _quantization(config: Mapping[str, Any]) -> str | None:
