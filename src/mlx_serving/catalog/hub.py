@@ -68,11 +68,14 @@ def _cached(repo: str, revision: str | None, otherwise: MLXServingError) -> Path
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                repo, revision=revision, local_files_only=True, allow_patterns=list(WANTED)
-            )
+        found = snapshot_download(
+            repo,
+            revision=revision,
+            local_files_only=True,
+            allow_patterns=list(WANTED),
+            ignore_patterns=["*/*"],
         )
+        return Path(found)
     except Exception:  # whatever keeps the cache from serving it, the first error is the cause
         raise otherwise from None
 

@@ -86,9 +86,9 @@ def build(gguf: GGUFFile) -> BuiltTokenizer:
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in vocabulary.of(Kind.CONTROL)]
     )
-    # The Metaspace rule marks spaces after added tokens are split off, so there the
-    # text to match is the raw one.
-    normalized = tokenizer.normalizer is not None
+    # A run of spaces may be stored as such or as they are after normalising; a prefix
+    # would be put before the token's own text too, so there only the raw form can match.
+    normalized = family == "llama" and not _has_space_prefix(gguf)
     tokenizer.add_tokens(
         [
             AddedToken(token, special=False, normalized=normalized and "▁" in token)
@@ -313,13 +313,17 @@ def _sentencepiece(gguf: GGUFFile, vocabulary: _Vocabulary) -> Tokenizer:
         )
     )
     steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if gguf.get("tokenizer.ggml.add_space_prefix", bool, True):
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    mark_spaces: Any = normalizers.Replace(" ", "▁")
+    if _has_space_prefix(gguf):
+        mark_spaces = normalizers.Sequence([normalizers.Prepend("▁"), mark_spaces])
         steps.append(decoders.Strip(" ", 1, 0))
-    else:
-        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = mark_spaces
     tokenizer.decoder = decoders.Sequence(steps)
     return tokenizer
+
+
+def _has_space_prefix(gguf: GGUFFile) -> bool:
+    return gguf.get("tokenizer.ggml.add_space_prefix", bool, True)
 
 
 def _merges_by_score(vocabulary: _Vocabulary, scores: list[float]) -> list[tuple[str, str]]:
