@@ -23,8 +23,9 @@ KEPT = (
 def run(seed: int) -> Report:
     try:
         return Simulation(seed).run()
-    except AssertionError as error:
-        raise AssertionError(f"make sim SEED={seed}: {error}") from error
+    except Exception as error:
+        error.add_note(f"make sim SEED={seed}")
+        raise
 
 
 def test_a_few_seeds_and_everything_is_injected() -> None:

@@ -79,3 +79,16 @@ def test_cancelled_entries_are_compacted_away() -> None:
         queue.push(seq)
         seq.status = Status.FINISHED
     assert len(queue) <= 64
+
+
+def test_compaction_keeps_the_order() -> None:
+    queue = WaitingQueue()
+    members = [waiting(n, Priority(n * 7 % 4)) for n in range(64)]
+    for seq in members:
+        queue.push(seq)
+    for seq in members[::3]:
+        seq.status = Status.FINISHED
+    members = [seq for seq in members if seq.status is Status.WAITING] + [waiting(64)]
+    queue.push(members[-1])
+    assert len(queue) == len(members)
+    assert [queue.pop() for _ in members] == sorted(members, key=_order)
