@@ -26,8 +26,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """None where the host's own facts rule MLX out, and nothing was measured."""
 
 
-def run(json: bool = False) -> int:
-    report = examine(look(), measure)
+def run(json: bool = False, probe: Callable[[], Probe] | None = None) -> int:
+    report = examine(look(), probe or measure)
     if json:
         print(msgspec.json.encode(report).decode())
     else:

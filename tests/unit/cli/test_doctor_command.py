@@ -50,6 +50,21 @@ def test_how_a_job_ended(code: int, text: str) -> None:
     assert doctor._ending(code) == text
 
 
+def test_the_report_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> Probe:
+        return Probe(error="libmlx.so: cannot open shared object file")
+
+    assert doctor.run(probe=broken) == Exit.CANNOT_WORK
+    text = capsys.readouterr().out
+    assert "FAIL  MLX cannot be used: libmlx.so" in text
+    assert "[mlx_unusable]" in text and "pip install" in text
+    assert text.endswith("This machine cannot serve.\n")
+    assert doctor.run(json=True, probe=broken) == Exit.CANNOT_WORK
+    report = json.loads(capsys.readouterr().out)
+    assert report["able"] is False
+    assert {"code", "level", "message"} <= set(report["findings"][0])
+
+
 def test_the_job_measures_this_machine() -> None:
     command = [sys.executable, "-m", "mlx_serving.runtime.doctor", "--json", "--budget-s", "0.01"]
     job = subprocess.run(command, capture_output=True, text=True, check=True)
