@@ -399,7 +399,9 @@ class Loop:
                 report()
 
         def on_phase(phase: Literal["loading", "compiling"], text: str) -> None:
-            nonlocal detail
+            nonlocal began_s, detail
+            if phase != self._phase:
+                began_s = self._now()
             self._phase, detail = phase, text
             report()
 
