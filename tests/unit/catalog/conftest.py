@@ -56,6 +56,8 @@ class FakeHub:
     error_code: str = ""
     cut_once: dict[str, int] = field(default_factory=dict)
     """file → bytes after which its first download is cut off"""
+    claimed: dict[str, int] = field(default_factory=dict)
+    """file → size that its listing gives instead of the real one"""
     corrupt: set[str] = field(default_factory=set)
     served: Counter[str] = field(default_factory=Counter)
     """bytes sent by file"""
@@ -65,10 +67,11 @@ class FakeHub:
     def entry(self, name: str) -> dict[str, Any]:
         data = self.files[name]
         blob = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
-        entry: dict[str, Any] = {"size": len(data), "blobId": blob, "oid": blob}
+        size = self.claimed.get(name, len(data))
+        entry: dict[str, Any] = {"size": size, "blobId": blob, "oid": blob}
         if name.endswith(".safetensors"):
             sha256 = hashlib.sha256(data).hexdigest()
-            entry["lfs"] = {"sha256": sha256, "oid": sha256, "size": len(data), "pointerSize": 130}
+            entry["lfs"] = {"sha256": sha256, "oid": sha256, "size": size, "pointerSize": 130}
         return entry
 
 

@@ -115,3 +115,9 @@ def test_two_processes_at_once_fetch_a_file_once(fake_hub: Any, pull: Any) -> No
     paths = {pull.result(process)["path"] for process in processes}
     assert len(paths) == 1
     assert fake_hub.served["model.safetensors"] == len(fake_hub.files["model.safetensors"])
+
+
+def test_a_full_disk_is_told_before_anything_is_fetched(fake_hub: Any, pull: Any) -> None:
+    fake_hub.claimed["model.safetensors"] = 1 << 60
+    assert pull()["code"] == "no_space"
+    assert not fake_hub.served

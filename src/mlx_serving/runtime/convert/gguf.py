@@ -90,7 +90,7 @@ def convert_gguf(
     entries = [entry for target in targets for entry in target.entries()]
     total = sum(entry.nbytes for entry in entries)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(folder.parent, total)
+    check_space(folder.parent, total)
     start(f"convert {source.name}", total)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -169,7 +169,8 @@ def _quantization(targets: list[Target]) -> dict[str, Any]:
     return {"quantization": entry, "quantization_config": entry}
 
 
-def _check_space(parent: Path, needed: int) -> None:
+def check_space(parent: Path, needed: int) -> None:
+    """Raises ModelBroken (no_space) unless `needed` bytes are free where `parent` is."""
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise ModelBroken(

@@ -14,7 +14,7 @@ import pytest
 from gguf import GGMLQuantizationType as Q
 
 from mlx_serving.errors import ModelBroken
-from mlx_serving.runtime.convert.gguf import Options, Quantize, convert_gguf
+from mlx_serving.runtime.convert.gguf import Options, Quantize, check_space, convert_gguf
 from mlx_serving.runtime.convert.gguf_file import read_gguf
 from mlx_serving.runtime.convert.repack import from_float32, repack
 
@@ -333,3 +333,10 @@ def test_a_folder_that_another_process_finished_first_is_kept(tmp_path: Path) ->
     convert(tmp_path / "m.gguf", tmp_path / "m")
     assert (tmp_path / "m" / "config.json").read_text() == "theirs"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.gguf"]
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    check_space(tmp_path, 1)
+    with pytest.raises(ModelBroken) as caught:
+        check_space(tmp_path, 1 << 62)
+    assert caught.value.code == "no_space"

