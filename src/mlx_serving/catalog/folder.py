@@ -36,6 +36,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         return f"{self.file}: {self.detail}"
 
+
 WEIGHTLESS = "scripted"
 """The `model_type` that the runtime's scripted backend serves: tests and benchmarks, no weights."""
 

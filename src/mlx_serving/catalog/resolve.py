@@ -80,7 +80,9 @@ def decide(spec: str, aliases: Mapping[str, Alias], models: Path, disk: Disk) ->
         return LocalFolder(models / spec)
     if match := _HUB_ID.fullmatch(spec):
         return HubRepo(match["repo"], match["revision"])
-    return Unknown((f"folder or file {spec}", f"converted model {models / spec}", "alias", "hub id (ORG/NAME)"))
+    return Unknown(
+        (f"folder or file {spec}", f"converted model {models / spec}", "alias", "hub id (ORG/NAME)")
+    )
 
 
 def unknown_message(spec: str, tried: Iterable[str], aliases: Iterable[str]) -> str:

