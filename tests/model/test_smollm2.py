@@ -1,0 +1,39 @@
+"""The default model itself, through the loader and the runner."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from mlx_serving.runtime.backend.loader import load
+from mlx_serving.types import SamplingParams
+from mlx_serving.worker.wire import ModelOptions
+from model.driver import Job, run
+
+QUESTION = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    default = cache / "mlx-serving" / "models" / "smollm2-135m"
+    folder = Path(os.environ.get("MLX_SERVING_TEST_MODEL") or default)
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"no model in {folder}")
+    return folder
+
+
+@pytest.mark.model
+def test_france_has_a_capital(smollm2: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
+    model = load("smollm2-135m", smollm2, ModelOptions(), lambda phase, detail: None)
+    prompt = tuple(tokenizer.encode(QUESTION, add_special_tokens=False).ids)
+    job = Job(prompt, SamplingParams(temperature=0.0, max_tokens=8))
+    tokens = run(model.runner, [job], prefill_step=64, depth=2).outcomes[0].tokens
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == "The capital of France is Paris."
