@@ -324,6 +324,16 @@ def test_paused_rows_do_not_hold_up_those_who_wait() -> None:
     assert slow.row == 0
 
 
+def test_a_paused_row_gives_way_to_headroom() -> None:
+    sched = scheduler(rows=2, capacity=16, bucket=8, context=16)
+    add(sched, 1)
+    step(sched)
+    sched.pause(1)
+    add(sched, 2)
+    plan = plan_of(sched)
+    assert plan.frees == (0,) and [start.seq_id for start in plan.starts] == [2]
+
+
 def test_rows_freed_after_another_was_given_away_do_not_move_the_start() -> None:
     sched = scheduler(rows=3, step=32, capacity=64, bucket=8)
     for seq_id in (1, 2, 3):
