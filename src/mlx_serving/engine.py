@@ -22,7 +22,7 @@ import msgspec
 from mlx_serving.catalog.ensure import Progress, ensure
 from mlx_serving.catalog.lifecycle import Fetching, Loading, ModelSlot
 from mlx_serving.catalog.names import default_name
-from mlx_serving.config import Config
+from mlx_serving.config import Config, override
 from mlx_serving.content.text import TextSide
 from mlx_serving.errors import ConfigError, UnsupportedParameter
 from mlx_serving.gateway import Gateway, Generation, Served
@@ -118,7 +118,7 @@ class Engine:
     ) -> None:
         if model is not None:
             settings["models"] = (model,) if isinstance(model, str) else tuple(model)
-        self.config = _configure(config or Config(), settings)
+        self.config = override(config or Config(), settings)
         self.metrics = Metrics()
         self.events = EventBus(on_drop=self.metrics.events_dropped.inc)
         self._progress = progress
@@ -242,7 +242,7 @@ class Engine:
         if self.config.supervise:
             from mlx_serving.worker.supervisor import Supervisor
 
-            worker = Supervisor()
+            worker = Supervisor(load_timeout_s=self.config.load_timeout_s)
         else:
             from mlx_serving.worker.inprocess import InProcessWorker
 
@@ -304,15 +304,19 @@ class Engine:
         )
 
     def _on_worker_event(self, event: port.WorkerEvent) -> None:
+        m = self.metrics
         match event:
             case port.WorkerStarted(pid, restarts):
-                self.metrics.worker_up.set(1)
+                m.worker_up.set(1)
                 if restarts:
-                    self.metrics.worker_restarts.inc()
+                    m.worker_restarts.inc()
                 self.events.publish(WorkerStarted(pid=pid, restarts=restarts))
             case port.WorkerExited(pid, cause):
-                self.metrics.worker_up.set(0)
+                m.worker_up.set(0)
                 self.events.publish(WorkerDied(pid=pid, cause=cause))
+            case port.ModelGone(model_id):
+                for gauge in (m.running, m.waiting, m.kv_tokens, m.kv_capacity):
+                    gauge.labels(model_id).set(0)
             case _:
                 pass  # loads are told by _bring_up, which knows the files' side too
 
@@ -470,13 +474,6 @@ async def _collect(generation: Generation) -> Completion:
         usage=generation.usage(),
         seed=generation.seed,
     )
-
-
-def _configure(config: Config, settings: Mapping[str, Any]) -> Config:
-    try:
-        return msgspec.convert({**msgspec.structs.asdict(config), **settings}, Config, strict=True)
-    except msgspec.ValidationError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _request(prompt: PromptLike, model: str, params: Mapping[str, Any]) -> GenerateRequest:

@@ -19,7 +19,7 @@ import msgspec
 
 from mlx_serving.errors import InvalidRequest
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
 
 MAX_LOGPROBS = 20
 """Top log-probabilities a token may ask for, as OpenAI bounds it."""
@@ -84,7 +84,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
         r(self.top_k >= 0, "top_k", "at least 0 (0: off)", self.top_k)
         r(0 <= self.min_p <= 1, "min_p", "from 0 to 1", self.min_p)
         repetition = self.repetition_penalty
-        r(0 < repetition <= 10, "repetition_penalty", "above 0 and at most 10", repetition)
+        r(0 < repetition <= 100, "repetition_penalty", "above 0 and at most 100", repetition)
         r(
             -2 <= self.presence_penalty <= 2,
             "presence_penalty",
@@ -139,6 +139,15 @@ class TokenPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
 Prompt = ChatPrompt | TextPrompt | TokenPrompt
 
 
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """What the output must look like. Validated and bounded when the request is parsed; compiled in
+    the worker, next to the vocabulary."""
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "lark"]
+    text: str = ""
+    """The schema as JSON, the expression, a JSON list of choices, or the grammar; "" for json_object."""
+
+
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt and how to continue it; `n` answers come from n sequences.
 
@@ -158,6 +167,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     include_stop_str: bool = False
     priority: Priority = Priority.NORMAL
     cache_salt: str | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest naming the first field that is out of its range."""
@@ -202,6 +212,16 @@ class TextLogprob(msgspec.Struct, frozen=True, kw_only=True):
     top: tuple[tuple[str, bytes, float], ...] = ()
 
 
+class ToolCallDelta(msgspec.Struct, kw_only=True):
+    """A piece of one tool call. `id` and `name` come with its first piece; `arguments` are
+    consecutive pieces of JSON text."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
 class TokenEvent(msgspec.Struct, kw_only=True):
     """What a consumer of `gateway.generate()` receives: new text of one choice.
 
@@ -216,6 +236,9 @@ class TokenEvent(msgspec.Struct, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended the choice, if one did."""
+    reasoning: str = ""
+    """Text of the model's reasoning, apart from `text`."""
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -46,7 +46,7 @@ _SAMPLING = {
     "model": "a served model's id or alias; default: the first served model",
     "stream": "server-sent events, one a token",
     "stream_options": "include_usage: a last chunk with usage; only with stream",
-    "n": "1 to 16 answers; the prompt is computed and counted once",
+    "n": "1 to 16 answers; the prompt is counted once",
     "temperature": "0 to 2, default 1; 0 is greedy",
     "top_p": "above 0, to 1",
     "top_k": "0 or -1: the whole vocabulary",

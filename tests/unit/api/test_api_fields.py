@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import openai.types
@@ -402,3 +403,8 @@ def test_the_table_prints() -> None:
     for table in fields.ROUTES.values():
         for name in table:
             assert f"| `{name}` |" in text
+
+
+def test_the_document_shows_the_table() -> None:
+    document = Path(__file__).parents[3] / "docs" / "api.md"
+    assert fields.markdown().rstrip() in document.read_text(), "docs/api.md: paste fields.markdown()"
