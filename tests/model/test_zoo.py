@@ -11,7 +11,9 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from mlx_serving.runtime.backend.arch import head_on_last
-from mlx_serving.runtime.backend.kv import RowSlots
+from mlx_serving.runtime.backend.kv import RowSlots, SeparateRows
+from mlx_serving.runtime.backend.runner import MLXRunner
+from mlx_serving.runtime.backend.sampler import Sampler
 from mlx_serving.runtime.core.plan import DecodeRow, PrefillChunk, RowStart, StepPlan
 from mlx_serving.types import SamplingParams
 from model import zoo
@@ -172,3 +174,63 @@ def test_the_head_sees_one_position_only() -> None:
     last = model(tokens)
     assert last.shape == (1, 1, zoo.VOCAB)
     assert mx.allclose(last[:, -1], whole, atol=1e-5)
+
+
+def test_a_store_of_separate_rows_gives_the_same_tokens() -> None:
+    """What architectures run on whose caches have no slab form."""
+    model, expected = _built("qwen3_next")
+    store = SeparateRows(model, 4)
+    runner = MLXRunner(model, store, Sampler(zoo.VOCAB, (), 4), max_rows=4, head_on_last=False)
+    result = run(runner, _churn(), depth=2)
+    assert result.moves() > 0
+    assert all(result.outcomes[i].tokens == expected[i] for i in range(1, len(PROMPTS)))
+
+
+def test_a_runner_that_was_reset_starts_afresh() -> None:
+    model, expected = _built("falcon_h1")
+    runner = make_runner(model, zoo.VOCAB)
+    start = RowStart(0, 9, PROMPTS[2], LENGTHS[2], GREEDY)
+    runner.launch(StepPlan(0, starts=(start,), prefill=(PrefillChunk(0, 9, PROMPTS[2], 0, False),)))
+    runner.reset()
+    assert runner.store.arrays() == []
+    result = run(runner, [Job(PROMPTS[1], GREEDY)])
+    assert result.outcomes[0].tokens == expected[1]
+
+
+def test_embeddings_may_stand_for_tokens() -> None:
+    model = zoo.build("qwen3")
+    runner = make_runner(model, zoo.VOCAB)
+    tokens = mx.array([PROMPTS[1]])
+    logits = []
+    for row, embeddings in enumerate((None, model.model.embed_tokens(tokens))):
+        runner.store.start(row, LENGTHS[1])
+        logits.append(runner.forward_row(row, tokens, 0, embeddings))
+    assert mx.array_equal(*logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "falcon_h1"])
+def test_no_step_copies_a_slab(name: str) -> None:
+    """Three steps deep, peak memory stays far under one more copy of the largest slab."""
+    runner = make_runner(zoo.build(name), zoo.VOCAB)
+    prompt = tuple(1 + i % 200 for i in range(20_000))
+    rows = range(4)
+    runner.launch(
+        StepPlan(
+            0,
+            starts=tuple(RowStart(r, r, prompt, len(prompt), GREEDY) for r in rows),
+            prefill=tuple(PrefillChunk(r, r, prompt[:16], 0, r < 3) for r in rows),
+        )
+    ).wait()
+    largest = max(slab.nbytes for slab in runner.store.arrays())
+    active = mx.get_active_memory()
+    mx.reset_peak_memory()
+    pending = []
+    for step in range(6):
+        chunk = PrefillChunk(3, 3, prompt[:16], 16 * (step + 1), False)
+        decode = tuple(DecodeRow(r, r, 16 + step, None) for r in range(3))
+        pending.append(runner.launch(StepPlan(step, prefill=(chunk,), decode=decode)))
+        if len(pending) == 3:
+            pending.pop(0).wait()
+    for step_pending in pending:
+        step_pending.wait()
+    assert mx.get_peak_memory() - active < largest / 4

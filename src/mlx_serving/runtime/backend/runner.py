@@ -101,13 +101,20 @@ class MLXRunner:
         samplings: list[_Sampling] = []
         for chunk in plan.prefill:
             samplings += self._prefill(chunk)
+            self._enqueue(samplings)
         if plan.decode:
             samplings += self._decode(plan.decode)
-        # Slabs are evaluated with the tokens: a chunk that samples nothing is reached through them.
+            self._enqueue(samplings)
         slabs = self.store.arrays()
         effect = _probe(slabs[-1]) if slabs and not samplings else self._last
-        mx.async_eval(slabs, effect, self._last, [s.draw.arrays() for s in samplings])
+        mx.async_eval(effect)
         return MLXPendingStep(plan.step_id, samplings, effect)
+
+    def _enqueue(self, samplings: Sequence[_Sampling]) -> None:
+        """Start computing what was built. Once for each forward pass: while an earlier one's reads
+        of a slab are merely planned, a later one's write would copy the slab. The slabs are named
+        because a chunk that samples nothing is reached only through them."""
+        mx.async_eval(self.store.arrays(), self._last, [s.draw.arrays() for s in samplings])
 
     def reset(self) -> None:
         self.store.reset()
