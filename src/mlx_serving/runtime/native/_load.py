@@ -1,0 +1,59 @@
+"""Finds the compiled module, or the reason why it cannot be used."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import warnings
+from pathlib import Path
+from typing import Any
+
+MLX_VERSION = "0.32.4"
+"""The MLX whose C++ interface the kernels use. Another version may differ in layout, not in name,
+so it is compared before the module is loaded."""
+
+
+def _find() -> tuple[Any, str]:
+    if os.environ.get("MLX_SERVING_NATIVE", "1") == "0":
+        return None, "switched off by MLX_SERVING_NATIVE=0"
+    if platform.system() != "Linux":
+        return None, "built on Linux only; elsewhere MLX has a faster backend"
+    note = Path(__file__).with_name("_not_built.txt")
+    try:
+        installed = importlib.metadata.version("mlx")
+    except importlib.metadata.PackageNotFoundError:
+        return None, "MLX is not installed"
+    if installed != MLX_VERSION:
+        reason = f"built for MLX {MLX_VERSION}, but {installed} is installed"
+        warnings.warn(f"native CPU kernels are off: {reason}", RuntimeWarning, stacklevel=2)
+        return None, reason
+    try:
+        import mlx.core  # noqa: F401 - its library must be loaded before ours links to it
+
+        module = importlib.import_module(f"{__package__}._native")
+    except ImportError as error:
+        if note.exists():
+            return None, note.read_text(encoding="utf-8").strip()
+        if isinstance(error, ModuleNotFoundError):
+            return None, "not built: the package was installed without running its build"
+        warnings.warn(f"native CPU kernels are off: {error}", RuntimeWarning, stacklevel=2)
+        return None, f"cannot be loaded: {error}"
+    if module.mlx_version != MLX_VERSION:
+        reason = f"built with MLX {module.mlx_version}, but {installed} is installed"
+        warnings.warn(f"native CPU kernels are off: {reason}", RuntimeWarning, stacklevel=2)
+        return None, reason
+    if module.isa() == "generic" and platform.machine() in ("x86_64", "AMD64"):
+        return None, "the CPU lacks AVX2, FMA or F16C"
+    return module, ""
+
+
+module, reason = _find()
+
+
+def require() -> Any:
+    """The compiled module. Raises RuntimeError with the reason if there is none."""
+    if module is None:
+        raise RuntimeError(f"native kernels are not available: {reason}")
+    return module

@@ -1,0 +1,61 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "primitives.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+NB_MODULE(_native, m) {
+  using namespace ms;
+  m.attr("mlx_version") = MS_MLX_VERSION;
+  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("isas", [] { return std::string(isa_names()); });
+  m.def("force_isa", [](const std::string& name) { return force_isa(name.c_str()); }, "name"_a);
+  m.def("threads", [] { return Pool::get().threads(); });
+  m.def("set_threads", [](int n) { Pool::get().set_threads(n); }, "n"_a);
+  m.def("available_threads", &available_threads);
+
+  nb::class_<Packed>(m, "Packed")
+      .def_prop_ro("n", &Packed::n)
+      .def_prop_ro("k", &Packed::k)
+      .def_prop_ro("bits", &Packed::bits)
+      .def_prop_ro("group_size", &Packed::group)
+      .def_prop_ro("nbytes", &Packed::nbytes)
+      .def("slice", &Packed::slice, "start"_a, "stop"_a);
+  nb::class_<RopeTable>(m, "RopeTable")
+      .def_prop_ro("dims", &RopeTable::dims)
+      .def_prop_ro("traditional", &RopeTable::traditional);
+  m.def("rope_table", [](std::vector<double> f, bool traditional, double magnitude) { return std::make_shared<RopeTable>(std::move(f), traditional, magnitude); },
+        "inv_freq"_a, "traditional"_a, "magnitude"_a = 1.0);
+  m.def("pack_quantized", &Packed::quantized, "w"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a);
+  m.def("pack_dense", &Packed::dense, "w"_a);
+
+  m.def("linear", &linear, "x"_a, "w"_a, "bias"_a.none() = nb::none(), "mode"_a = "exact");
+  m.def("embed", &embed, "ids"_a, "w"_a, "dtype"_a);
+  m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a);
+  m.def("rope", &rope, "x"_a, "offsets"_a, "table"_a);
+  m.def("gated", &gated, "gate"_a, "up"_a, "act"_a);
+  m.def("kv_write", [](const mx::array& a, const mx::array& b, const mx::array& c, const mx::array& d, const mx::array& e, const mx::array& f) {
+    auto r = kv_write(a, b, c, d, e, f);
+    return nb::make_tuple(r[0], r[1]);
+  }, "keys"_a, "values"_a, "k"_a, "v"_a, "rows"_a, "offsets"_a);
+  m.def("attention", &attend, "q"_a, "keys"_a, "values"_a, "rows"_a, "offsets"_a, "scale"_a, "window"_a = 0, "sinks"_a.none() = nb::none());
+
+  nb::class_<Decoder>(m, "Decoder")
+      .def_prop_ro("layers", &Decoder::layers)
+      .def("add_layer", [](Decoder& d, PackedPtr qkv, PackedPtr o, PackedPtr gate, PackedPtr up, PackedPtr down, mx::array in_norm, mx::array mlp_norm, RopePtr rope, int window,
+                           std::optional<mx::array> qkv_bias, std::optional<mx::array> o_bias, std::optional<mx::array> q_norm, std::optional<mx::array> k_norm,
+                           std::optional<mx::array> post_attn_norm, std::optional<mx::array> post_mlp_norm) {
+             d.add_layer({qkv, o, gate, up, down, qkv_bias, o_bias, in_norm, mlp_norm, q_norm, k_norm, post_attn_norm, post_mlp_norm, rope, window});
+           },
+           "qkv"_a, "o"_a, "gate"_a, "up"_a, "down"_a, "in_norm"_a, "mlp_norm"_a, "rope"_a, "window"_a = 0, "qkv_bias"_a.none() = nb::none(), "o_bias"_a.none() = nb::none(),
+           "q_norm"_a.none() = nb::none(), "k_norm"_a.none() = nb::none(), "post_attn_norm"_a.none() = nb::none(), "post_mlp_norm"_a.none() = nb::none());
+  m.def("decoder", [](int heads, int kv_heads, int head_dim, float eps, float scale, float embed_scale, const std::string& act, const std::string& mode, PackedPtr embedding, const mx::array& final_norm) {
+    return std::make_shared<Decoder>(heads, kv_heads, head_dim, eps, scale, embed_scale, act, mode, embedding, final_norm);
+  }, "heads"_a, "kv_heads"_a, "head_dim"_a, "eps"_a, "scale"_a, "embed_scale"_a, "act"_a, "mode"_a, "embedding"_a, "final_norm"_a);
+  m.def("decoder_forward", &decoder_forward, "decoder"_a, "x"_a, "rows"_a, "offsets"_a, "slabs"_a);
+}

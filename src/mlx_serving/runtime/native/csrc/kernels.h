@@ -1,0 +1,96 @@
+// The table of kernels that each instruction set provides, and their operands.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "types.h"
+
+namespace ms {
+
+constexpr int kLanes = 16;      // output columns of one packed weight block
+constexpr int kKeyBlock = 64;   // keys per step of the online softmax
+constexpr int kKeySplit = 256;  // keys per partial result; merged in ascending order
+
+// A weight matrix [n, k], packed in blocks of 16 output columns.
+//   bits 4, 8:  per block, per group: 16 scales, 16 biases, then the codes,
+//               64 bytes for every 8 (4 bits) or 4 (8 bits) inputs; lane c of
+//               those 64 bytes holds column c.
+//   bits 16, 32: per block, per input: 16 values (bf16 or f16 by `scale_type`; f32).
+struct Weight {
+  const uint8_t* data = nullptr;
+  int n = 0, k = 0, bits = 0, group = 0;
+  Type scale_type = Type::f32;
+
+  int groups() const { return group ? k / group : 0; }
+  int blocks() const { return (n + kLanes - 1) / kLanes; }
+  size_t group_bytes() const { return size_t(2) * kLanes * size_of(scale_type) + size_t(2) * group * bits; }
+  size_t block_bytes() const {
+    return bits <= 8 ? size_t(groups()) * group_bytes() : size_t(k) * kLanes * (bits / 8);
+  }
+  size_t bytes() const { return size_t(blocks()) * block_bytes(); }
+};
+
+// Activations ready for a quantised matmul: rows of k values.
+//   value ~ scale[g] * (128 * hi + lo), or scale[g] * hi with one plane.
+struct Activations {
+  const float* x = nullptr;  // [rows, k], used by Mode::f32 and dense weights
+  int8_t* hi = nullptr;      // [rows, k]
+  int8_t* lo = nullptr;      // [rows, k]
+  float* scale = nullptr;    // [rows, groups]
+  float* sum = nullptr;      // [rows, groups] the group's sum of (quantised) values
+  int k = 0, group = 0;
+};
+
+// One slab row and KV head, and the queries that attend to it.
+struct AttentionTask {
+  const float* q;      // [nq, d], already scaled
+  const int32_t* pos;  // [nq] absolute position of each query: it sees keys 0..pos
+  int nq, d, dv;
+  const void* k;       // key of position 0
+  const void* v;
+  int64_t k_stride, v_stride;  // elements between positions
+  Type type;
+  int window;          // keys a query sees at most; 0: all
+  int begin, end;      // the split's key range; begin is a multiple of kKeySplit
+  float* o;            // [nq, dv] unnormalised
+  float* m;            // [nq] running maximum, -inf where the query saw no key
+  float* l;            // [nq] running sum
+  float* scratch;      // attention_scratch(d, dv) floats
+};
+inline size_t attention_scratch(int d, int dv) {
+  return size_t(kKeyBlock) * (2 * size_t(d) + size_t(dv)) + 16 * 1024;
+}
+
+struct Kernels {
+  const char* name;
+  void (*to_float)(Type, const void* src, int64_t stride, float* dst, int64_t n);
+  void (*from_float)(Type, const float* src, void* dst, int64_t n);
+  // Rows [row0, row1) of a.x into planes, scales and sums.
+  void (*quantize)(const Activations& a, Mode mode, int row0, int row1);
+  // out[r * ld + 0 .. n) for weight blocks [block0, block1) and rows [row0, row1).
+  void (*matmul)(const Weight& w, const Activations& a, Mode mode, int block0, int block1, int row0, int row1, float* out, int64_t ld);
+  // out = x / rms(x) * w; with `add`, x becomes x + add first.
+  void (*rms_norm)(float* x, const float* add, const float* w, float eps, float* out, int k);
+  // In place over x[0, dims). Table row: cos, sin (see RopeTable).
+  void (*rope)(float* x, const float* table, int dims, bool traditional);
+  // out = act(gate) * up
+  void (*act_mul)(Act act, const float* gate, const float* up, float* out, int64_t n);
+  void (*add)(float* x, const float* y, int64_t n);
+  void (*scale)(const float* x, float s, float* out, int64_t n);
+  void (*attention)(const AttentionTask& t);
+  // (o, m, l) <- (o, m, l) merged with a later split's (o2, m2, l2); rows of dv.
+  void (*attention_merge)(float* o, float* m, float* l, const float* o2, const float* m2, const float* l2, int nq, int dv);
+  // o / l, with an optional attention sink per query.
+  void (*attention_finish)(float* o, const float* m, const float* l, const float* sink, int nq, int dv);
+  // One dequantised row of a packed weight.
+  void (*dequantize_row)(const Weight& w, int row, float* out);
+};
+
+// The best table for this CPU, or the one named by force_isa(); never null.
+const Kernels& kernels();
+// Names that this CPU can run, best first, comma separated.
+const char* isa_names();
+// Chooses a table by name ("" for the best). False if this CPU cannot run it.
+bool force_isa(const char* name);
+
+}  // namespace ms

@@ -1,0 +1,79 @@
+// The kernels as MLX operations on the CPU backend.
+#pragma once
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "decoder.h"
+#include "mlx/mlx.h"
+
+namespace ms {
+namespace mx = mlx::core;
+
+// A weight matrix packed for the kernels; immutable.
+class Packed {
+ public:
+  Packed(Weight meta, mx::array data) : meta_(meta), data_(std::move(data)) {}
+  // w: [n, k * bits / 32] uint32; scales, biases: [n, k / group_size], f32, f16 or bf16.
+  static std::shared_ptr<Packed> quantized(const mx::array& w, const mx::array& scales, const mx::array& biases, int group_size, int bits);
+  // w: [n, k], f32, f16 or bf16.
+  static std::shared_ptr<Packed> dense(const mx::array& w);
+
+  const mx::array& data() const { return data_; }
+  Weight weight() const {
+    Weight w = meta_;
+    w.data = data_.data<uint8_t>() + offset_;
+    return w;
+  }
+  // Outputs [start, stop) over the same memory; start must be a block's first.
+  std::shared_ptr<Packed> slice(int start, int stop) const;
+  size_t nbytes() const { return meta_.bytes(); }
+  int n() const { return meta_.n; }
+  int k() const { return meta_.k; }
+  int bits() const { return meta_.bits; }
+  int group() const { return meta_.group; }
+
+ private:
+  Weight meta_;
+  mx::array data_;
+  size_t offset_ = 0;
+};
+using PackedPtr = std::shared_ptr<Packed>;
+using RopePtr = std::shared_ptr<RopeTable>;
+
+Mode mode_of(const std::string& name);
+Act act_of(const std::string& name);
+
+mx::array linear(const mx::array& x, const PackedPtr& w, const std::optional<mx::array>& bias, const std::string& mode);
+mx::array embed(const mx::array& ids, const PackedPtr& w, mx::Dtype dtype);
+mx::array rms_norm(const mx::array& x, const std::optional<mx::array>& weight, float eps);
+mx::array rope(const mx::array& x, const mx::array& offsets, const RopePtr& table);
+mx::array gated(const mx::array& gate, const mx::array& up, const std::string& act);
+std::vector<mx::array> kv_write(const mx::array& keys, const mx::array& values, const mx::array& k, const mx::array& v, const mx::array& rows, const mx::array& offsets);
+mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& values, const mx::array& rows, const mx::array& offsets, float scale, int window, const std::optional<mx::array>& sinks);
+
+// The arrays behind a DecoderSpec, kept alive together.
+class Decoder {
+ public:
+  struct Layer {
+    PackedPtr qkv, o, gate, up, down;
+    std::optional<mx::array> qkv_bias, o_bias, in_norm, mlp_norm, q_norm, k_norm, post_attn_norm, post_mlp_norm;
+    RopePtr rope;
+    int window = 0;
+  };
+  Decoder(int heads, int kv_heads, int head_dim, float eps, float scale, float embed_scale, const std::string& act, const std::string& mode, PackedPtr embedding, const mx::array& final_norm);
+  void add_layer(Layer layer);
+  const DecoderSpec& spec() const { return spec_; }
+  int layers() const { return int(layers_.size()); }
+
+ private:
+  DecoderSpec spec_;
+  PackedPtr embedding_;
+  mx::array final_norm_;
+  std::vector<Layer> layers_;
+};
+// Returns the hidden states [count, length, hidden] f32, then every layer's keys and values.
+std::vector<mx::array> decoder_forward(const std::shared_ptr<Decoder>& d, const mx::array& x, const mx::array& rows, const mx::array& offsets, const std::vector<mx::array>& slabs);
+
+}  // namespace ms

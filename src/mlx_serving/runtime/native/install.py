@@ -1,0 +1,181 @@
+"""Moves a loaded model's layers to the kernels, instance by instance; no class is patched."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import types
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import gemma, gemma2, gemma3_text
+
+from mlx_serving.runtime.native import _load, layers, ops, slab
+from mlx_serving.runtime.native.fused import fuse
+
+GEMMA_NORMS = (gemma.RMSNorm, gemma2.RMSNorm, gemma3_text.RMSNorm)
+"""RMSNorms that multiply by 1 + weight."""
+
+_READS_WEIGHTS = re.compile(
+    r"(_proj\w*|lm_head|embed\w*|wq_b|wkv_b|linear)\.(weight|scales|biases)\b"
+)
+"""A model file that matches uses a layer's arrays itself, so they have to stay."""
+
+
+@dataclass
+class Report:
+    """What `accelerate` did, for logs and `doctor`."""
+
+    isa: str
+    mode: ops.Mode
+    replaced: dict[str, int] = field(default_factory=dict)
+    """Class name of each kind of layer moved, and how many."""
+    left: list[str] = field(default_factory=list)
+    """Paths of linear layers that no kernel takes (other bit widths, odd shapes)."""
+    fused: str = ""
+    """The fused decoder's family, or why there is none, after `not fused: `."""
+    packed_bytes: int = 0
+    """Memory of the packed weights, which replace the model's own."""
+
+
+def accelerate(model: nn.Module, mode: ops.Mode = "exact", *, fused: bool = True) -> Report:
+    """Move the model's layers to the kernels, in place. Adapters must have been applied before.
+
+    Raises RuntimeError if the kernels are not available or MLX's device is not the CPU.
+    """
+    native = _load.require()
+    if mx.default_device() != mx.Device(mx.cpu):
+        raise RuntimeError("native kernels serve MLX's CPU backend only")
+    report = Report(native.isa(), mode)
+    keep = _reads_weights(model)
+    # Fused layers first: they pack q, k and v together, and the single layers share that memory.
+    if fused:
+        report.fused = fuse(model, mode, _pack_into) if not keep else "not fused: reads weights"
+    for path, module in model.named_modules():
+        _move(path, module, mode, keep, report)
+    seen: set[int] = set()
+    for _, module in model.named_modules():
+        packed = module.__dict__.get("_packed")
+        if packed is not None and id(packed) not in seen:
+            seen.add(id(packed))
+            report.packed_bytes += packed.nbytes
+    return report
+
+
+def _move(path: str, module: nn.Module, mode: ops.Mode, keep: bool, report: Report) -> None:
+    cls: type = type(module)
+    target: type | None = None
+    if cls in _LINEARS:
+        if "_packed" not in module.__dict__:
+            packed = pack(module)
+            if packed is None:
+                report.left.append(path)
+                return
+            _pack_into(module, packed, keep)
+        module._mode = mode
+        target = _LINEARS[cls]
+    elif cls is nn.RMSNorm:
+        module._native_weight = module.weight.astype(mx.float32)
+        target = layers.NativeRMSNorm
+    elif cls in GEMMA_NORMS:
+        module._native_weight = 1.0 + module.weight.astype(mx.float32)
+        target = _subclass(cls, {"__call__": layers.NativeRMSNorm.__call__})
+    elif cls in layers.NATIVE_ROPES:
+        module._table = layers.rope_table(module)
+        target = layers.NATIVE_ROPES[cls]
+    else:
+        target = _bound(cls)
+    if target is not None:
+        module.__class__ = target
+        report.replaced[cls.__name__] = report.replaced.get(cls.__name__, 0) + 1
+
+
+_LINEARS: dict[type, type] = {
+    nn.QuantizedLinear: layers.NativeQuantizedLinear,
+    nn.Linear: layers.NativeLinear,
+    nn.QuantizedEmbedding: layers.NativeQuantizedEmbedding,
+    nn.Embedding: layers.NativeEmbedding,
+}
+
+
+def pack(module: nn.Module) -> ops.Packed | None:
+    """A linear or embedding layer's weights packed, or None for a form that no kernel takes."""
+    if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        biases = module.get("biases")
+        if module.mode != "affine" or biases is None or module.weight.ndim != 2:
+            return None
+        if module.bits not in (4, 8) or module.group_size not in (32, 64, 128):
+            return None
+        scales = module.scales
+        return ops.pack_quantized(module.weight, scales, biases, module.group_size, module.bits)
+    weight = module.weight
+    if weight.ndim != 2 or weight.dtype not in (mx.float32, mx.bfloat16, mx.float16):
+        return None
+    return ops.pack_dense(weight)
+
+
+def _pack_into(module: nn.Module, packed: ops.Packed, keep: bool = False) -> None:
+    """Give the layer its packed weights and take its own away."""
+    module._dtype = (module.scales if "scales" in module else module.weight).dtype
+    object.__setattr__(module, "_packed", packed)
+    if not keep:
+        for name in ("weight", "scales", "biases"):
+            module.pop(name, None)
+
+
+def _reads_weights(model: nn.Module) -> bool:
+    modules = {type(m).__module__ for _, m in model.named_modules()}
+    for name in modules:
+        if name.startswith("mlx_lm.models.") and name != "mlx_lm.models.switch_layers":
+            source = inspect.getsource(sys.modules[name])
+            if any(_READS_WEIGHTS.search(line) and "[" not in line and '"' not in line for line in source.splitlines()):
+                return True
+    return False
+
+
+def _gated(gate: mx.array, x: mx.array) -> mx.array:
+    return ops.gated(gate, x, "silu")
+
+
+_GLOBALS: dict[str, Any] = {
+    "scaled_dot_product_attention": slab.scaled_dot_product_attention,
+    "swiglu": _gated,
+}
+"""Names that model files import and call; bound to ours in copies of their methods."""
+
+_subclasses: dict[tuple[type, bool], type] = {}
+
+
+def _subclass(cls: type, methods: dict[str, Any]) -> type:
+    key = (cls, "__call__" in methods)
+    if key not in _subclasses:
+        space = {"__module__": cls.__module__, **methods}
+        _subclasses[key] = type(f"Native{cls.__name__}", (cls,), space)
+    return _subclasses[key]
+
+
+def _bound(cls: type) -> type | None:
+    """A subclass whose methods see our functions under mlx-lm's names; None if no method uses them."""
+    methods: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        for name, member in vars(base).items():
+            if not isinstance(member, types.FunctionType) or not base.__module__.startswith("mlx_lm."):
+                continue
+            names = [
+                n
+                for n in _GLOBALS
+                if n in member.__code__.co_names and callable(member.__globals__.get(n))
+            ]
+            if names:
+                scope = {**member.__globals__, **{n: _GLOBALS[n] for n in names}}
+                copy = types.FunctionType(
+                    member.__code__, scope, name, member.__defaults__, member.__closure__
+                )
+                copy.__kwdefaults__ = member.__kwdefaults__
+                methods[name] = copy
+            elif name in methods:
+                del methods[name]
+    return _subclass(cls, methods) if methods else None

@@ -1,0 +1,87 @@
+"""Subclasses of MLX's layers that call the kernels; instances are moved to them by `accelerate`.
+
+They stay subclasses of what they replace, so `isinstance` checks in model files hold.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import rope_utils
+
+from mlx_serving.runtime.native import ops
+
+
+def _linear(self: Any, x: mx.array) -> mx.array:
+    return ops.linear(x, self._packed, self["bias"] if "bias" in self else None, self._mode)
+
+
+class NativeQuantizedLinear(nn.QuantizedLinear):
+    __call__ = _linear
+
+
+class NativeLinear(nn.Linear):
+    __call__ = _linear
+
+
+class NativeEmbedding(nn.Embedding):
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.embed(x, self._packed, self._dtype)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return ops.linear(x, self._packed, None, self._mode)
+
+
+class NativeQuantizedEmbedding(nn.QuantizedEmbedding):
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.embed(x, self._packed, self._dtype)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return ops.linear(x, self._packed, None, self._mode)
+
+
+class NativeRMSNorm(nn.RMSNorm):
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.rms_norm(x, self._native_weight, self.eps)
+
+
+class _NativeRope:
+    """First of the bases, so that its call comes before the layer's own."""
+
+    _table: ops.RopeTable
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        if x.ndim < 3:
+            return super().__call__(x, offset=offset)  # type: ignore[misc]
+        return ops.rope(x, offset, self._table)
+
+
+ROPES = (
+    nn.RoPE,
+    rope_utils.Llama3RoPE,
+    rope_utils.YarnRoPE,
+    rope_utils.SuScaledRoPE,
+    rope_utils.ProportionalRoPE,
+)
+
+NATIVE_ROPES: dict[type, type] = {
+    cls: type(f"Native{cls.__name__}", (_NativeRope, cls), {"__module__": __name__})
+    for cls in ROPES
+}
+
+
+def rope_table(module: nn.Module) -> ops.RopeTable | None:
+    """The table of a rope layer, or None for a kind that has none (dynamic NTK, custom classes)."""
+    if type(module) not in ROPES and type(module) not in NATIVE_ROPES.values():
+        return None
+    if isinstance(module, nn.RoPE):
+        dims, scale = module.dims, module.scale
+        inv = [scale * math.pow(module.base, -2.0 * i / dims) for i in range(dims // 2)]
+        return ops.rope_table(inv, module.traditional)
+    freqs = [1.0 / float(f) for f in module._freqs.tolist()]
+    magnitude = float(getattr(module, "mscale", getattr(module, "_scale", 1.0)))
+    traditional = bool(getattr(module, "traditional", False))
+    return ops.rope_table(freqs, traditional, magnitude)

@@ -1,0 +1,116 @@
+"""The kernels as typed functions over `mx.array`; see `reference` for their meaning.
+
+All are lazy MLX operations on the CPU's default stream, and raise ValueError for operands of wrong
+shape or type. Values known only when the graph runs (rows, offsets, token ids) raise when it does.
+Activations and slabs are float32, float16 or bfloat16; arithmetic is float32 inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import mlx.core as mx
+
+from mlx_serving.runtime.native._load import require
+
+Mode = Literal["exact", "fast", "f32"]
+"""How activations enter a quantised matmul: two int8 planes a group (about 15 bits), one, or as
+they are. In each, a row's result does not depend on the rows beside it."""
+
+Activation = Literal["silu", "gelu_tanh", "gelu_erf"]
+
+Packed = Any
+"""A packed weight: `.n` outputs, `.k` inputs, `.bits`, `.group_size`, `.nbytes`, and
+`.slice(start, stop)`, outputs that share its memory (start a multiple of 16)."""
+
+RopeTable = Any
+"""Cosines and sines by position, extended as needed: `.dims`, `.traditional`."""
+
+
+def pack_quantized(
+    w: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> Packed:
+    """MLX's affine form `[n, k·bits/32]`, `[n, k/group_size]` ×2, packed. Bits 4, 8; groups 32, 64, 128.
+
+    Scales are kept in half precision where that loses nothing.
+    """
+    return require().pack_quantized(w, scales, biases, group_size, bits)
+
+
+def pack_dense(w: mx.array) -> Packed:
+    """`[n, k]` of float32, float16 or bfloat16, packed in its own type."""
+    return require().pack_dense(w)
+
+
+def linear(
+    x: mx.array, w: Packed, bias: mx.array | None = None, mode: Mode = "exact"
+) -> mx.array:
+    """`x @ w.T + bias`: `[…, k]` to `[…, n]` in x's type."""
+    return require().linear(x, w, bias, mode)
+
+
+def embed(ids: mx.array, w: Packed, dtype: mx.Dtype) -> mx.array:
+    """Rows `ids` `[…]` of w, dequantised: `[…, k]`."""
+    return require().embed(ids, w, dtype)
+
+
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
+    """Over the last axis; weight `[k]` or None."""
+    return require().rms_norm(x, weight, eps)
+
+
+def rope_table(
+    inv_freq: Sequence[float], traditional: bool, magnitude: float = 1.0
+) -> RopeTable:
+    """Angles `position · inv_freq[i]` (radians); `magnitude` scales cosines and sines (yarn, longrope)."""
+    return require().rope_table([float(f) for f in inv_freq], traditional, magnitude)
+
+
+def rope(x: mx.array, offsets: mx.array | int, table: RopeTable) -> mx.array:
+    """Rotate the first `table.dims` of `[batch, …, length, dim]`; offsets an int or int32 `[batch]`."""
+    if not isinstance(offsets, mx.array):
+        offsets = mx.array([offsets], dtype=mx.int32)
+    return require().rope(x, offsets, table)
+
+
+def gated(gate: mx.array, up: mx.array, act: Activation) -> mx.array:
+    """`act(gate) * up`, same shapes."""
+    return require().gated(gate, up, act)
+
+
+def kv_write(
+    keys: mx.array,
+    values: mx.array,
+    k: mx.array,
+    v: mx.array,
+    rows: mx.array,
+    offsets: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """Slabs `[slots, heads, capacity, dim]` with `[batch, heads, length, dim]` written at each row's offset.
+
+    In place when the caller holds no other reference to the slabs, else into copies. `rows` and
+    `offsets` are int32 `[batch]`; a position beyond the capacity raises when the graph runs.
+    """
+    keys, values = require().kv_write(keys, values, k, v, rows, offsets)
+    return keys, values
+
+
+def attention(
+    q: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    rows: mx.array,
+    offsets: mx.array,
+    scale: float,
+    window: int = 0,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Causal attention over slabs read in place.
+
+    Query `[b, h, i]` of `[batch, heads, length, dim]` stands at position `offsets[b] + i` of slab row
+    `rows[b]` and sees that row's positions up to its own, the last `window` of them if window > 0.
+    Dims are multiples of 16. `sinks` `[heads]` are logits of keys without a value. A position's
+    output has the same bits whatever else the call computes.
+    """
+    return require().attention(q, keys, values, rows, offsets, scale, window, sinks)
