@@ -10,14 +10,15 @@ Sliding-window layers keep the whole history under a window mask, so that every 
 assigning a length. No reference to a slab may outlive the call that took it: a second one makes the
 next write copy the whole slab.
 
-Where attention reads KV: `KVLayer.update_and_fetch`. A kernel that reads slabs in place takes
-`KVLayer.keys`, `KVLayer.values` and `KVLayer.rows.view` (rows, device offsets) instead.
+Where attention reads KV: `KVLayer.update_and_fetch`. A kernel that reads and writes slabs in place
+takes `native_view`, `native_slabs` and `native_store` instead (`runtime.native.slab.SlabCache`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -43,6 +44,10 @@ class UnsupportedCache(TypeError):
 
 def round_up(n: int, step: int) -> int:
     return -(-n // step) * step
+
+
+def _int32(values: Sequence[int]) -> mx.array:
+    return mx.array(list(values), dtype=mx.int32)
 
 
 class RowView:
@@ -72,6 +77,11 @@ class RowView:
         if self.count == 1:
             return None
         return create_causal_mask(self.count, kept) if return_array else "causal"
+
+    @cached_property
+    def indices(self) -> tuple[mx.array, mx.array]:
+        """Rows and offsets, int32 `[1]` each, for kernels that read slabs in place."""
+        return _int32([self.rows[0]]), _int32([self.offset])
 
     def get_state(self, slab: mx.array | None) -> mx.array | None:
         if slab is None:
@@ -110,7 +120,7 @@ class BatchView:
     ) -> None:
         self.rows = (0, len(positions))
         self.count = count
-        self.offset = mx.array(list(positions), dtype=mx.int32)
+        self.offset = _int32(positions)
         longest = max((p for p, a in zip(positions, active, strict=True) if a), default=0)
         self.fetch = min(capacity, round_up(longest + count, FETCH_TOKENS))
         self.fresh = False
@@ -136,6 +146,11 @@ class BatchView:
             heads = (1,) * (self._mask_rank - 3)
             self._masks[limit] = mask.reshape(mask.shape[0], *heads, *mask.shape[1:])
         return self._masks[limit]
+
+    @cached_property
+    def indices(self) -> tuple[mx.array, mx.array]:
+        """Rows and offsets, int32 `[rows]` each, for kernels that read slabs in place."""
+        return self._row_index[:, 0], self.offset
 
     def get_state(self, slab: mx.array | None) -> mx.array | None:
         if slab is None or slab.shape[0] == self.rows[1]:
@@ -204,8 +219,8 @@ class KVLayer:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write the new positions' `[rows, heads, count, dim]`; return all that the view sees."""
-        self.keys = self._fitted(self.keys, keys)
-        self.values = self._fitted(self.values, values)
+        self.keys = self._fitted(self.keys, keys.shape[1], keys.shape[3], keys.dtype)
+        self.values = self._fitted(self.values, values.shape[1], values.shape[3], values.dtype)
         view = self.rows.view
         view.write(self.keys, keys)
         view.write(self.values, values)
@@ -235,10 +250,9 @@ class KVLayer:
         length = self.rows.lengths[source]
         if self.keys is None or self.values is None or not length:
             return
-        self.keys = self._fitted(self.keys, self.keys)
-        self.values = self._fitted(self.values, self.values)
         for slab in (self.keys, self.values):
             # Adding zero makes a buffer of its own; a view would forbid the write in place.
+            assert max(source, target) < slab.shape[0]
             slab[target : target + 1, :, :length] = slab[source : source + 1, :, :length] + 0
 
     def drop(self) -> None:
@@ -250,10 +264,26 @@ class KVLayer:
     def restore(self, _row: int, state: list[mx.array | None]) -> None:
         assert not state
 
-    def _fitted(self, slab: mx.array | None, new: mx.array) -> mx.array:
+    def native_view(self) -> tuple[mx.array, mx.array]:
+        """Rows and offsets of the next forward pass, int32 `[batch]` each."""
+        return self.rows.view.indices
+
+    def native_slabs(
+        self, kv_heads: int, key_dim: int, value_dim: int, dtype: mx.Dtype
+    ) -> tuple[mx.array, mx.array]:
+        """Hand the slabs over to a kernel that writes them in place."""
+        keys = self._fitted(self.keys, kv_heads, key_dim, dtype)
+        values = self._fitted(self.values, kv_heads, value_dim, dtype)
+        self.drop()
+        return keys, values
+
+    def native_store(self, keys: mx.array, values: mx.array) -> None:
+        self.keys, self.values = keys, values
+
+    def _fitted(self, slab: mx.array | None, heads: int, dim: int, dtype: mx.Dtype) -> mx.array:
         slots, capacity = self.rows.slots, self.rows.capacity
         if slab is None:
-            return mx.zeros((slots, new.shape[1], capacity, new.shape[3]), new.dtype)
+            return mx.zeros((slots, heads, capacity, dim), dtype)
         if (slab.shape[0], slab.shape[2]) == (slots, capacity):
             return slab
         rows, tokens = min(slots, slab.shape[0]), min(capacity, slab.shape[2])

@@ -7,7 +7,7 @@ import importlib.util
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
@@ -38,14 +38,9 @@ _CONTEXT_KEYS = (
     "seq_length",
     "n_ctx",
 )
-_NATIVE_INSTALL = "mlx_serving.runtime.native.install"
+_NATIVE = "mlx_serving.runtime.native"
+_NATIVE_INSTALL = f"{_NATIVE}.install"
 _WARM_UP_TOKENS = 4
-
-
-class _Accelerate(Protocol):
-    def __call__(self, model: Module, mode: str) -> str | None:
-        """Replace the model's arithmetic; the mode that runs, None if none does here."""
-        ...
 
 
 def load(
@@ -56,7 +51,7 @@ def load(
     gpu = mx.default_device().type == mx.gpu
     model, config = _load_weights(path, config, options.dtype, gpu)
     weight_bytes = sum(a.nbytes for a in _arrays(model))
-    kernels = _accelerate(model, options.kernels, gpu)
+    kernels, invariant = _accelerate(model, options.kernels, gpu)
     eos = eos_token_ids(path, config)
     store = make_store(
         model,
@@ -106,7 +101,7 @@ def load(
         kv_bytes_per_token=kv_bytes,
         load_s=time.monotonic() - began,
         kernels=kernels,
-        batch_invariant=options.exact_batch or kernels == "exact" or not store.batched,
+        batch_invariant=invariant or options.exact_batch or not store.batched,
     )
     return LoadedModel(info, runner, limits)
 
@@ -162,17 +157,22 @@ def _cast(model: Module, dtype: mx.Dtype | None) -> None:
     model.update(tree_map_with_path(cast, model.parameters()))
 
 
-def _accelerate(model: Module, mode: str, gpu: bool) -> str:
-    """Install the native kernels if they are built and `mode` wants them; what then runs."""
+def _accelerate(model: Module, mode: str, gpu: bool) -> tuple[str, bool]:
+    """Install the native kernels if they are built and `mode` wants them. Returns what then runs, and
+    whether a row's result is the same bits beside any others: where kernels run every layer."""
     if gpu or mode == "off":
-        return "mlx"
-    running = None
+        return "mlx", False
+    reason = "this installation has no native kernels"
     if importlib.util.find_spec(_NATIVE_INSTALL) is not None:
-        accelerate: _Accelerate = importlib.import_module(_NATIVE_INSTALL).accelerate
-        running = accelerate(model, mode)
-    if running is None and mode != "auto":
-        raise ModelBroken(f"kernels '{mode}' cannot run here; use 'auto' or 'off'")
-    return running or "mlx"
+        native = importlib.import_module(_NATIVE)
+        if native.available():
+            install = importlib.import_module(_NATIVE_INSTALL)
+            report = install.accelerate(model, "exact" if mode == "auto" else mode)
+            return report.mode, bool(report.fused) and not report.fused.startswith("not ")
+        reason = native.why()
+    if mode != "auto":
+        raise ModelBroken(f"kernels '{mode}' cannot run here ({reason}); use 'auto' or 'off'")
+    return "mlx", False
 
 
 def _prefill_step(gpu: bool, kernels: str) -> int:

@@ -172,8 +172,8 @@ def test_no_write_copies_a_slab() -> None:
         (cache,) = slots.batch_view(dict.fromkeys(range(4), position), 4)
         new = mx.ones((4, HEADS, 1, DIM))
         read = sum(view.sum() for view in cache.update_and_fetch(new, new))
-        mx.async_eval(read, slots.arrays())
-    mx.eval(slots.arrays())
+        mx.eval(read, slots.arrays())
+        mx.synchronize()
     assert mx.get_peak_memory() - active < slab_bytes / 2
 
 
