@@ -89,8 +89,9 @@ def kv_write(
 ) -> tuple[mx.array, mx.array]:
     """Slabs `[slots, heads, capacity, dim]` with `[batch, heads, length, dim]` written at each row's offset.
 
-    In place when the caller holds no other reference to the slabs, else into copies. `rows` and
-    `offsets` are int32 `[batch]`; a position beyond the capacity raises when the graph runs.
+    The results take the slabs' memory, so the arrays passed in, and lazy views of them, must not be
+    used again (copy what has to stay, and evaluate the copy first). `rows` and `offsets` are int32
+    `[batch]`; a position beyond the capacity raises when the graph runs.
     """
     keys, values = require().kv_write(keys, values, k, v, rows, offsets)
     return keys, values

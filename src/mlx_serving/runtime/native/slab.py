@@ -43,8 +43,8 @@ class SlabCache(Protocol):
     def native_slabs(
         self, kv_heads: int, key_dim: int, value_dim: int, dtype: mx.Dtype
     ) -> tuple[mx.array, mx.array]:
-        """The slabs `[slots, kv_heads, capacity, dim]`, allocated and large enough. The cache gives up
-        its references: the decoder writes in place only if it holds the last ones."""
+        """The slabs `[slots, kv_heads, capacity, dim]`, allocated and large enough. They are handed over:
+        the decoder writes into their memory, and nothing may use these arrays afterwards."""
         ...
 
     def native_store(self, keys: mx.array, values: mx.array) -> None:

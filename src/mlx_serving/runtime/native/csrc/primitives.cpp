@@ -88,15 +88,13 @@ Slab slab_of(const mx::array& a) {
   return s;
 }
 
-// The output takes the input's memory when nobody else can see it, else a copy of it.
+// The output takes the input's memory: a slab is handed over, not shared. MLX's
+// own test for that (is_donatable) never holds here, since every output of a
+// primitive keeps a reference to its inputs.
 void take(const mx::array& in, mx::array& out, bool& copy) {
-  if (in.is_donatable() && in.flags().row_contiguous) {
-    out.copy_shared_buffer(in);
-    copy = false;
-  } else {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-    copy = true;
-  }
+  copy = !in.flags().row_contiguous || in.data_size() != in.size();
+  if (copy) out.set_data(mx::allocator::malloc(out.nbytes()));
+  else out.copy_shared_buffer(in);
 }
 
 void copy_slab(const Slab& from, const Slab& to) {
