@@ -35,6 +35,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Alias, hub id, local folder or .gguf file; the first is the default model."""
     served_model_name: tuple[str, ...] = ()
     """Names that clients use, one per model in order; default: the model's own name."""
+    model_aliases: tuple[str, ...] = ()
+    """More names that clients may use: PATTERN for the default model, PATTERN=MODEL for another; claude-* for Claude Code."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Type of activations and unquantised weights; auto: the model's own."""
     context_length: Annotated[int, Meta(ge=1)] | None = None

@@ -11,6 +11,7 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import msgspec
 
@@ -21,6 +22,7 @@ from mlx_serving.content.stream import ChoiceText
 from mlx_serving.content.text import TextSide
 from mlx_serving.errors import (
     Cancelled,
+    ConfigError,
     ContextOverflow,
     InvalidRequest,
     MLXServingError,
@@ -69,6 +71,7 @@ class Gateway:
         self._worker = worker
         self._metrics = metrics
         self._events = events
+        self._patterns = _patterns(config.model_aliases, slots)
         self._admission = Admission(config.max_queue)
         self._running: set[Generation] = set()
         self._idle = asyncio.Event()
@@ -103,6 +106,21 @@ class Gateway:
     async def text_side(self, model: str) -> TextSide:
         """The text side of a served model, once it is loaded."""
         return (await self._route(model).ready()).text
+
+    async def tokenise(self, model: str, prompt: Prompt) -> list[int]:
+        """A prompt's token ids, as `open` would have them."""
+        return await self._tokenise(await self._route(model).ready(), prompt)
+
+    async def detokenise(self, model: str, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included. Raises InvalidRequest for an id too high."""
+        served = await self._route(model).ready()
+        _check_ids("tokens", token_ids, served.info.vocab_size)
+        return served.text.decode(token_ids, skip_special_tokens=False)
+
+    def model_info(self, model: str) -> ModelInfo | None:
+        """What is known of a loaded model; None while it is not. Raises ModelNotFound."""
+        state = self._route(model).state
+        return state.loaded.info if isinstance(state, Ready) else None
 
     async def wait_ready(self) -> None:
         """Wait until every configured model is loaded; raises the first failure."""
@@ -156,6 +174,9 @@ class Gateway:
     def _route(self, model: str) -> ModelSlot[Served]:
         for slot in self._slots:
             if slot.answers_to(model):
+                return slot
+        for pattern, slot in self._patterns:
+            if fnmatchcase(model, pattern):
                 return slot
         served = ", ".join(f"'{slot.model_id}'" for slot in self._slots)
         raise ModelNotFound(f"Model '{model}' is not served here; served: {served}.", param="model")
@@ -244,6 +265,7 @@ class Generation:
                 self.prompt_token_ids,
                 msgspec.structs.replace(self._sampling, choice=choice.index),
                 priority=self.request.priority,
+                grammar=self.request.grammar,
             )
 
     def usage(self) -> Usage:
@@ -318,7 +340,7 @@ class _Choice:
         """Turn one row of tokens into text; the row or a stop string may finish the choice."""
         if row.error is not None:
             self.finished = True
-            raise from_code(*row.error)
+            raise from_code(*row.error, param=row.error_param)
         delta = self._text.push(row.token_ids, row.logprobs, stop_token_id=row.stop_token_id)
         self.tokens += len(delta.token_ids)
         text = delta.text
@@ -392,6 +414,20 @@ def _settle(
         max_tokens=room if wanted is None else min(wanted, room),
         seed=secrets.randbits(63) if request.seed is None else request.seed,
     )
+
+
+def _patterns(
+    aliases: Sequence[str], slots: Sequence[ModelSlot[Served]]
+) -> list[tuple[str, ModelSlot[Served]]]:
+    """`claude-*` is the default model, `claude-*=name` the one of that name. Raises ConfigError."""
+    found: list[tuple[str, ModelSlot[Served]]] = []
+    for alias in aliases:
+        pattern, _, name = alias.partition("=")
+        slot = next((s for s in slots if not name or s.answers_to(name)), None)
+        if not pattern or slot is None:
+            raise ConfigError(f"'{alias}' names no served model", param="model_aliases")
+        found.append((pattern, slot))
+    return found
 
 
 def _continues(prompt: Prompt) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 import msgspec
 
+from mlx_serving.api.port import Generation
 from mlx_serving.errors import BodyTooLarge, Draining, MLXServingError, ServerError
 
 Scope = MutableMapping[str, Any]
@@ -18,6 +19,8 @@ Receive = Callable[[], Awaitable[ASGIMessage]]
 Send = Callable[[ASGIMessage], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
+ErrorShape = Callable[[MLXServingError, str], bytes]
+"""An error and the request's id → the dialect's JSON."""
 
 JSON = b"application/json"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -28,9 +31,24 @@ class ClientGone(Exception):
 
 
 class Exchange:
-    """A request's scope and channels, its id, and the status it was answered with."""
+    """A request's scope and channels, its id, and the status it was answered with.
 
-    __slots__ = ("answered", "id", "method", "path", "receive", "scope", "send", "status")
+    A dialect sets the shape of its errors first thing, and what it runs under which id once it does.
+    """
+
+    __slots__ = (
+        "answered",
+        "call_id",
+        "error_shape",
+        "generations",
+        "id",
+        "method",
+        "path",
+        "receive",
+        "scope",
+        "send",
+        "status",
+    )
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
@@ -40,6 +58,9 @@ class Exchange:
         self.path: str = scope["path"]
         self.status: int | None = None
         self.answered = False
+        self.error_shape: ErrorShape = openai_error
+        self.call_id: str | None = None
+        self.generations: Sequence[Generation] = ()
         given = self.header(b"x-request-id")
         # An id that could not stand in a log line is replaced, not refused.
         valid = given is not None and _REQUEST_ID.fullmatch(given) is not None
@@ -101,10 +122,13 @@ class Exchange:
         headers = list(headers or [])
         if error.retry_after_s is not None:
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
-        await self.respond(error.status, error_json(error), headers)
+        await self.respond(error.status, self.error_json(error), headers)
+
+    def error_json(self, error: MLXServingError) -> bytes:
+        return self.error_shape(error, self.id)
 
 
-def error_json(error: MLXServingError) -> bytes:
+def openai_error(error: MLXServingError, _: str) -> bytes:
     """`{"error": {"message", "type", "param", "code"}}`."""
     return msgspec.json.encode(
         {

@@ -1,46 +1,30 @@
-"""Every field of a request and what becomes of it: the one table that the parser and the docs read.
+"""Every field of a request and what becomes of it: the tables that the parsers and the docs read.
 
-honoured   it changes the answer as its definition says
-advisory   it cannot change the tokens by definition; accepted, and named in a response header
-refused    a 400 that names it, unless its value is neutral (null, or what it would be anyway)
-
-A field that is in no table is refused as unknown.
+`disposition` says what honoured, advisory and refused mean. OpenAI's tables are here, another
+dialect's beside its parser.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from typing import Any, Literal
 
 import msgspec
 
-from mlx_serving.errors import InvalidRequest, UnsupportedParameter
+from mlx_serving.api.disposition import Disposition, Field, Row, Table, check
+from mlx_serving.api.disposition import table as _table
 
-Disposition = Literal["honoured", "advisory", "refused"]
-Table = Mapping[str, "Field"]
-
-_MAX_NAME = 64
-"""Longer names are cut in messages, and no similar field is looked for."""
-
-
-class Field(msgspec.Struct, frozen=True):
-    name: str
-    disposition: Disposition
-    note: str
-    neutral: tuple[Any, ...] = ()
-    """Values of a refused field that ask for nothing, besides null."""
-
-
-def _table(*groups: tuple[Disposition, dict[str, str | tuple[str, tuple[Any, ...]]]]) -> Table:
-    table: dict[str, Field] = {}
-    for disposition, rows in groups:
-        for name, row in rows.items():
-            note, neutral = (row, ()) if isinstance(row, str) else row
-            assert name not in table, f"{name} has two dispositions"
-            table[name] = Field(name, disposition, note, neutral)
-    return table
-
+__all__ = [
+    "CHAT",
+    "COMPLETIONS",
+    "MESSAGE",
+    "ROUTES",
+    "STREAM_OPTIONS",
+    "Disposition",
+    "Field",
+    "Table",
+    "check",
+    "markdown",
+]
 
 _SAMPLING = {
     "model": "a served model's id or alias; default: the first served model",
@@ -75,7 +59,7 @@ _ADVISORY = {
     "prompt_cache_options": "the prefix cache is bounded by memory",
     "prediction": "a hint for speed",
 }
-_REFUSED: dict[str, str | tuple[str, tuple[Any, ...]]] = {
+_REFUSED: dict[str, Row] = {
     "response_format": ("structured output is not built yet", ({"type": "text"},)),
     "structured_outputs": "structured output is not built yet",
     "guided_json": "structured output is not built yet",
@@ -194,38 +178,6 @@ ROUTES: Mapping[str, Table] = {
     "stream_options": STREAM_OPTIONS,
     "messages[]": MESSAGE,
 }
-
-
-def check(table: Table, body: Mapping[str, Any], *, at: str = "") -> list[str]:
-    """The advisory fields that `body` names. Raises on refused and unknown ones; `at` is the
-    path of the object that holds them."""
-    advisory: list[str] = []
-    for name, value in body.items():
-        field = table.get(name)
-        if field is None:
-            raise _unknown(table, name, at)
-        if field.disposition == "honoured" or value is None:
-            continue
-        if field.disposition == "advisory":
-            advisory.append(at + name)
-        elif not any(_same(value, neutral) for neutral in field.neutral):
-            raise UnsupportedParameter(
-                f"'{at}{name}' is not supported: {field.note}.", param=at + name
-            )
-    return advisory
-
-
-def _same(value: Any, neutral: Any) -> bool:
-    # JSON's true is not 1, as Python's is.
-    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
-
-
-def _unknown(table: Table, name: str, at: str) -> InvalidRequest:
-    shown = name if len(name) <= _MAX_NAME else name[:_MAX_NAME] + "..."
-    message = f"Unknown field '{at}{shown}'."
-    if len(name) <= _MAX_NAME and (close := difflib.get_close_matches(name, table, n=1)):
-        message += f" Did you mean '{at}{close[0]}'?"
-    return InvalidRequest(message, param=at + shown, code="unknown_parameter")
 
 
 def markdown() -> str:

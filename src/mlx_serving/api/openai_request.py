@@ -6,12 +6,14 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 from mlx_serving.api import fields
+from mlx_serving.api.body import convert as _convert
+from mlx_serving.api.body import read_object as _object
 from mlx_serving.errors import InvalidRequest, UnsupportedParameter
 from mlx_serving.types import (
     MAX_LOGPROBS,
@@ -432,51 +434,3 @@ def _token_prompt(ids: Any, at: str) -> TokenPrompt:
     if not token_ids:
         raise InvalidRequest(f"'{at}' is empty.", param=at)
     return TokenPrompt(token_ids=tuple(token_ids))
-
-
-T = TypeVar("T")
-
-_decode = msgspec.json.Decoder().decode
-_decode_raw = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_PLACE = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$(?P<where>.*)`)?", re.DOTALL)
-_NAMED = re.compile(r"Object (?:missing required|contains unknown) field `(?P<name>.*)`", re.DOTALL)
-
-
-def _object(data: bytes) -> dict[str, Any]:
-    try:
-        body = _decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(
-            f"The body is not valid JSON: {error}.", param=_culprit(data), code="invalid_json"
-        ) from None
-    if not isinstance(body, dict):
-        raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
-    return body
-
-
-def _culprit(data: bytes) -> str | None:
-    """The top-level field whose value cannot be decoded (1e999, say), where that is the fault."""
-    try:
-        members = _decode_raw(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-    for name, value in members.items():
-        try:
-            _decode(value)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return name[:64]
-    return None
-
-
-def _convert(value: Any, kind: type[T], *, at: str = "") -> T:
-    """Check types and bounds; `at` is the path of `value`, which the error's param starts with."""
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        match = _PLACE.fullmatch(str(error))
-        assert match is not None, "the pattern matches any message"
-        what, where = match["what"], (match["where"] or "").replace("[...]", "")
-        if named := _NAMED.fullmatch(what):
-            where += "." + named["name"]
-        param = (at + where).removeprefix(".")
-        raise InvalidRequest(f"'{param}': {what}.", param=param or None) from None

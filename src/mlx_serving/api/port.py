@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from mlx_serving.types import GenerateRequest, ServedModel, TokenEvent, Usage
+from mlx_serving.types import GenerateRequest, ModelInfo, Prompt, ServedModel, TokenEvent, Usage
 
 
 class Generation(Protocol):
@@ -54,6 +54,18 @@ class GatewayPort(Protocol):
 
     async def open(self, request: GenerateRequest) -> Generation:
         """Admit and tokenise; raises every refusal (typed) before any output."""
+        ...
+
+    async def tokenise(self, model: str, prompt: Prompt) -> list[int]:
+        """A prompt's token ids, as `open` would have them."""
+        ...
+
+    async def detokenise(self, model: str, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included."""
+        ...
+
+    def model_info(self, model: str) -> ModelInfo | None:
+        """What is known of a loaded model; None while it is not. Raises ModelNotFound."""
         ...
 
     def metrics(self) -> bytes:

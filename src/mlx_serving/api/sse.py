@@ -1,17 +1,31 @@
-"""Server-sent events on raw ASGI: the response's writer, and the watch on its client."""
+"""Streamed answers on raw ASGI: the response's writer, and the watch on its client."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from types import TracebackType
 
-from mlx_serving.api.exchange import ClientGone, Exchange, Headers, error_json
+from mlx_serving.api.exchange import ClientGone, Exchange, Headers
 from mlx_serving.errors import MLXServingError
 
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """How a dialect's stream is cut into events."""
+
+    content_type: bytes
+    ping: bytes
+    """Sent into silence; empty where clients would choke on it."""
+
+
+SSE = Framing(EVENT_STREAM, PING)
+NDJSON = Framing(b"application/x-ndjson", b"")
 _HEADERS: Headers = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 log = logging.getLogger(__name__)
@@ -21,9 +35,10 @@ class EventStream:
     """Writes events to one client. The response starts with the first write, so that what fails
     before it can still be a proper status."""
 
-    __slots__ = ("_exchange", "_headers", "_lock", "started", "writes")
+    __slots__ = ("_exchange", "_headers", "_lock", "framing", "started", "writes")
 
-    def __init__(self, exchange: Exchange, headers: Headers) -> None:
+    def __init__(self, exchange: Exchange, headers: Headers, framing: Framing = SSE) -> None:
+        self.framing = framing
         self._exchange = exchange
         self._headers = headers
         # A ping and a batch must not interleave around the response's start.
@@ -41,7 +56,7 @@ class EventStream:
         async with self._lock:
             if not self.started:
                 self.started = True
-                await self._exchange.start(200, EVENT_STREAM, _HEADERS + self._headers)
+                await self._exchange.start(200, self.framing.content_type, _HEADERS + self._headers)
             self.writes += 1
             self._exchange.answered = last
             await self._exchange.send(
@@ -50,7 +65,7 @@ class EventStream:
 
     async def fail(self, error: MLXServingError) -> None:
         """End with an error event and without [DONE], on which clients raise."""
-        await self.write(b"data: " + error_json(error) + b"\n\n", last=True)
+        await self.write(b"data: " + self._exchange.error_json(error) + b"\n\n", last=True)
 
 
 class ClientWatch:
@@ -106,5 +121,7 @@ class ClientWatch:
 
     async def _ping(self) -> None:
         stream = self.stream
-        if stream is not None and stream.writes == self._seen and not stream.blocked:
-            await stream.write(PING)
+        if stream is None or not stream.framing.ping or stream.blocked:
+            return
+        if stream.writes == self._seen:
+            await stream.write(stream.framing.ping)

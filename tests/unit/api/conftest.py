@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,35 @@ import uvloop
 from mlx_serving.api.app import create_app
 from mlx_serving.api.server import serve
 from mlx_serving.config import Config
-from mlx_serving.errors import Cancelled, Draining
-from mlx_serving.types import GenerateRequest, ServedModel, TokenEvent, Usage
+from mlx_serving.errors import Cancelled, Draining, ModelNotFound
+from mlx_serving.types import (
+    ChatPrompt,
+    GenerateRequest,
+    ModelInfo,
+    Prompt,
+    ServedModel,
+    TextPrompt,
+    TokenEvent,
+    TokenPrompt,
+    Usage,
+)
 
 Step = list[TokenEvent] | Exception | str
 """A batch, an error to raise, or "hang": nothing more until cancelled."""
 Script = Callable[[GenerateRequest], list[Step]]
 
 DRAWN_SEED = 1234567890123
+INFO = ModelInfo(
+    model_id="tiny",
+    path="/models/tiny",
+    architecture="llama",
+    context_length=8192,
+    vocab_size=256,
+    eos_token_ids=(0,),
+    quantization="4-bit",
+    dtype="float16",
+    weight_bytes=1000,
+)
 
 
 def text_event(text: str, choice: int = 0, **more: Any) -> TokenEvent:
@@ -87,6 +108,7 @@ class FakeGateway:
         self.open_was_cancelled = False
         self.status = "ready"
         self.requests: list[GenerateRequest] = []
+        self.prompts: list[tuple[str, Prompt]] = []
         self.generations: list[FakeGeneration] = []
 
     def default_model(self) -> str:
@@ -121,6 +143,26 @@ class FakeGateway:
         generation = FakeGeneration(request, self.script(request))
         self.generations.append(generation)
         return generation
+
+    async def tokenise(self, model: str, prompt: Prompt) -> list[int]:
+        self.prompts.append((model, prompt))
+        match prompt:
+            case TokenPrompt():
+                return list(prompt.token_ids)
+            case TextPrompt():
+                return list(prompt.text.encode())
+            case ChatPrompt():
+                return list("".join(m.content or "" for m in prompt.messages).encode())
+
+    async def detokenise(self, model: str, token_ids: Sequence[int]) -> str:
+        return bytes(token_ids).decode()
+
+    def model_info(self, model: str) -> ModelInfo | None:
+        if model in ("tiny", "small"):
+            return INFO
+        if model == "org/big:4bit":
+            return None
+        raise ModelNotFound(f"Model '{model}' is not served here.", param="model")
 
     def metrics(self) -> bytes:
         return b"# HELP x X\nx 1\n"

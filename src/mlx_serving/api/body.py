@@ -1,0 +1,58 @@
+"""A request's JSON body → a checked struct; every refusal names the field at fault."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from mlx_serving.errors import InvalidRequest
+
+T = TypeVar("T")
+
+_decode = msgspec.json.Decoder().decode
+_decode_raw = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_PLACE = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$(?P<where>.*)`)?", re.DOTALL)
+_NAMED = re.compile(r"Object (?:missing required|contains unknown) field `(?P<name>.*)`", re.DOTALL)
+
+
+def read_object(data: bytes) -> dict[str, Any]:
+    """The body as a JSON object. Raises InvalidRequest, naming the field that cannot be decoded."""
+    try:
+        body = _decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequest(
+            f"The body is not valid JSON: {error}.", param=_culprit(data), code="invalid_json"
+        ) from None
+    if not isinstance(body, dict):
+        raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
+    return body
+
+
+def _culprit(data: bytes) -> str | None:
+    """The top-level field whose value cannot be decoded (1e999, say), where that is the fault."""
+    try:
+        members = _decode_raw(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    for name, value in members.items():
+        try:
+            _decode(value)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return name[:64]
+    return None
+
+
+def convert(value: Any, kind: type[T], *, at: str = "") -> T:
+    """Check types and bounds; `at` is the path of `value`, which the error's param starts with."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        match = _PLACE.fullmatch(str(error))
+        assert match is not None, "the pattern matches any message"
+        what, where = match["what"], (match["where"] or "").replace("[...]", "")
+        if named := _NAMED.fullmatch(what):
+            where += "." + named["name"]
+        param = (at + where).removeprefix(".")
+        raise InvalidRequest(f"'{param}': {what}.", param=param or None) from None
