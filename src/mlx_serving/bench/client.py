@@ -6,8 +6,10 @@ A general client's own parsing would be a large part of what is measured on a sm
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,15 +32,22 @@ class Timing:
         return (self.end_s - self.ttft_s) / later if later > 0 else 0.0
 
 
-async def _send(host: str, port: int, method: str, path: str, body: bytes) -> asyncio.StreamReader:
+@contextlib.asynccontextmanager
+async def _sent(
+    host: str, port: int, method: str, path: str, body: bytes
+) -> AsyncIterator[asyncio.StreamReader]:
+    """Send a request; the answer can be read while the context lasts."""
     reader, writer = await asyncio.open_connection(host, port, limit=1 << 20)
-    writer.write(
-        f"{method} {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n"
-        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
-        + body
-    )
-    await writer.drain()
-    return reader
+    try:
+        writer.write(
+            f"{method} {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        await writer.drain()
+        yield reader
+    finally:
+        writer.close()
 
 
 async def _head(reader: asyncio.StreamReader) -> int:
@@ -50,13 +59,13 @@ async def _head(reader: asyncio.StreamReader) -> int:
 
 async def get(host: str, port: int, path: str) -> tuple[int, bytes]:
     """Status and body. Raises OSError when nobody answers."""
-    reader = await _send(host, port, "GET", path, b"")
-    return await _head(reader), await reader.read()
+    async with _sent(host, port, "GET", path, b"") as reader:
+        return await _head(reader), await reader.read()
 
 
 async def post(host: str, port: int, path: str, payload: dict[str, Any]) -> tuple[int, bytes]:
-    reader = await _send(host, port, "POST", path, json.dumps(payload).encode())
-    return await _head(reader), await reader.read()
+    async with _sent(host, port, "POST", path, json.dumps(payload).encode()) as reader:
+        return await _head(reader), await reader.read()
 
 
 async def stream(host: str, port: int, path: str, payload: dict[str, Any]) -> Timing:
@@ -64,15 +73,13 @@ async def stream(host: str, port: int, path: str, payload: dict[str, Any]) -> Ti
     timing = Timing()
     body = {**payload, "stream": True, "stream_options": {"include_usage": True}}
     began_s = time.perf_counter()
-    reader = await _send(host, port, "POST", path, json.dumps(body).encode())
-    status = await _head(reader)
-    if status != 200:
-        raise RuntimeError(f"{path} answered {status}: {(await reader.read())[:500]!r}")
-    async for line in reader:
-        if not line.startswith(b"data: {"):
-            continue
-        now_s = time.perf_counter() - began_s
-        _note(timing, json.loads(line[6:]), now_s)
+    async with _sent(host, port, "POST", path, json.dumps(body).encode()) as reader:
+        status = await _head(reader)
+        if status != 200:
+            raise RuntimeError(f"{path} answered {status}: {(await reader.read())[:500]!r}")
+        async for line in reader:
+            if line.startswith(b"data: {"):
+                _note(timing, json.loads(line[6:]), time.perf_counter() - began_s)
     timing.end_s = timing.token_times_s[-1] if timing.token_times_s else 0.0
     return timing
 

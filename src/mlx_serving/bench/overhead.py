@@ -24,12 +24,12 @@ SCRIPTED = {
 }
 """config.json of a model without arithmetic; the tokenizer is copied from a real one."""
 
-_SCRIPT: dict[str, object] = {
-    "mode": "cycle",
-    "token_ids": list(range(300, 900)),
-    # Paced so that rows are not merged on their way: one event a token.
-    "step_delay_ms": 1.0,
-}
+
+def _script(tokenizer_from: Path) -> dict[str, object]:
+    """Whole words, so that every token is text."""
+    vocab = json.loads((tokenizer_from / "tokenizer.json").read_text())["model"]["vocab"]
+    words = sorted(i for piece, i in vocab.items() if piece.isascii() and piece.isalpha())
+    return {"mode": "cycle", "token_ids": words[100:700]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +53,27 @@ def scripted_folder(parent: Path, tokenizer_from: Path, script: dict[str, object
 
 
 async def measure(
-    tokenizer_from: Path, *, requests: int = 300, tokens: int = 1500, rounds: int = 3
+    tokenizer_from: Path, *, requests: int = 300, tokens: int = 1500, rounds: int = 5
 ) -> Overhead:
     with tempfile.TemporaryDirectory() as tmp:
-        folder = scripted_folder(Path(tmp), tokenizer_from, _SCRIPT)
+        at_once = _script(tokenizer_from)
+        # Paced, so that few rows are merged on their way: an event a token.
+        paced = {**at_once, "step_delay_ms": 2.0}
         port = servers.free_port()
-        command = servers.ours(str(folder), "--port", str(port), "--served-model-name", "scripted")
+
+        def command(script: dict[str, object]) -> list[str]:
+            folder = scripted_folder(Path(tmp), tokenizer_from, script)
+            return servers.ours(str(folder), "--port", str(port))
+
         starts = []
         for _ in range(rounds):
-            async with servers.running("ours", command, port=port) as server:
+            async with servers.running("ours", command(at_once), port=port) as server:
                 starts.append(server.answered_s)
-        async with servers.running("ours", command, port=port, ready="/ready") as server:
+        async with servers.running("ours", command(at_once), port=port, ready="/ready") as server:
             await asyncio.sleep(1.0)
             rss_mb = server.rss_bytes() / 1e6
             latencies_ms = await _requests(server, requests)
+        async with servers.running("ours", command(paced), port=port, ready="/ready") as server:
             rates = [await _streams(server, tokens) for _ in range(rounds)]
         return Overhead(
             request_p50_ms=statistics.median(latencies_ms),
@@ -106,7 +113,7 @@ async def _requests(server: servers.Server, count: int) -> list[float]:
 
 
 async def _streams(server: servers.Server, tokens: int, streams: int = 16) -> tuple[float, float]:
-    """(tokens per CPU second of the gateway process, tokens per wall second)."""
+    """(events per CPU second of the gateway process, events per wall second), an event a token."""
     bodies = [
         {
             "messages": [{"role": "user", "content": f"Stream {i}."}],
@@ -123,5 +130,5 @@ async def _streams(server: servers.Server, tokens: int, streams: int = 16) -> tu
     total = sum(t.completion_tokens for t in timings)
     events = sum(len(t.token_times_s) for t in timings)
     assert total == streams * tokens, (total, streams, tokens)
-    assert events >= 0.95 * total, f"{events} events for {total} tokens: not one event a token"
-    return total / cpu_s, total / wall_s
+    # Rows merge on their way when the gateway falls behind: events are what is counted, not tokens.
+    return min(events, total) / cpu_s, min(events, total) / wall_s
