@@ -15,12 +15,14 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime.backend.arch import head_on_last, make_store
-from mlx_serving.runtime.backend.kv import KVStore, round_up
+from mlx_serving.runtime.backend.grammar import Grammars, tokenizer_file
+from mlx_serving.runtime.backend.kv import KVStore
 from mlx_serving.runtime.backend.loader import read_json
 from mlx_serving.runtime.backend.memory import model_budget_bytes
 from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.backend.sampler import Sampler
+from mlx_serving.runtime.backend.views import round_up
 from mlx_serving.runtime.core.plan import DecodeRow, Limits, PrefillChunk, RowStart, StepPlan
 from mlx_serving.types import ModelInfo, SamplingParams
 from mlx_serving.worker.wire import ModelOptions
@@ -103,7 +105,9 @@ def load(
         kernels=kernels,
         batch_invariant=invariant or options.exact_batch or not store.batched,
     )
-    return LoadedModel(info, runner, limits)
+    grammars = Grammars(tokenizer_file(path, options), vocab_size, eos)
+    grammars.warm()
+    return LoadedModel(info, runner, limits, grammars)
 
 
 def _load_weights(

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-from mlx_serving.runtime.core.plan import Limits, Runner
-from mlx_serving.types import ModelInfo
+from mlx_serving.runtime.core.plan import Constraint, Limits, Runner
+from mlx_serving.types import Grammar, ModelInfo
 
 OnPhase = Callable[[Literal["loading", "compiling"], str], None]
 """Called with a phase and a detail for people, whenever loading gets on."""
+
+
+class GrammarCompiler(Protocol):
+    def compile(self, grammar: Grammar) -> Constraint:
+        """Raises InvalidRequest, which names what the grammar asks and cannot have."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,3 +24,4 @@ class LoadedModel:
     info: ModelInfo
     runner: Runner
     limits: Limits
+    grammars: GrammarCompiler | None = None

@@ -12,18 +12,20 @@ from one thread.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 
+from mlx_serving.errors import MLXServingError
 from mlx_serving.runtime.backend.kv import KVStore
 from mlx_serving.runtime.backend.sampler import Draw, Sampler
 from mlx_serving.runtime.core.plan import (
     DecodeRow,
+    Matcher,
     PrefillChunk,
     RowStart,
     Sampled,
@@ -33,39 +35,95 @@ from mlx_serving.runtime.core.plan import (
 
 
 @dataclass(slots=True)
-class _Sampling:
-    """A draw and whose it is: sequence ids by line, None where nobody wants the token."""
+class _Forward:
+    """The logits of one forward pass, what each line of them is for, and the draw once it is made.
 
-    seq_ids: list[int | None]
-    draw: Draw
+    A line whose row is None is nobody's. `positions` are those that the drawn tokens will have.
+    """
+
+    logits: mx.array | None
+    """None: let go, for the draw is made."""
+    rows: Sequence[int | None]
+    seq_ids: Sequence[int | None]
+    positions: Sequence[int]
+    draw: Draw | None = None
+    errors: dict[int, MLXServingError] = field(default_factory=dict)
+    """By line: why the sequence cannot go on."""
+    host_tokens: list[int] | None = None
+
+    def tokens(self) -> list[int]:
+        """Waits for the draw. Through the array's own buffer: an operation on it would be queued
+        behind the forward passes launched since."""
+        if self.host_tokens is None:
+            assert self.draw is not None
+            self.host_tokens = np.array(self.draw.tokens).tolist()
+        return self.host_tokens
 
     def result(self) -> list[Sampled]:
-        tokens: list[int] = np.array(self.draw.tokens).tolist()
-        logprobs = self.draw.logprobs()
+        assert self.draw is not None
+        tokens, logprobs = self.tokens(), self.draw.logprobs()
         return [
-            Sampled(seq_id, [tokens[i]], [logprobs[i]] if i in logprobs else None)
+            Sampled(
+                seq_id,
+                [tokens[i]],
+                [logprobs[i]] if i in logprobs else None,
+                self.errors.get(i),
+            )
             for i, seq_id in enumerate(self.seq_ids)
             if seq_id is not None
         ]
 
 
 class MLXPendingStep:
-    """A launched step. `wait` blocks on its tokens only, not on steps launched after it."""
+    """A launched step. `wait` blocks on its tokens only, not on steps launched after it.
 
-    def __init__(self, step_id: int, samplings: list[_Sampling], effect: mx.array) -> None:
+    `settle` makes the draws that wait for a mask: it is called unless the next launch came first.
+    """
+
+    def __init__(
+        self,
+        step_id: int,
+        forwards: list[_Forward],
+        effect: mx.array,
+        settle: Callable[[], None],
+    ) -> None:
         self._step_id = step_id
-        self._samplings = samplings
+        self._forwards = forwards
         self._effect = effect
         """Stands for the step where nothing was sampled."""
+        self._settle = settle
 
     def wait(self) -> StepResult:
-        mx.eval(self._effect, [s.draw.arrays() for s in self._samplings])
-        sampled = [one for sampling in self._samplings for one in sampling.result()]
+        if any(forward.draw is None for forward in self._forwards):
+            self._settle()
+        draws = [f.draw.arrays() for f in self._forwards if f.draw is not None]
+        mx.eval(self._effect, draws)
+        sampled = [one for forward in self._forwards for one in forward.result()]
         return StepResult(self._step_id, sampled)
+
+
+@dataclass(slots=True)
+class _Constrained:
+    """A row with a grammar: its matcher, and where the token is that it has not seen yet."""
+
+    matcher: Matcher
+    drawn: tuple[_Forward, int] | None = None
+    """(forward, line): the token may still be on the device."""
+
+    def mask(self) -> bytes | None:
+        if self.drawn is not None:
+            forward, line = self.drawn
+            self.matcher.accept(forward.tokens()[line])
+            self.drawn = None
+        return self.matcher.mask()
 
 
 class MLXRunner:
     """Implements `core.plan.Runner` for one loaded mlx-lm model.
+
+    A row with a grammar needs a mask to draw its token, and the mask needs the token before it. So
+    its draw (and that of the rows beside it in the forward) is put off until the next launch or
+    this step's wait: the forward runs while the masks are computed, and steps overlap as ever.
 
     `head_on_last`: the model returns the last position's logits only. `exact_batch`: decode always
     with `max_rows` rows, so that a row's arithmetic never depends on how many others there are.
@@ -89,36 +147,83 @@ class MLXRunner:
         self.sampler = sampler
         self._last = mx.zeros((max_rows,), mx.int32)
         """Each row's newest sampled token."""
+        self._constrained: dict[int, _Constrained] = {}
+        """By row."""
+        self._undrawn: list[_Forward] = []
+        """Of the newest step."""
 
     def launch(self, plan: StepPlan) -> MLXPendingStep:
+        self._settle()
         for row in plan.frees:
             self.store.free(row)
             self.sampler.free(row)
+            self._constrained.pop(row, None)
         for source, target in plan.moves:
             self._move(source, target)
         for start in plan.starts:
             self._start(start)
-        samplings: list[_Sampling] = []
+        forwards: list[_Forward] = []
         for chunk in plan.prefill:
-            samplings += self._prefill(chunk)
-            self._enqueue(samplings)
+            forwards += self._prefill(chunk)
+            self._enqueue(forwards)
         if plan.decode:
-            samplings += self._decode(plan.decode)
-            self._enqueue(samplings)
+            forwards += self._decode(plan.decode)
+            self._enqueue(forwards)
         slabs = self.store.arrays()
-        effect = _probe(slabs[-1]) if slabs and not samplings else self._last
+        effect = _probe(slabs[-1]) if slabs and not forwards else self._last
         mx.async_eval(effect)
-        return MLXPendingStep(plan.step_id, samplings, effect)
+        return MLXPendingStep(plan.step_id, forwards, effect, self._settle)
 
-    def _enqueue(self, samplings: Sequence[_Sampling]) -> None:
+    def _enqueue(self, forwards: Sequence[_Forward]) -> None:
         """Start computing what was built. Once for each forward pass: while an earlier one's reads
         of a slab are merely planned, a later one's write would copy the slab. The slabs are named
         because a chunk that samples nothing is reached only through them."""
-        mx.async_eval(self.store.arrays(), self._last, [s.draw.arrays() for s in samplings])
+        sampled = [f.draw.arrays() if f.draw is not None else f.logits for f in forwards]
+        mx.async_eval(self.store.arrays(), self._last, sampled)
+
+    def _settle(self) -> None:
+        """Make the newest step's draws that were put off."""
+        forwards, self._undrawn = self._undrawn, []
+        for forward in forwards:
+            self._draw(forward, self._masks(forward))
+        if forwards:
+            self._enqueue(forwards)
+
+    def _masks(self, forward: _Forward) -> dict[int, bytes]:
+        masks = {}
+        for line, row in enumerate(forward.rows):
+            constrained = None if row is None else self._constrained.get(row)
+            if constrained is not None:
+                try:
+                    mask = constrained.mask()
+                except MLXServingError as error:
+                    forward.errors[line] = error
+                else:
+                    if mask is not None:
+                        masks[line] = mask
+        return masks
+
+    def _draw(self, forward: _Forward, masks: dict[int, bytes] | None = None) -> None:
+        logits, forward.logits = forward.logits, None
+        assert logits is not None
+        draw = forward.draw = self.sampler.sample(logits, forward.rows, forward.positions, masks)
+        self._keep(draw.tokens, forward.rows)
+        for line, row in enumerate(forward.rows) if self._constrained else ():
+            if row in self._constrained:
+                self._constrained[row].drawn = forward, line
+
+    def _sampled(self, forward: _Forward) -> _Forward:
+        if self._constrained and any(row in self._constrained for row in forward.rows):
+            self._undrawn.append(forward)
+        else:
+            self._draw(forward)
+        return forward
 
     def reset(self) -> None:
         self.store.reset()
         self.sampler.reset()
+        self._constrained.clear()
+        self._undrawn.clear()
         self._last = mx.zeros((self._max_rows,), mx.int32)
 
     def forward_row(
@@ -134,48 +239,49 @@ class MLXRunner:
     def _start(self, start: RowStart) -> None:
         self.store.start(start.row, len(start.token_ids))
         self.sampler.start(start)
+        if start.constraint is not None:
+            output = start.token_ids[start.prompt_len :]
+            self._constrained[start.row] = _Constrained(start.constraint.matcher(output))
 
     def _move(self, source: int, target: int) -> None:
         self.store.move(source, target)
         self.sampler.move(source, target)
         self._last[target] = self._last[source]
+        if source in self._constrained:
+            self._constrained[target] = self._constrained.pop(source)
 
-    def _prefill(self, chunk: PrefillChunk) -> list[_Sampling]:
+    def _prefill(self, chunk: PrefillChunk) -> list[_Forward]:
         logits = self.forward_row(chunk.row, mx.array([chunk.token_ids]), chunk.start)
         if not chunk.samples:
             return []
         position = chunk.start + len(chunk.token_ids)
-        draw = self.sampler.sample(logits, (chunk.row,), (position,))
-        self._last[chunk.row] = draw.tokens[0]
-        return [_Sampling([chunk.seq_id], draw)]
+        return [self._sampled(_Forward(logits, [chunk.row], [chunk.seq_id], [position]))]
 
-    def _decode(self, rows: Sequence[DecodeRow]) -> list[_Sampling]:
+    def _decode(self, rows: Sequence[DecodeRow]) -> list[_Forward]:
         # A first position has no state to batch with: its recurrent state begins here.
         first = [row for row in rows if row.position == 0]
         rest = [row for row in rows if row.position > 0]
-        samplings = [s for row in first for s in self._decode_first(row)]
+        forwards = [f for row in first for f in self._decode_first(row)]
         if not rest:
-            return samplings
+            return forwards
         if not self._exact_rows and (len(rest) == 1 or not self.store.batched):
-            return samplings + [self._decode_alone(row) for row in rest]
-        return [*samplings, self._decode_batch(rest)]
+            return forwards + [self._decode_alone(row) for row in rest]
+        return [*forwards, self._decode_batch(rest)]
 
-    def _decode_first(self, row: DecodeRow) -> list[_Sampling]:
+    def _decode_first(self, row: DecodeRow) -> list[_Forward]:
         assert row.token_id is not None
         chunk = PrefillChunk(row.row, row.seq_id, (row.token_id,), 0, samples=True)
         return self._prefill(chunk)
 
-    def _decode_alone(self, row: DecodeRow) -> _Sampling:
+    def _decode_alone(self, row: DecodeRow) -> _Forward:
         if row.token_id is None:
             token = self._last[row.row : row.row + 1]
         else:
             token = mx.array([row.token_id], dtype=mx.int32)
         logits = self.forward_row(row.row, token[None], row.position)
-        draw = self.sampler.sample(logits, (row.row,), (row.position + 1,))
-        self._keep(draw.tokens, row.row)
-        return _Sampling([row.seq_id], draw)
+        return self._sampled(_Forward(logits, [row.row], [row.seq_id], [row.position + 1]))
 
-    def _decode_batch(self, rows: Sequence[DecodeRow]) -> _Sampling:
+    def _decode_batch(self, rows: Sequence[DecodeRow]) -> _Forward:
         lines = max(self._exact_rows, rows[-1].row + 1)
         assert all(a.row < b.row for a, b in itertools.pairwise(rows)), rows
         tokens = self._inputs(rows, lines)
@@ -188,13 +294,7 @@ class MLXRunner:
             at[row.row] = row.row
             seq_ids[row.row] = row.seq_id
             positions[row.row] = row.position + 1
-        draw = self.sampler.sample(logits, at, positions)
-        if len(rows) == lines:
-            self._keep(draw.tokens, 0)
-        else:
-            active = mx.array([row is not None for row in at])
-            self._keep(mx.where(active, draw.tokens, self._last[:lines]), 0)
-        return _Sampling(seq_ids, draw)
+        return self._sampled(_Forward(logits, at, seq_ids, positions))
 
     def _inputs(self, rows: Sequence[DecodeRow], lines: int) -> mx.array:
         tokens = self._last[:lines]
@@ -204,12 +304,18 @@ class MLXRunner:
             tokens[index] = mx.array(list(given.values()), dtype=mx.int32)
         return tokens
 
-    def _keep(self, tokens: mx.array, row: int) -> None:
-        if tokens.shape[0] == self._max_rows:
+    def _keep(self, tokens: mx.array, rows: Sequence[int | None]) -> None:
+        """Remember what was drawn: line by line of one row, or of the first rows."""
+        lines = len(rows)
+        first = rows[0] if lines == 1 and rows[0] is not None else 0
+        if None in rows:
+            active = mx.array([row is not None for row in rows])
+            tokens = mx.where(active, tokens, self._last[:lines])
+        if lines == self._max_rows:
             # A new object: item assignment must not reach the tokens that a pending step holds.
             self._last = mx.array(tokens)
         else:
-            self._last[row : row + tokens.shape[0]] = tokens
+            self._last[first : first + lines] = tokens
 
     def _forward(
         self, tokens: mx.array, caches: list[Any], embeddings: mx.array | None = None

@@ -11,7 +11,7 @@ likely as the k-th, top-p every token as likely as the last of the smallest set 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -175,12 +175,17 @@ class Sampler:
             self.free(row)
 
     def sample(
-        self, logits: mx.array, rows: Sequence[int | None], positions: Sequence[int]
+        self,
+        logits: mx.array,
+        rows: Sequence[int | None],
+        positions: Sequence[int],
+        masks: Mapping[int, bytes] | None = None,
     ) -> Draw:
         """Choose a token for each line of `logits [n, vocabulary]`.
 
         `rows` names the row of each line, None for a line whose token nobody wants. `positions`
-        are those that the tokens will have; they key the random numbers.
+        are those that the tokens will have; they key the random numbers. `masks` say, by line, what
+        a grammar allows (see `plan.Matcher.mask`); it comes before everything else.
         """
         key = tuple(rows)
         batch = self._batches.get(key)
@@ -189,7 +194,7 @@ class Sampler:
                 self._batches.clear()
             batch = self._batches[key] = self._describe(key)
         raw = logits.astype(mx.float32)
-        edited = self._edit(raw, batch, positions)
+        edited = self._edit(_allow(raw, masks) if masks else raw, batch, positions)
         tokens = self._choose(edited, batch, positions)
         if batch.penalty is not None:
             self._counts.add(batch.penalty.slots, tokens[batch.penalty.rows])
@@ -208,7 +213,10 @@ class Sampler:
         if batch.ban is not None:
             rows, ban, until = batch.ban
             banned = mx.array(list(positions), dtype=mx.int32)[rows] < until
-            x = _put(x, rows, mx.where(banned[:, None], x[rows] + ban, x[rows]))
+            rest = mx.where(banned[:, None], x[rows] + ban, x[rows])
+            # Where a grammar leaves nothing but the end, `min_tokens` gives way.
+            some = mx.max(rest, axis=-1, keepdims=True) > -mx.inf
+            x = _put(x, rows, mx.where(some, rest, x[rows]))
         return x
 
     def _choose(self, x: mx.array, batch: _Batch, positions: Sequence[int]) -> mx.array:
@@ -314,6 +322,16 @@ class _Counts:
         ids = np.asarray(token_ids, dtype=np.int64)
         counts = np.bincount(ids[ids < self._vocab], minlength=self._vocab)
         return mx.array(counts.astype(np.int32))
+
+
+def _allow(x: mx.array, masks: Mapping[int, bytes]) -> mx.array:
+    lines, vocab = x.shape
+    allowed = np.ones((lines, vocab), bool)
+    for line, mask in masks.items():
+        allowed[line] = np.unpackbits(
+            np.frombuffer(mask, np.uint8), bitorder="little", count=vocab
+        ).view(bool)
+    return mx.where(mx.array(allowed), x, -mx.inf)
 
 
 def _penalises(p: SamplingParams) -> bool:

@@ -13,6 +13,7 @@ imported. Keys of that file, all optional but the first:
                      "echo"   the prompt's tokens again, then end of sequence
                      "text"   `token_ids`, then end of sequence
                      "cycle"  `token_ids` over and over
+                     Where a request's grammar forbids a token, one that it allows comes instead.
       token_ids      for "text" and "cycle"
       step_delay_ms  a step's tokens are there this long after its launch
       logprob        the log-probability of every token, default -0.5
@@ -33,11 +34,13 @@ from typing import Any, Literal
 import msgspec
 
 from mlx_serving.clock import monotonic
-from mlx_serving.errors import ModelBroken
+from mlx_serving.errors import MLXServingError, ModelBroken
+from mlx_serving.runtime.backend.grammar import Grammars, tokenizer_file
 from mlx_serving.runtime.backend.model import LoadedModel
 from mlx_serving.runtime.core.plan import (
     DecodeRow,
     Limits,
+    Matcher,
     PrefillChunk,
     RowStart,
     Sampled,
@@ -82,6 +85,7 @@ class _Row:
     params: SamplingParams
     prompt: tuple[int, ...]
     hash: int
+    matcher: Matcher | None
     length: int = 0
     """Tokens computed."""
     last: int | None = None
@@ -142,7 +146,9 @@ class ScriptedRunner:
         if self._script.fail_on in tokens:
             raise RuntimeError(f"scripted failure on token {self._script.fail_on}")
         salt = _mix(params.seed ^ _mix(params.choice)) if params.temperature > 0 else 0
-        self._rows[start.row] = _Row(params, tokens[: start.prompt_len], salt)
+        prompt, output = tokens[: start.prompt_len], tokens[start.prompt_len :]
+        matcher = None if start.constraint is None else start.constraint.matcher(output)
+        self._rows[start.row] = _Row(params, prompt, salt, matcher)
         return self._script.hang_on in tokens
 
     def _prefill(self, chunk: PrefillChunk) -> Sampled | None:
@@ -161,13 +167,28 @@ class ScriptedRunner:
         return self._sample(row, decode.seq_id)
 
     def _sample(self, row: _Row, seq_id: int) -> Sampled:
-        token = row.last = self._next(row)
+        try:
+            token = row.last = self._follow(row, self._next(row))
+        except MLXServingError as error:
+            row.last = 0
+            return Sampled(seq_id, [0], error=error)
         k = row.params.logprobs
         if k is None:
             return Sampled(seq_id, [token])
         ids = tuple((token + i) % self._config.vocab_size for i in range(k))
         values = tuple(self._script.logprob - i for i in range(k))
         return Sampled(seq_id, [token], [TokenLogprob(self._script.logprob, ids, values)])
+
+    def _follow(self, row: _Row, token: int) -> int:
+        """The token, or where the row's grammar does not allow it, one that the row's hash picks."""
+        if row.matcher is None:
+            return token
+        mask = row.matcher.mask()
+        if mask is not None and not mask[token >> 3] >> (token & 7) & 1:
+            allowed = [t for t in range(self._config.vocab_size) if mask[t >> 3] >> (t & 7) & 1]
+            token = allowed[row.hash % len(allowed)]
+        row.matcher.accept(token)
+        return token
 
     def _next(self, row: _Row) -> int:
         script, index = self._script, row.outputs
@@ -216,7 +237,8 @@ def load(model_id: str, path: Path, config: dict[str, Any], options: ModelOption
         kv_bucket_tokens=_KV_BUCKET,
         eos_token_ids=parsed.eos,
     )
-    return LoadedModel(info, ScriptedRunner(parsed), limits)
+    grammars = Grammars(tokenizer_file(path, options), parsed.vocab_size, parsed.eos)
+    return LoadedModel(info, ScriptedRunner(parsed), limits, grammars)
 
 
 def _mix(x: int) -> int:

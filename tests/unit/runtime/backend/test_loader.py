@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
 from mlx_serving.errors import ModelBroken
+from mlx_serving.runtime import native
 from mlx_serving.runtime.backend.loader import check_weights, load
 from mlx_serving.runtime.backend.memory import device_memory_bytes, machine_memory_bytes
 from mlx_serving.runtime.backend.mlx_model import context_length, eos_token_ids, quantization
@@ -178,3 +179,15 @@ def test_memory_honours_the_cgroup(tmp_path: Path) -> None:
     assert machine_memory_bytes((str(limit),)) == 1048576
     assert device_memory_bytes({"device_name": "cpu"}) is None
     assert device_memory_bytes({"memory_size": 5, "max_recommended_working_set_size": 4}) == 4
+
+
+def test_kernels_run_where_they_can(tmp_path: Path) -> None:
+    save(tmp_path, "llama")
+    usable = native.available() and mx.default_device().type == mx.cpu
+    model, _ = loaded(tmp_path)
+    assert model.info.kernels == ("exact" if usable else "mlx")
+    job = Job((9, 8, 7), SamplingParams(temperature=0.0, max_tokens=3))
+    assert len(run(model.runner, [job]).outcomes[0].tokens) == 3
+    if not native.available():
+        with pytest.raises(ModelBroken, match="kernels 'fast' cannot run here"):
+            loaded(tmp_path, kernels="fast")

@@ -1,0 +1,212 @@
+"""Grammars compiled against one model's vocabulary, and how far each sequence has got in its own.
+
+    Grammar ──compile──▶ CompiledGrammar ──matcher──▶ a GrammarMatcher a sequence: accept, mask
+
+llguidance does the work; it is imported when first needed. Everything it does is bounded by
+`_LIMITS`, because it runs between the steps of other requests.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_serving.errors import InvalidRequest, UnsupportedParameter
+from mlx_serving.types import Grammar
+from mlx_serving.worker.wire import ModelOptions
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_CACHED = 64
+"""Compiled grammars kept for a model: clients send the same few over and over."""
+MAX_ERROR_CHARS = 400
+WHITE_SPACE = r"[ \n\t]{1,20}"
+"""Between two tokens of JSON: a line's end and its indentation, and no more."""
+_LIMITS = {
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_items_in_row": 2_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 200_000,
+}
+_JSON_OPTIONS: dict[str, Any] = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": WHITE_SPACE,
+    "item_separator": ",",
+    "key_separator": ":",
+    # Nothing is approximated: what cannot be followed is refused.
+    "lenient": False,
+    "coerce_one_of": False,
+}
+
+
+def tokenizer_file(path: Path, options: ModelOptions) -> Path:
+    """The tokenizer.json of the model in `path`."""
+    return Path(options.tokenizer_path or path) / "tokenizer.json"
+
+
+class Grammars:
+    """Compiles grammars for one model.
+
+    Args:
+        tokenizer: the model's tokenizer.json.
+        vocab_size: the logits' width.
+        eos_token_ids: what may come once a grammar is satisfied.
+    """
+
+    def __init__(self, tokenizer: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._path = tokenizer
+        self._vocab_size = vocab_size
+        self._eos = list(eos_token_ids)
+        self._tokenizer: Future[LLTokenizer] = Future()
+        self._reading = threading.Lock()
+        self._compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+
+    def warm(self) -> None:
+        """Read the vocabulary (tenths of a second) on a thread, before the first grammar needs it."""
+        threading.Thread(target=self._read, name="grammar-vocabulary", daemon=True).start()
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """Milliseconds, or nothing if it was compiled lately. Raises InvalidRequest."""
+        key = (grammar.kind, grammar.text)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            compiled = self._compiled[key] = self._compile(grammar)
+            if len(self._compiled) > MAX_CACHED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(key)
+        return CompiledGrammar(compiled, frozenset(self._eos), grammar.param)
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        self._read()
+        if (broken := self._tokenizer.exception()) is not None:
+            raise UnsupportedParameter(
+                f"This model's output cannot be constrained: {broken}", param=grammar.param
+            )
+        from llguidance import LLMatcher, LLParserLimits
+
+        try:
+            matcher = LLMatcher(
+                self._tokenizer.result(),
+                _definition(grammar),
+                log_level=0,
+                limits=LLParserLimits(**_LIMITS, verbose_errors=False),
+            )
+        except ValueError as e:
+            raise InvalidRequest(f"'{grammar.param}': {e}.", param=grammar.param) from None
+        # The first mask finds out what compiling does not: a grammar that nothing satisfies.
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        if matcher.is_error():
+            raise InvalidRequest(
+                f"'{grammar.param}' cannot be followed: {_reason(matcher)}", param=grammar.param
+            )
+        matcher.reset()
+        return matcher
+
+    def _read(self) -> None:
+        with self._reading:
+            if self._tokenizer.done():
+                return
+            try:
+                self._tokenizer.set_result(self._load())
+            except Exception as e:
+                self._tokenizer.set_exception(e)
+
+    def _load(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        if not self._eos:
+            raise ValueError("it has no token that ends a sequence")
+        text = self._path.read_text(encoding="utf-8")
+        return LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos)
+
+
+class CompiledGrammar:
+    """Implements `core.plan.Constraint`."""
+
+    def __init__(self, prototype: LLMatcher, eos: frozenset[int], param: str) -> None:
+        self._prototype = prototype
+        self._eos = eos
+        self._param = param
+
+    def matcher(self, output: Sequence[int]) -> GrammarMatcher:
+        return GrammarMatcher(self._prototype.deep_copy(), self._eos, self._param, output)
+
+
+class GrammarMatcher:
+    """Implements `core.plan.Matcher`."""
+
+    def __init__(
+        self, matcher: LLMatcher, eos: frozenset[int], param: str, output: Sequence[int]
+    ) -> None:
+        self._matcher = matcher
+        self._eos = eos
+        self._param = param
+        self._accepted = list(output)
+        """Not yet told to the matcher."""
+        self._ended = False
+
+    def accept(self, token_id: int) -> None:
+        self._ended = self._ended or token_id in self._eos
+        self._accepted.append(token_id)
+
+    def mask(self) -> bytes | None:
+        if self._ended:
+            return None
+        if self._accepted:
+            self._matcher.consume_tokens(self._accepted)
+            self._accepted.clear()
+        bits = b"" if self._matcher.is_error() else self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            self._ended = True
+            raise InvalidRequest(
+                f"'{self._param}' cannot be followed any further: {_reason(self._matcher)}",
+                param=self._param,
+            )
+        return bits
+
+
+def _definition(grammar: Grammar) -> str:
+    """What llguidance reads. Raises ValueError."""
+    from llguidance import LLMatcher
+
+    match grammar.kind:
+        case "json_object":
+            return _json({"type": "object"})
+        case "json_schema":
+            schema = json.loads(grammar.text)
+            if isinstance(schema, bool):
+                # Options are applied to an object; these two mean what the booleans mean.
+                schema = {} if schema else {"enum": []}
+            return _json(schema)
+        case "regex":
+            return LLMatcher.grammar_from_regex(grammar.text)
+        case "choice":
+            choices = "|".join(_literal(choice) for choice in json.loads(grammar.text))
+            return LLMatcher.grammar_from_regex(choices)
+        case "lark":
+            return LLMatcher.grammar_from_lark(grammar.text)
+
+
+def _json(schema: dict[str, Any]) -> str:
+    from llguidance import LLMatcher
+
+    options: Any = _JSON_OPTIONS
+    return LLMatcher.grammar_from_json_schema(schema, overrides=options)
+
+
+def _literal(text: str) -> str:
+    """An expression that matches the text and nothing else."""
+    return "".join(f"\\{c}" if c in r"\.+*?()|[]{}^$#&-~" else c for c in text)
+
+
+def _reason(matcher: LLMatcher) -> str:
+    return " ".join(matcher.get_error().split())[:MAX_ERROR_CHARS] or matcher.stop_reason()

@@ -1,0 +1,177 @@
+"""What one forward pass sees of the slabs: one row, or the dense prefix of rows.
+
+A view writes new positions, reads what attention needs, and makes the mask to go with it. `Rows`
+holds the current view and what outlives it: lengths, and how large the slabs are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
+
+FETCH_TOKENS = 32
+"""A batch reads its slabs up to the longest active row, rounded up to this."""
+
+Mask = mx.array | str | None
+
+
+def round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def _int32(values: Sequence[int]) -> mx.array:
+    return mx.array(list(values), dtype=mx.int32)
+
+
+class RowView:
+    """`count` new positions of one row, from `start` on."""
+
+    def __init__(self, row: int, start: int, count: int) -> None:
+        self.rows = (row, row + 1)
+        self.offset = start
+        self.count = count
+        self.fresh = start == 0
+        """The row's recurrent state, if any is left in the slot, is another sequence's."""
+
+    def write(self, slab: mx.array, new: mx.array) -> None:
+        first, last = self.rows
+        slab[first:last, :, self.offset : self.offset + self.count] = new
+
+    def read(self, slab: mx.array, window: int | None) -> mx.array:
+        first, last = self.rows
+        begin = self.offset - self._kept(window)
+        return slab[first:last, :, begin : self.offset + self.count]
+
+    def mask(self, window: int | None, limit: int | None, return_array: bool) -> Mask:
+        """As mlx-lm masks one stream whose layer fetches `window` and sees `limit` tokens."""
+        kept = self._kept(window)
+        if limit is not None and kept + self.count > limit:
+            return create_causal_mask(self.count, kept, window_size=limit)
+        if self.count == 1:
+            return None
+        return create_causal_mask(self.count, kept) if return_array else "causal"
+
+    @cached_property
+    def indices(self) -> tuple[mx.array, mx.array]:
+        """Rows and offsets, int32 `[1]` each, for kernels that read slabs in place."""
+        return _int32([self.rows[0]]), _int32([self.offset])
+
+    def get_state(self, slab: mx.array | None) -> mx.array | None:
+        if slab is None:
+            return None
+        first, last = self.rows
+        return slab if slab.shape[0] == 1 else slab[first:last]
+
+    def put_state(self, slab: mx.array | None, new: mx.array, slots: int) -> mx.array:
+        if slots == 1:
+            return new
+        if slab is None:
+            slab = mx.zeros((slots, *new.shape[1:]), new.dtype)
+        first, last = self.rows
+        slab[first:last] = new
+        return slab
+
+    def _kept(self, window: int | None) -> int:
+        return self.offset if window is None else min(self.offset, window - 1)
+
+
+class BatchView:
+    """`count` new positions of each of the rows 0 … len(positions) - 1.
+
+    Rows whose `active` is False compute garbage: it lands beyond their length, where their own
+    next token overwrites it, and their recurrent state stays.
+    """
+
+    def __init__(
+        self,
+        positions: Sequence[int],
+        active: Sequence[bool],
+        capacity: int,
+        *,
+        count: int = 1,
+        mask_rank: int = 4,
+    ) -> None:
+        self.rows = (0, len(positions))
+        self.count = count
+        self.offset = _int32(positions)
+        longest = max((p for p, a in zip(positions, active, strict=True) if a), default=0)
+        self.fetch = min(capacity, round_up(longest + count, FETCH_TOKENS))
+        self.fresh = False
+        self._index = self.offset[:, None] + mx.arange(count, dtype=mx.int32)[None]
+        self._row_index = mx.arange(len(positions), dtype=mx.int32)[:, None]
+        self._active = None if all(active) else mx.array(list(active))
+        self._mask_rank = mask_rank
+        self._masks: dict[int | None, mx.array] = {}
+
+    def write(self, slab: mx.array, new: mx.array) -> None:
+        slab[self._row_index, :, self._index] = new.transpose(0, 2, 1, 3)
+
+    def read(self, slab: mx.array, _window: int | None) -> mx.array:
+        return slab[: self.rows[1], :, : self.fetch]
+
+    def mask(self, _window: int | None, limit: int | None, _return_array: bool) -> Mask:
+        if limit not in self._masks:
+            keys = mx.arange(self.fetch, dtype=mx.int32)
+            queries = self._index[:, :, None]
+            mask = keys <= queries
+            if limit is not None:
+                mask = mask & (keys > queries - limit)
+            heads = (1,) * (self._mask_rank - 3)
+            self._masks[limit] = mask.reshape(mask.shape[0], *heads, *mask.shape[1:])
+        return self._masks[limit]
+
+    @cached_property
+    def indices(self) -> tuple[mx.array, mx.array]:
+        """Rows and offsets, int32 `[rows]` each, for kernels that read slabs in place."""
+        return self._row_index[:, 0], self.offset
+
+    def get_state(self, slab: mx.array | None) -> mx.array | None:
+        if slab is None or slab.shape[0] == self.rows[1]:
+            return slab
+        return slab[: self.rows[1]]
+
+    def put_state(self, slab: mx.array | None, new: mx.array, slots: int) -> mx.array:
+        if self._active is not None and slab is not None:
+            active = self._active.reshape(-1, *(1,) * (new.ndim - 1))
+            new = mx.where(active, new, slab[: self.rows[1]])
+        if self.rows[1] == slots:
+            return new
+        if slab is None:
+            slab = mx.zeros((slots, *new.shape[1:]), new.dtype)
+        slab[: self.rows[1]] = new
+        return slab
+
+
+View = RowView | BatchView
+
+
+class Rows:
+    """What all layers share: each row's length, the slabs' size, the view of the next forward."""
+
+    def __init__(self, max_rows: int, bucket: int, min_slots: int = 1) -> None:
+        self.max_rows = max_rows
+        self.bucket = bucket
+        self.min_slots = min_slots
+        self.lengths = [0] * max_rows
+        self.used: set[int] = set()
+        self.slots = min_slots
+        self.capacity = bucket
+        self.budget_tokens: int | None = None
+        """Slots are doubled, and keep what the longest sequence needed, only up to this."""
+        self.view: View = RowView(0, 0, 1)
+
+    def fit(self, row: int, length: int) -> None:
+        """Make the slabs large enough for `length` tokens in `row`; layers follow at next use."""
+        while self.slots <= row:
+            self.slots = min(self.max_rows, self.slots * 2)
+        self.capacity = max(self.capacity, round_up(length, self.bucket))
+        if self.budget_tokens is not None and self.slots * self.capacity > self.budget_tokens:
+            longest = max(length, *(self.lengths[r] for r in self.used), 0)
+            self.slots = max(self.min_slots, row + 1, *(r + 1 for r in self.used))
+            self.capacity = round_up(longest, self.bucket)
+
+    def shrink(self) -> None:
+        self.slots, self.capacity = self.min_slots, self.bucket
