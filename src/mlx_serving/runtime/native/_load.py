@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
 import platform
 import warnings
-from pathlib import Path
 from typing import Any
 
 MLX_VERSION = "0.32.4"
@@ -20,7 +20,6 @@ def _find() -> tuple[Any, str]:
         return None, "switched off by MLX_SERVING_NATIVE=0"
     if platform.system() != "Linux":
         return None, "built on Linux only; elsewhere MLX has a faster backend"
-    note = Path(__file__).with_name("_not_built.txt")
     try:
         installed = importlib.metadata.version("mlx")
     except importlib.metadata.PackageNotFoundError:
@@ -34,8 +33,8 @@ def _find() -> tuple[Any, str]:
 
         module = importlib.import_module(f"{__package__}._native")
     except ImportError as error:
-        if note.exists():
-            return None, note.read_text(encoding="utf-8").strip()
+        with contextlib.suppress(ImportError):  # written by the build when it skips the kernels
+            return None, importlib.import_module(f"{__package__}._not_built").REASON
         if isinstance(error, ModuleNotFoundError):
             return None, "not built: the package was installed without running its build"
         warnings.warn(f"native CPU kernels are off: {error}", RuntimeWarning, stacklevel=2)
