@@ -14,6 +14,7 @@ import logging
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -279,7 +280,9 @@ class Engine:
             folder = await asyncio.to_thread(ensure, slot.source, self.config, self._progress)
             slot.enter(Loading())
             info, text = await asyncio.gather(
-                self._worker.load_model(slot.model_id, str(folder.path), self._model_options()),
+                self._worker.load_model(
+                    slot.model_id, str(folder.path), self._model_options(folder.tokenizer_path)
+                ),
                 asyncio.to_thread(TextSide.load, folder.tokenizer_path, self.config.chat_template),
             )
         except Exception as error:
@@ -291,7 +294,7 @@ class Engine:
         self.events.publish(ModelLoaded(model_id=slot.model_id, info=info))
         return Served(info, text)
 
-    def _model_options(self) -> ModelOptions:
+    def _model_options(self, tokenizer_path: Path) -> ModelOptions:
         c = self.config
         return ModelOptions(
             max_num_seqs=c.max_num_seqs,
@@ -301,6 +304,7 @@ class Engine:
             dtype=c.dtype,
             kernels=c.kernels,
             exact_batch=c.exact_batch,
+            tokenizer_path=str(tokenizer_path),
         )
 
     def _on_worker_event(self, event: port.WorkerEvent) -> None:

@@ -146,6 +146,8 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["json_schema", "json_object", "regex", "choice", "lark"]
     text: str = ""
     """The schema as JSON, the expression, a JSON list of choices, or the grammar; "" for json_object."""
+    param: str = "response_format"
+    """The field that the client set, for errors."""
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):

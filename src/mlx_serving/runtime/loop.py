@@ -26,9 +26,10 @@ from typing import Literal, assert_never
 
 from mlx_serving import clock, errors
 from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
-from mlx_serving.runtime.core.plan import PendingStep, StepPlan
+from mlx_serving.runtime.core.plan import Constraint, PendingStep, StepPlan
 from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
 from mlx_serving.runtime.core.sequence import Sequence
+from mlx_serving.types import Grammar
 from mlx_serving.worker import wire
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Model:
         """Those that have not ended."""
         self._runner = loaded.runner
         self._scheduler = Scheduler(loaded.limits)
+        self._grammars = loaded.grammars
         self._depth = max(1, depth)
         self._in_flight: deque[_Launched] = deque()
         self._started: set[int] = set()
@@ -67,7 +69,8 @@ class Model:
         self._last_done_s = 0.0
 
     def submit(self, request: wire.Submit) -> None:
-        """Raises what the scheduler raises for a sequence that cannot ever run."""
+        """Raises what the scheduler raises for a sequence that cannot ever run, and InvalidRequest
+        for a grammar that cannot be followed."""
         self._scheduler.add(
             Sequence(
                 seq_id=request.seq_id,
@@ -75,9 +78,19 @@ class Model:
                 prompt_len=request.prompt_len,
                 sampling=request.sampling,
                 priority=request.priority,
+                constraint=self._compile(request.grammar),
             )
         )
         self.sequences.add(request.seq_id)
+
+    def _compile(self, grammar: Grammar | None) -> Constraint | None:
+        if grammar is None:
+            return None
+        if self._grammars is None:
+            raise errors.UnsupportedParameter(
+                f"model '{self.info.model_id}' has no structured output", param=grammar.param
+            )
+        return self._grammars.compile(grammar)
 
     def cancel(self, seq_id: int) -> None:
         self._forget(seq_id)
@@ -120,7 +133,9 @@ class Model:
     def _rows(self, emitted: list[Emitted]) -> list[wire.TokenRow]:
         rows = []
         for e in emitted:
-            if e.seq_id in self.sequences:
+            if e.error is not None and e.seq_id in self.sequences:
+                rows.append(self._error_row(e.seq_id, *_reason(e.error, e.error.code)))
+            elif e.seq_id in self.sequences:
                 rows.append(
                     wire.TokenRow(
                         e.seq_id, e.token_ids, e.logprobs, e.finish_reason, e.stop_token_id
@@ -147,7 +162,7 @@ class Model:
 
     def _fail_started(self, error: Exception) -> wire.Step:
         """Nothing that the failed step or those behind it have computed is kept."""
-        code, message = _reason(error, "step_failed")
+        code, message, _ = _reason(error, "step_failed")
         rows = []
         for seq_id in sorted(self._started):
             self._scheduler.cancel(seq_id)
@@ -157,23 +172,28 @@ class Model:
         self._runner.reset()
         return wire.Step(rows, self._stats(StepPlan(step_id=-1), self._now()))
 
-    def _error_row(self, seq_id: int, code: str, message: str) -> wire.TokenRow:
+    def _error_row(
+        self, seq_id: int, code: str, message: str, param: str | None = None
+    ) -> wire.TokenRow:
         self._forget(seq_id)
-        return error_row(seq_id, code, message)
+        return error_row(seq_id, code, message, param)
 
     def _forget(self, seq_id: int) -> None:
         self.sequences.discard(seq_id)
         self._started.discard(seq_id)
 
 
-def error_row(seq_id: int, code: str, message: str) -> wire.TokenRow:
-    return wire.TokenRow(seq_id, [], finish_reason="error", error=(code, message))
+def error_row(seq_id: int, code: str, message: str, param: str | None = None) -> wire.TokenRow:
+    return wire.TokenRow(
+        seq_id, [], finish_reason="error", error=(code, message), error_param=param
+    )
 
 
-def _reason(error: Exception, code: str) -> tuple[str, str]:
+def _reason(error: Exception, code: str) -> tuple[str, str, str | None]:
+    """(code, message, field at fault)."""
     if isinstance(error, errors.MLXServingError):
-        return error.code, error.message
-    return code, f"{type(error).__name__}: {error}"
+        return error.code, error.message, error.param
+    return code, f"{type(error).__name__}: {error}", None
 
 
 class Link:
@@ -358,7 +378,9 @@ class Loop:
                     loaded = self._load(model_id, Path(message.path), message.options, on_phase)
             except Exception as error:
                 log.exception("%s: load failed", model_id)
-                self._link.send(wire.ModelFailed(model_id, *_reason(error, "model_unavailable")))
+                self._link.send(
+                    wire.ModelFailed(model_id, *_reason(error, "model_unavailable")[:2])
+                )
                 return
             self._models[model_id] = Model(loaded, message.options.pipeline_depth, self._now)
             self._collector.loaded()

@@ -74,7 +74,7 @@ class SequenceStream:
     def push(self, row: wire.TokenRow) -> None:
         """Take over a row, which must not be used any more by the caller."""
         if row.error is not None:
-            self.fail(errors.from_code(*row.error))
+            self.fail(errors.from_code(*row.error, param=row.error_param))
             return
         self._pending = row if self._pending is None else _merge(self._pending, row)
         if row.finish_reason is not None:

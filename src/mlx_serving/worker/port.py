@@ -11,7 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from mlx_serving.types import ModelInfo, Priority, SamplingParams
+from mlx_serving.types import Grammar, ModelInfo, Priority, SamplingParams
 from mlx_serving.worker.client import SequenceStream
 from mlx_serving.worker.wire import ModelOptions, StepStats
 
@@ -147,6 +147,7 @@ class WorkerClient(Protocol):
         *,
         prompt_len: int | None = None,
         priority: Priority = Priority.NORMAL,
+        grammar: Grammar | None = None,
     ) -> SequenceStream:
         """Start a sequence. Tokens past `prompt_len` are output that an earlier stream delivered.
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlx_serving import clock, errors
-from mlx_serving.types import ModelInfo, Priority, SamplingParams
+from mlx_serving.types import Grammar, ModelInfo, Priority, SamplingParams
 from mlx_serving.worker import port, wire
 from mlx_serving.worker.client import Connection, SequenceStream
 from mlx_serving.worker.process import Process, WorkerProcess
@@ -160,6 +160,7 @@ class Supervisor:
         *,
         prompt_len: int | None = None,
         priority: Priority = Priority.NORMAL,
+        grammar: Grammar | None = None,
     ) -> SequenceStream:
         request = wire.Submit(
             seq_id=next(self._seq_ids),
@@ -168,6 +169,7 @@ class Supervisor:
             prompt_len=len(token_ids) if prompt_len is None else prompt_len,
             sampling=sampling,
             priority=priority,
+            grammar=grammar,
         )
         stream = SequenceStream(request)
         connection = self._usable()

@@ -16,7 +16,14 @@ from typing import Literal
 
 import msgspec
 
-from mlx_serving.types import FinishReason, ModelInfo, Priority, SamplingParams, TokenLogprob
+from mlx_serving.types import (
+    FinishReason,
+    Grammar,
+    ModelInfo,
+    Priority,
+    SamplingParams,
+    TokenLogprob,
+)
 
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 HEADER_BYTES = 4
@@ -39,6 +46,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """CPU backend only: which native kernels replace MLX's own; `off` is stock MLX."""
     exact_batch: bool = False
     """Always decode with `max_num_seqs` rows, so that logits are bit-equal whatever the batch."""
+    tokenizer_path: str | None = None
+    """Folder of tokenizer.json, where it is not the model's."""
 
 
 class LoadModel(msgspec.Struct, frozen=True, tag="load"):
@@ -64,6 +73,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True):
     prompt_len: int
     sampling: SamplingParams
     priority: Priority = Priority.NORMAL
+    grammar: Grammar | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -130,6 +140,8 @@ class TokenRow(msgspec.Struct, frozen=True, array_like=True):
     """(code, message) when `finish_reason` is "error"."""
     cached_tokens: int = 0
     """Prompt tokens that were not computed but found in a cache; set with the first token."""
+    error_param: str | None = None
+    """The field at fault, where `error` is about one."""
 
 
 class StepStats(msgspec.Struct, frozen=True, array_like=True):

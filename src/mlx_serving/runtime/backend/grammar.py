@@ -3,7 +3,7 @@
     Grammar ──compile──▶ CompiledGrammar ──matcher──▶ a GrammarMatcher a sequence: accept, mask
 
 llguidance does the work; it is imported when first needed. Everything it does is bounded by
-`_LIMITS`, because it runs between the steps of other requests.
+`_limits`, because it runs between the steps of other requests.
 """
 
 from __future__ import annotations
@@ -21,21 +21,13 @@ from mlx_serving.types import Grammar
 from mlx_serving.worker.wire import ModelOptions
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 MAX_CACHED = 64
 """Compiled grammars kept for a model: clients send the same few over and over."""
 MAX_ERROR_CHARS = 400
 WHITE_SPACE = r"[ \n\t]{1,20}"
 """Between two tokens of JSON: a line's end and its indentation, and no more."""
-_LIMITS = {
-    "initial_lexer_fuel": 1_000_000,
-    "step_lexer_fuel": 200_000,
-    "step_max_items": 50_000,
-    "max_items_in_row": 2_000,
-    "max_lexer_states": 50_000,
-    "max_grammar_size": 200_000,
-}
 _JSON_OPTIONS: dict[str, Any] = {
     "whitespace_flexible": True,
     "whitespace_pattern": WHITE_SPACE,
@@ -90,14 +82,14 @@ class Grammars:
             raise UnsupportedParameter(
                 f"This model's output cannot be constrained: {broken}", param=grammar.param
             )
-        from llguidance import LLMatcher, LLParserLimits
+        from llguidance import LLMatcher
 
         try:
             matcher = LLMatcher(
                 self._tokenizer.result(),
                 _definition(grammar),
                 log_level=0,
-                limits=LLParserLimits(**_LIMITS, verbose_errors=False),
+                limits=_limits(),
             )
         except ValueError as e:
             raise InvalidRequest(f"'{grammar.param}': {e}.", param=grammar.param) from None
@@ -194,6 +186,21 @@ def _definition(grammar: Grammar) -> str:
             return LLMatcher.grammar_from_regex(choices)
         case "lark":
             return LLMatcher.grammar_from_lark(grammar.text)
+
+
+def _limits() -> LLParserLimits:
+    """What compiling and one mask may take: tens of milliseconds."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        initial_lexer_fuel=1_000_000,
+        step_lexer_fuel=200_000,
+        step_max_items=50_000,
+        max_items_in_row=2_000,
+        max_lexer_states=50_000,
+        max_grammar_size=200_000,
+        verbose_errors=False,
+    )
 
 
 def _json(schema: dict[str, Any]) -> str:

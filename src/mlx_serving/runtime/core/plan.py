@@ -11,12 +11,36 @@ are keyed by (seed, choice, p + 1): the same on resumption, in any row, beside a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 
+from mlx_serving.errors import MLXServingError
 from mlx_serving.types import SamplingParams, TokenLogprob
+
+
+class Matcher(Protocol):
+    """How far one sequence has got in its grammar."""
+
+    def accept(self, token_id: int) -> None:
+        """The sequence's next token."""
+        ...
+
+    def mask(self) -> bytes | None:
+        """What may come next: token i is bit `i % 8` of byte `i // 8`. None: anything may, for the
+        sequence has ended. Raises MLXServingError, once, when the grammar turns out to be more
+        than its bounds allow."""
+        ...
+
+
+class Constraint(Protocol):
+    """A compiled grammar, shared by the sequences that follow it."""
+
+    def matcher(self, output: Sequence[int]) -> Matcher:
+        """A matcher that has accepted `output`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +53,7 @@ class RowStart:
     token_ids: tuple[int, ...]
     prompt_len: int
     sampling: SamplingParams
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +102,8 @@ class Sampled:
     seq_id: int
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None = None
+    error: MLXServingError | None = None
+    """The sequence cannot go on: its tokens of this step mean nothing."""
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from mlx_serving.errors import ContextOverflow, InvalidRequest
+from mlx_serving.errors import ContextOverflow, InvalidRequest, MLXServingError
 from mlx_serving.runtime.core import policy
 from mlx_serving.runtime.core.plan import (
     DecodeRow,
@@ -41,6 +41,8 @@ class Emitted:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     """The token (end of sequence, or a stop token) that ended it; it is also in `token_ids`."""
+    error: MLXServingError | None = None
+    """Why, where `finish_reason` is "error"."""
 
 
 class Scheduler:
@@ -171,6 +173,9 @@ class Scheduler:
         return emitted
 
     def _absorb(self, seq: Sequence, sampled: Sampled) -> Emitted:
+        if sampled.error is not None:
+            self._finish(seq)
+            return Emitted(sampled.seq_id, [], finish_reason="error", error=sampled.error)
         (token,) = sampled.token_ids
         reason = seq.absorb(token)
         if reason is not None:
@@ -298,7 +303,9 @@ def _order(seq: Sequence) -> tuple[int, int]:
 
 
 def _start(seq: Sequence) -> RowStart:
-    return RowStart(_row(seq), seq.seq_id, tuple(seq.tokens), seq.prompt_len, seq.sampling)
+    return RowStart(
+        _row(seq), seq.seq_id, tuple(seq.tokens), seq.prompt_len, seq.sampling, seq.constraint
+    )
 
 
 def _prefill(seq: Sequence, length: int) -> PrefillChunk:

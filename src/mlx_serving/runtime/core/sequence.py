@@ -14,6 +14,7 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mlx_serving.runtime.core.plan import Constraint
 from mlx_serving.types import FinishReason, Priority, SamplingParams
 
 
@@ -33,6 +34,7 @@ class Sequence:
     prompt_len: int
     sampling: SamplingParams
     priority: Priority = Priority.NORMAL
+    constraint: Constraint | None = None
 
     # Set by Scheduler.add.
     arrival: int = -1
