@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 import msgspec
 
 from mlx_serving import __version__, clock
+from mlx_serving.api.anthropic import AnthropicRoutes
 from mlx_serving.api.exchange import (
     ASGIApp,
     ClientGone,
@@ -48,6 +49,7 @@ class MethodNotAllowed(InvalidRequest):
 def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
     """The application over `gateway`; it holds no state of its own."""
     openai, info = OpenAIRoutes(gateway, config), InfoRoutes(gateway)
+    anthropic = AnthropicRoutes(gateway, config)
     exact: Mapping[str, Methods] = {
         "/": {"GET": info.index},
         "/health": {"GET": info.health},
@@ -56,6 +58,8 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
         "/v1/models": {"GET": info.models},
         "/v1/chat/completions": {"POST": openai.chat_completions},
         "/v1/completions": {"POST": openai.completions},
+        "/v1/messages": {"POST": anthropic.messages},
+        "/v1/messages/count_tokens": {"POST": anthropic.count_tokens},
     }
     prefixes: Mapping[str, Methods] = {"/v1/models/": {"GET": info.model}}
 
@@ -165,6 +169,8 @@ _INDEX = {
     "endpoints": {
         "POST /v1/chat/completions": "OpenAI chat completions, streamed or not",
         "POST /v1/completions": "OpenAI completions, streamed or not",
+        "POST /v1/messages": "Anthropic messages, streamed or not",
+        "POST /v1/messages/count_tokens": "how many tokens a message's prompt has",
         "GET /v1/models": "the served models, the default first",
         "GET /health": "what the server and its workers are doing; always 200",
         "GET /ready": "200 when requests can be answered now, else 503",

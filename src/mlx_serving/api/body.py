@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from mlx_serving.errors import InvalidRequest
+from mlx_serving.errors import InvalidRequest, UnsupportedParameter
 
 T = TypeVar("T")
 
@@ -56,3 +56,26 @@ def convert(value: Any, kind: type[T], *, at: str = "") -> T:
             where += "." + named["name"]
         param = (at + where).removeprefix(".")
         raise InvalidRequest(f"'{param}': {what}.", param=param or None) from None
+
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+
+
+def stop_strings(strings: list[str], at: str) -> tuple[str, ...]:
+    """Bounded stop strings; `at` is the list's path."""
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidRequest(
+            f"'{at}' has {len(strings)} strings; at most {MAX_STOP_STRINGS}.", param=at
+        )
+    for i, string in enumerate(strings):
+        if not 1 <= len(string) <= MAX_STOP_CHARS:
+            raise InvalidRequest(
+                f"A stop string must have 1 to {MAX_STOP_CHARS} characters.", param=f"{at}[{i}]"
+            )
+    return tuple(strings)
+
+
+def refuse(at: str, why: str) -> UnsupportedParameter:
+    """What is asked for is known and not supported."""
+    return UnsupportedParameter(f"'{at}' is not supported: {why}.", param=at)

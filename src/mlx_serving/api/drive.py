@@ -80,10 +80,13 @@ async def serve(
 
 def said(generation: Generation, advisory: Sequence[str]) -> Headers:
     """The headers that name the seed in use and the fields that cannot change the tokens."""
-    headers: Headers = [(b"x-mlx-serving-seed", b"%d" % generation.seed)]
-    if advisory:
-        headers.append((b"x-mlx-serving-advisory", ", ".join(advisory).encode("ascii")))
-    return headers
+    return [(b"x-mlx-serving-seed", b"%d" % generation.seed), *advised(advisory)]
+
+
+def advised(advisory: Sequence[str]) -> Headers:
+    if not advisory:
+        return []
+    return [(b"x-mlx-serving-advisory", ", ".join(advisory).encode("ascii"))]
 
 
 async def collect(generation: Generation) -> Collected:

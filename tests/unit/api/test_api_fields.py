@@ -407,4 +407,6 @@ def test_the_table_prints() -> None:
 
 def test_the_document_shows_the_table() -> None:
     document = Path(__file__).parents[3] / "docs" / "api.md"
-    assert fields.markdown().rstrip() in document.read_text(), "docs/api.md: paste fields.markdown()"
+    assert fields.markdown().rstrip() in document.read_text(), (
+        "docs/api.md: paste fields.markdown()"
+    )

@@ -1,0 +1,324 @@
+"""Anthropic's wire bodies → `GenerateRequest`s. Every refusal names its field."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from mlx_serving.api import anthropic_fields as fields
+from mlx_serving.api.body import convert, read_object, refuse, stop_strings
+from mlx_serving.api.disposition import check
+from mlx_serving.errors import InvalidRequest
+from mlx_serving.types import ChatPrompt, GenerateRequest, Message, SamplingParams
+
+_MAX_INT = 2**31 - 1
+_BILLING = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*(?:\n+|\Z)")
+"""Claude Code puts a line into the system text that differs in every request, so no two prompts
+would have a prefix in common."""
+_EFFORT = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
+
+
+class MessagesCall(msgspec.Struct, frozen=True, kw_only=True):
+    request: GenerateRequest
+    stream: bool
+    show_thinking: bool
+    advisory: tuple[str, ...]
+
+
+class _Prompt(msgspec.Struct, kw_only=True):
+    """What both routes honour. None: the client did not say."""
+
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    model: Annotated[str, Meta(min_length=1)] | None = None
+    system: str | list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
+    context_management: dict[str, Any] | None = None
+
+
+class _Body(_Prompt, kw_only=True):
+    max_tokens: Annotated[int, Meta(ge=1, le=_MAX_INT)]
+    stream: bool | None = None
+    stop_sequences: list[str] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=_MAX_INT)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63))] | None = None
+
+
+class _Tool(msgspec.Struct, kw_only=True):
+    name: Annotated[str, Meta(min_length=1, max_length=128)]
+    input_schema: dict[str, Any]
+    description: str | None = None
+
+
+class _Thinking(msgspec.Struct, kw_only=True):
+    type: Literal["enabled", "adaptive", "disabled"]
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class _OutputConfig(msgspec.Struct, kw_only=True):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+
+
+class _ToolChoice(msgspec.Struct, kw_only=True):
+    type: Literal["auto", "none", "any", "tool"]
+
+
+class _Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    role: Literal["user", "assistant", "system"]
+    content: str | list[dict[str, Any]]
+
+
+def parse_messages(data: bytes, *, default_model: str) -> MessagesCall:
+    """The body of /v1/messages. Raises InvalidRequest, UnsupportedParameter."""
+    raw = read_object(data)
+    advisory = check(fields.MESSAGES, raw)
+    body = convert(raw, _Body)
+    thinking, prompt = _prompt(body, advisory)
+    given = {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
+    if body.seed is not None and body.seed >= 2**64:
+        raise InvalidRequest("'seed' must fit in 64 bits.", param="seed")
+    return MessagesCall(
+        request=GenerateRequest(
+            request_id="msg_" + secrets.token_hex(12),
+            model=body.model or default_model,
+            prompt=prompt,
+            sampling=SamplingParams(**{k: v for k, v in given.items() if v is not None}),
+            max_tokens=body.max_tokens,
+            seed=None if body.seed is None else body.seed % 2**64,
+            stop=stop_strings(body.stop_sequences or [], "stop_sequences"),
+        ),
+        stream=bool(body.stream),
+        show_thinking=thinking is None or thinking.display != "omitted",
+        advisory=tuple(advisory),
+    )
+
+
+def parse_count(data: bytes, *, default_model: str) -> tuple[str, ChatPrompt, list[str]]:
+    """The body of /v1/messages/count_tokens: the model, the prompt, the advisory fields."""
+    raw = read_object(data)
+    advisory = check(fields.COUNT_TOKENS, raw)
+    body = convert(raw, _Prompt)
+    return body.model or default_model, _prompt(body, advisory)[1], advisory
+
+
+def _prompt(body: _Prompt, advisory: list[str]) -> tuple[_Thinking | None, ChatPrompt]:
+    """The prompt; nested advisory fields are added to `advisory`."""
+    thinking, kwargs = _thinking(body.thinking, advisory), _effort(body.output_config)
+    if thinking is not None:
+        kwargs["enable_thinking"] = thinking.type != "disabled"
+    _check_edits(body.context_management)
+    tools = tuple(_tool(tool, f"tools[{i}]", advisory) for i, tool in enumerate(body.tools or ()))
+    if _choice(body.tool_choice) == "none":
+        tools = ()
+    messages = [message for message in [_system(body.system)] if message is not None]
+    for i, raw in enumerate(body.messages):
+        messages += _turn(raw, f"messages[{i}]", advisory)
+    continued = messages[-1].role == "assistant"
+    if continued and (messages[-1].tool_calls or not messages[-1].content):
+        at = f"messages[{len(body.messages) - 1}].content"
+        raise InvalidRequest(
+            "An assistant's last message is continued and needs text to continue.", param=at
+        )
+    return thinking, ChatPrompt(
+        messages=tuple(messages),
+        tools=tools,
+        template_kwargs=kwargs,
+        add_generation_prompt=not continued,
+        continue_final_message=continued,
+    )
+
+
+def _thinking(raw: dict[str, Any] | None, advisory: list[str]) -> _Thinking | None:
+    if raw is None:
+        return None
+    advisory += check(fields.THINKING, raw, at="thinking.")
+    return convert(raw, _Thinking, at="thinking")
+
+
+def _effort(raw: dict[str, Any] | None) -> dict[str, Any]:
+    if raw is None:
+        return {}
+    check(fields.OUTPUT_CONFIG, raw, at="output_config.")
+    effort = convert(raw, _OutputConfig, at="output_config").effort
+    return {"reasoning_effort": _EFFORT[effort]} if effort else {}
+
+
+def _check_edits(raw: dict[str, Any] | None) -> None:
+    """Claude Code asks to keep all thinking; other edits would change the prompt."""
+    edits = convert(raw or {}, dict[str, list[dict[str, Any]]], at="context_management")
+    for i, edit in enumerate(edits.get("edits", ())):
+        if edit.get("keep") != "all":
+            raise refuse(f"context_management.edits[{i}]", "prompts are not edited")
+    if extra := edits.keys() - {"edits"}:
+        raise refuse(f"context_management.{min(extra)[:64]}", "prompts are not edited")
+
+
+def _tool(raw: dict[str, Any], at: str, advisory: list[str]) -> dict[str, Any]:
+    """A tool as chat templates expect it, which is OpenAI's shape."""
+    kind = raw.get("type")
+    if isinstance(kind, str) and kind != "custom":
+        # What else such a tool has is not ours to know.
+        raise refuse(f"{at}.type", "tools that Anthropic's servers run are not here")
+    advisory += [name for name in check(fields.TOOL, raw, at=at + ".") if name not in advisory]
+    tool = convert(raw, _Tool, at=at)
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description is not None:
+        function["description"] = tool.description
+    return {"type": "function", "function": function | {"parameters": tool.input_schema}}
+
+
+def _choice(raw: dict[str, Any] | None) -> str:
+    if raw is None:
+        return "auto"
+    choice = convert(raw, _ToolChoice, at="tool_choice").type
+    if choice in ("any", "tool"):
+        raise refuse("tool_choice.type", "calls cannot be forced")
+    check(fields.TOOL_CHOICE, raw, at="tool_choice.")
+    return choice
+
+
+def _system(system: str | list[dict[str, Any]] | None) -> Message | None:
+    if isinstance(system, list):
+        texts = [_text(block, f"system[{i}]") for i, block in enumerate(system)]
+    else:
+        texts = [system or ""]
+    if texts:
+        texts[0] = _BILLING.sub("", texts[0])
+    text = "\n".join(text for text in texts if text)
+    return Message(role="system", content=text) if text else None
+
+
+_BLOCK_FIELDS = {
+    "text": {"type", "text", "cache_control", "citations"},
+    "thinking": {"type", "thinking", "signature"},
+    "redacted_thinking": {"type", "data"},
+    "tool_use": {"type", "id", "name", "input", "cache_control", "caller"},
+    "tool_result": {"type", "tool_use_id", "content", "is_error", "cache_control"},
+}
+_ROLES = {
+    "text": ("user", "assistant", "system"),
+    "thinking": ("assistant",),
+    "redacted_thinking": ("assistant",),
+    "tool_use": ("assistant",),
+    "tool_result": ("user",),
+}
+
+
+def _block_kind(block: dict[str, Any], at: str) -> str:
+    kind = block.get("type")
+    if not isinstance(kind, str):
+        raise InvalidRequest(f"'{at}.type' must be a string.", param=f"{at}.type")
+    if kind not in _BLOCK_FIELDS:
+        raise refuse(at, f"blocks of type '{kind[:64]}' are not read, only text and tools'")
+    if extra := block.keys() - _BLOCK_FIELDS[kind]:
+        where = f"{at}.{min(extra)[:64]}"
+        raise InvalidRequest(f"Unknown field '{where}'.", param=where, code="unknown_parameter")
+    return kind
+
+
+def _string(block: dict[str, Any], key: str, at: str) -> str:
+    value = block.get(key)
+    if not isinstance(value, str):
+        raise InvalidRequest(f"'{at}.{key}' must be a string.", param=f"{at}.{key}")
+    return value
+
+
+def _text(block: dict[str, Any], at: str) -> str:
+    if _block_kind(block, at) != "text":
+        raise refuse(at, "only text can be here")
+    return _string(block, "text", at)
+
+
+def _turn(raw: dict[str, Any], at: str, advisory: list[str]) -> list[Message]:
+    """One of Anthropic's turns; tool results become messages of their own."""
+    turn = convert(raw, _Message, at=at)
+    if isinstance(turn.content, str):
+        return [Message(role=turn.role, content=turn.content)]
+    kinds = []
+    for j, block in enumerate(turn.content):
+        where = f"{at}.content[{j}]"
+        kind = _block_kind(block, where)
+        if turn.role not in _ROLES[kind]:
+            raise InvalidRequest(f"A {turn.role}'s turn has no {kind} blocks.", param=where)
+        if "cache_control" in block and "cache_control" not in advisory:
+            advisory.append("cache_control")
+        kinds.append((kind, block, where))
+    if not kinds:
+        raise InvalidRequest(f"'{at}.content' has no blocks.", param=f"{at}.content")
+    return [_assistant(kinds)] if turn.role == "assistant" else _user(turn.role, kinds)
+
+
+_Blocks = list[tuple[str, dict[str, Any], str]]
+
+
+def _assistant(blocks: _Blocks) -> Message:
+    texts, thoughts, calls = [], [], []
+    for kind, block, at in blocks:
+        if kind == "text":
+            texts.append(_string(block, "text", at))
+        elif kind == "thinking":
+            thoughts.append(_string(block, "thinking", at))
+        elif kind == "tool_use":
+            calls.append(_tool_use(block, at))
+    return Message(
+        role="assistant",
+        content="\n".join(texts) if texts or not calls else None,
+        reasoning_content="\n".join(thoughts) or None,
+        tool_calls=tuple(calls),
+    )
+
+
+def _tool_use(block: dict[str, Any], at: str) -> dict[str, Any]:
+    arguments = block.get("input")
+    if not isinstance(arguments, dict):
+        raise InvalidRequest(f"'{at}.input' must be an object.", param=f"{at}.input")
+    function = {
+        "name": _string(block, "name", at),
+        "arguments": msgspec.json.encode(arguments).decode(),
+    }
+    return {"id": _string(block, "id", at), "type": "function", "function": function}
+
+
+def _user(role: str, blocks: _Blocks) -> list[Message]:
+    messages: list[Message] = []
+    texts: list[str] = []
+
+    def flush() -> None:
+        if texts:
+            messages.append(Message(role=role, content="\n".join(texts)))
+            texts.clear()
+
+    for kind, block, at in blocks:
+        if kind == "text":
+            texts.append(_string(block, "text", at))
+        else:
+            flush()
+            messages.append(_tool_result(block, at))
+    flush()
+    return messages
+
+
+def _tool_result(block: dict[str, Any], at: str) -> Message:
+    content = block.get("content")
+    if isinstance(content, list):
+        parts = convert(content, list[dict[str, Any]], at=f"{at}.content")
+        text = "\n".join(_text(part, f"{at}.content[{k}]") for k, part in enumerate(parts))
+    elif content is None or isinstance(content, str):
+        text = content or ""
+    else:
+        where = f"{at}.content"
+        raise InvalidRequest(f"'{where}' must be a string or blocks.", param=where)
+    failed = block.get("is_error")
+    if not isinstance(failed, bool | None):
+        raise InvalidRequest(f"'{at}.is_error' must be true or false.", param=f"{at}.is_error")
+    # Chat templates have no place for it; the text says it.
+    text = f"Error: {text}" if failed else text
+    return Message(role="tool", content=text, tool_call_id=_string(block, "tool_use_id", at))
