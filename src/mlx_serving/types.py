@@ -125,6 +125,13 @@ class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="chat"):
     template_kwargs: Mapping[str, Any] = {}
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    tool_choice: str = "auto"
+    """`auto`, `required` (at least one call), or `=NAME`: calls of that function only. A request that
+    wants none has no `tools`."""
+    parallel_tool_calls: bool = True
+    """False: one call at most, and the answer ends with it."""
+    reasoning_effort: str | None = None
+    """For the chat template; refused when it has no place for it."""
 
 
 class TextPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
