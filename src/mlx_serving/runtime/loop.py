@@ -18,8 +18,8 @@ import select
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, assert_never
@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
 """How often an idle worker says that it is alive."""
-LOAD_PROGRESS_S = 1.0
+PULSE_S = 1.0
+"""How often a busy worker does."""
 COLLECT_EVERY_STEPS = 1024
 RECEIVE_BYTES = 256 * 1024
 SEND_BUFFER_BYTES = 1024 * 1024
@@ -55,8 +56,15 @@ class _Launched:
 class Model:
     """One loaded model: its scheduler, its runner, and the steps in flight between them."""
 
-    def __init__(self, loaded: LoadedModel, depth: int, now: clock.Clock = clock.monotonic) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        depth: int,
+        now: clock.Clock = clock.monotonic,
+        on_start: Callable[[list[int]], None] = lambda _: None,
+    ) -> None:
         self.info = loaded.info
+        self._on_start = on_start
         self.sequences: set[int] = set()
         """Those that have not ended."""
         self._runner = loaded.runner
@@ -113,7 +121,10 @@ class Model:
                 plan = self._scheduler.schedule(self._now())
                 if plan is None:
                     break
-                self._started.update(start.seq_id for start in plan.starts)
+                if plan.starts:
+                    starts = [start.seq_id for start in plan.starts]
+                    self._started.update(starts)
+                    self._on_start(starts)
                 self._in_flight.append(_Launched(plan, self._runner.launch(plan), self._now()))
             if not self._in_flight:
                 return None
@@ -281,6 +292,51 @@ class NoCollector(Collector):
 PhaseName = Literal["idle", "loading", "compiling", "stepping"]
 
 
+class Pulse:
+    """Tells the parent what the loop is at, and repeats it from a thread of its own while that lasts:
+    a step or a load may take minutes, and only a process that stands still may fall silent.
+
+    While the loop is idle the thread sleeps, and the loop's own heartbeats take over.
+    """
+
+    def __init__(self, link: Link, every_s: float, now: clock.Clock) -> None:
+        self._link = link
+        self._every_s = every_s
+        self._now = now
+        self._began_s = now()
+        self._detail = ""
+        self._busy = threading.Event()
+        self._ended = threading.Event()
+        self.phase: PhaseName = "idle"
+        threading.Thread(target=self._repeat, name="pulse", daemon=True).start()
+
+    def enter(self, phase: PhaseName, detail: str = "", *, anew: bool = False) -> None:
+        """`anew`: another one of the same kind begins. Raises OSError once the parent has gone."""
+        if anew or phase != self.phase:
+            self._began_s = self._now()
+        self.phase, self._detail = phase, detail
+        self._tell()
+        if phase == "idle":
+            self._busy.clear()
+        else:
+            self._busy.set()
+
+    def end(self) -> None:
+        self._ended.set()
+        self._busy.set()
+
+    def _tell(self) -> None:
+        elapsed_s = 0.0 if self.phase == "idle" else self._now() - self._began_s
+        self._link.send(wire.Phase(self.phase, self._detail, elapsed_s))
+
+    def _repeat(self) -> None:
+        # The parent may have gone; the loop notices when it is back at its socket.
+        with suppress(OSError):
+            while self._busy.wait() and not self._ended.wait(self._every_s):
+                if self._busy.is_set():
+                    self._tell()
+
+
 class Loop:
     """Obeys the parent until it says Shutdown or closes the socket."""
 
@@ -292,22 +348,21 @@ class Loop:
         collector: Collector,
         now: clock.Clock = clock.monotonic,
         heartbeat_s: float = HEARTBEAT_S,
-        load_progress_s: float = LOAD_PROGRESS_S,
+        pulse_s: float = PULSE_S,
     ) -> None:
         self._link = link
         self._load = load
         self._collector = collector
         self._now = now
         self._heartbeat_s = heartbeat_s
-        self._load_progress_s = load_progress_s
+        self._pulse = Pulse(link, pulse_s, now)
         self._models: dict[str, Model] = {}
-        self._phase: PhaseName = "idle"
 
     def run(self, hello: wire.Hello) -> None:
         """Returns when it is told to leave or the parent has gone; raises on our own mistakes."""
         try:
             self._link.send(hello)
-            self._set_phase("idle")
+            self._pulse.enter("idle")
             while True:
                 for message in self._link.receive():
                     if isinstance(message, wire.Shutdown):
@@ -317,13 +372,15 @@ class Loop:
                     self._sleep()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
+        finally:
+            self._pulse.end()
 
     def _step(self) -> bool:
         """One step of each model that has work. False: none had."""
         worked = False
         for model in self._models.values():
-            if model.sequences and self._phase != "stepping":
-                self._set_phase("stepping")
+            if model.sequences and self._pulse.phase != "stepping":
+                self._pulse.enter("stepping")
             step = model.step()
             if step is not None:
                 self._link.send(step)
@@ -332,8 +389,8 @@ class Loop:
         return worked
 
     def _sleep(self) -> None:
-        if self._phase != "idle":
-            self._set_phase("idle")
+        if self._pulse.phase != "idle":
+            self._pulse.enter("idle")
         while not self._link.wait(self._heartbeat_s):
             self._collector.idle()
             self._link.send(wire.Phase("idle"))
@@ -374,15 +431,18 @@ class Loop:
         model_id = message.model_id
         if model_id not in self._models:
             try:
-                with self._progress(model_id) as on_phase:
-                    loaded = self._load(model_id, Path(message.path), message.options, on_phase)
+                self._pulse.enter("loading", model_id, anew=True)
+                path, on_phase = Path(message.path), self._pulse.enter
+                loaded = self._load(model_id, path, message.options, on_phase)
             except Exception as error:
                 log.exception("%s: load failed", model_id)
                 self._link.send(
                     wire.ModelFailed(model_id, *_reason(error, "model_unavailable")[:2])
                 )
                 return
-            self._models[model_id] = Model(loaded, message.options.pipeline_depth, self._now)
+            self._models[model_id] = Model(
+                loaded, message.options.pipeline_depth, self._now, self._announce
+            )
             self._collector.loaded()
         self._link.send(wire.ModelLoaded(self._models[model_id].info))
 
@@ -399,40 +459,5 @@ class Loop:
         """None: it has ended, and the message about it crossed the row that said so."""
         return next((m for m in self._models.values() if seq_id in m.sequences), None)
 
-    def _set_phase(self, phase: PhaseName) -> None:
-        self._phase = phase
-        self._link.send(wire.Phase(phase))
-
-    @contextmanager
-    def _progress(self, model_id: str) -> Iterator[OnPhase]:
-        """While a load runs, a thread repeats what it is at, so that it is not taken for a hang."""
-        began_s = self._now()
-        done = threading.Event()
-        detail = model_id
-
-        def report() -> None:
-            elapsed_s = self._now() - began_s
-            # The parent may have gone; the loop notices when it is back at its socket.
-            with suppress(OSError):
-                self._link.send(wire.Phase(self._phase, detail, elapsed_s))
-
-        def repeat() -> None:
-            while not done.wait(self._load_progress_s):
-                report()
-
-        def on_phase(phase: Literal["loading", "compiling"], text: str) -> None:
-            nonlocal began_s, detail
-            if phase != self._phase:
-                began_s = self._now()
-            self._phase, detail = phase, text
-            report()
-
-        self._phase = "loading"
-        report()
-        thread = threading.Thread(target=repeat, name="load-progress", daemon=True)
-        thread.start()
-        try:
-            yield on_phase
-        finally:
-            done.set()
-            thread.join()
+    def _announce(self, seq_ids: list[int]) -> None:
+        self._link.send(wire.Started(seq_ids))

@@ -8,28 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    load: tuple[str, ...]
     unload: tuple[str, ...]
-    """Models that nobody here asked for."""
-    orphans: tuple[int, ...]
-    """Sequences that nobody here reads: to be cancelled."""
-    keep: frozenset[int]
-    """Sequences that run there and have a reader here: not to be sent again."""
+    """Models that it has and nobody here asked for."""
+    cancel: tuple[int, ...]
+    """Sequences that it runs: orphans, since rows sent while nobody listened are lost. Those that
+    still have a reader here are submitted anew, with the tokens that did arrive."""
 
 
-def compare(
-    wanted_models: Iterable[str],
-    wanted_sequences: Iterable[int],
-    models: Iterable[str],
-    sequences: Iterable[int],
-) -> Differences:
-    """`wanted_*`: ours; `models` and `sequences`: as the worker reports them when it connects."""
-    ours, theirs = list(wanted_models), list(models)
-    running = set(sequences)
-    keep = running.intersection(wanted_sequences)
+def compare(wanted: Iterable[str], models: Iterable[str], sequences: Iterable[int]) -> Differences:
+    """`wanted`: the models that we believe in; `models`, `sequences`: what the worker reports when
+    it connects."""
+    believed = set(wanted)
     return Differences(
-        load=tuple(m for m in ours if m not in theirs),
-        unload=tuple(m for m in theirs if m not in ours),
-        orphans=tuple(sorted(running - keep)),
-        keep=frozenset(keep),
+        unload=tuple(model for model in models if model not in believed),
+        cancel=tuple(sequences),
     )

@@ -41,20 +41,18 @@ class Vitals:
 
 def stuck(deadlines: Deadlines, vitals: Vitals) -> str | None:
     """Why the worker has to be replaced; None while it does well."""
-    if vitals.phase == "starting":
-        return _over(vitals.phase_s, deadlines.hello_s, "it said nothing after its start")
+    phase, phase_s = vitals.phase, vitals.phase_s
+    if phase == "starting":
+        late = phase_s > deadlines.hello_s
+        return f"it said nothing for {deadlines.hello_s:g} s after its start" if late else None
     if vitals.silent_s > deadlines.silence_s:
-        return f"no sign of life for {deadlines.silence_s:g} s while {vitals.phase}"
-    match vitals.phase:
+        return f"no sign of life for {deadlines.silence_s:g} s while {phase}"
+    match phase:
         case "idle":
             return None
         case "stepping":
-            return _over(vitals.phase_s, deadlines.step_s, "a step took longer")
+            late = phase_s > deadlines.step_s
+            return f"a step took longer than {deadlines.step_s:g} s" if late else None
         case "loading" | "compiling":
-            return _over(vitals.phase_s, deadlines.load_s, f"{vitals.phase} took longer")
-
-
-def _over(phase_s: float, limit_s: float, what: str) -> str | None:
-    return f"{what} than {limit_s:g} s".replace("start than", "start for") if (
-        phase_s > limit_s
-    ) else None
+            late = phase_s > deadlines.load_s
+            return f"{phase} took longer than {deadlines.load_s:g} s" if late else None

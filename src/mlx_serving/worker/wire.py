@@ -5,7 +5,7 @@ message, told apart by its tag. Both ends are the same version of this package (
 supervisor starts the worker), so fields may change freely between releases.
 
     to the worker      LoadModel  UnloadModel  Submit  Cancel  Pause  Resume  Shutdown
-    from the worker    Hello  Phase  ModelLoaded  ModelFailed  ModelUnloaded  Step
+    from the worker    Hello  Phase  ModelLoaded  ModelFailed  ModelUnloaded  Started  Step
 
 One `Step` frame a step carries the new tokens of every sequence.
 """
@@ -102,11 +102,14 @@ class Hello(msgspec.Struct, frozen=True, tag="hello", kw_only=True):
     device: str
     mlx_version: str
     memory_bytes: int
+    models: tuple[str, ...] = ()
+    """Loaded already, and `sequences` running, when the connection was made: none in a new process."""
+    sequences: tuple[int, ...] = ()
 
 
 class Phase(msgspec.Struct, frozen=True, tag="phase"):
-    """What the worker is doing, for health and its watchdog; sent on each change, and again every
-    few seconds while idle or loading (while stepping, `Step` frames are the sign of life)."""
+    """What the worker is doing, for health and its watchdog; sent on each change, and repeated: every
+    second, by a thread of its own, while it computes or loads, every few seconds while idle."""
 
     phase: Literal["idle", "loading", "compiling", "stepping"]
     detail: str = ""
@@ -158,13 +161,20 @@ class StepStats(msgspec.Struct, frozen=True, array_like=True):
     kv_capacity_tokens: int = 0
 
 
+class Started(msgspec.Struct, frozen=True, tag="started"):
+    """These sequences take a row in a step that is about to be computed: who begins when the worker
+    dies is a suspect (`worker.blame`)."""
+
+    seq_ids: list[int]
+
+
 class Step(msgspec.Struct, frozen=True, tag="step"):
     rows: list[TokenRow]
     stats: StepStats | None = None
     """None: rows that tell of errors between steps (a refusal, an unloaded model)."""
 
 
-FromWorker = Hello | Phase | ModelLoaded | ModelFailed | ModelUnloaded | Step
+FromWorker = Hello | Phase | ModelLoaded | ModelFailed | ModelUnloaded | Started | Step
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)

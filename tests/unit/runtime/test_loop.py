@@ -27,6 +27,8 @@ class Pending:
     error: Exception | None = None
 
     def wait(self) -> StepResult:
+        if self.runner.gate is not None:
+            assert self.runner.gate.wait(30)
         self.runner.in_flight -= 1
         self.runner.log.append(f"wait {self.result.step_id}")
         if self.error is not None:
@@ -42,6 +44,8 @@ class Runner:
     log: list[str] = field(default_factory=list)
     in_flight: int = 0
     most_in_flight: int = 0
+    gate: threading.Event | None = None
+    """Steps wait for it."""
 
     def launch(self, plan: StepPlan) -> Pending:
         self.log.append(f"launch {plan.step_id}")
@@ -135,7 +139,7 @@ def parent() -> Iterator[Parent]:
         parent.runners[model_id] = model.runner
         return model
 
-    loop = Loop(Link(theirs), load, collector=NoCollector())
+    loop = Loop(Link(theirs), load, collector=NoCollector(), pulse_s=0.05)
     thread = threading.Thread(target=loop.run, args=(HELLO,), daemon=True)
     thread.start()
     yield parent
@@ -293,7 +297,7 @@ def test_a_long_load_keeps_saying_so():
         assert enough.wait(30)
         return loaded(model_id)
 
-    loop = Loop(Link(theirs), slow, collector=NoCollector(), load_progress_s=0.01)
+    loop = Loop(Link(theirs), slow, collector=NoCollector(), pulse_s=0.01)
     with ours, theirs:
         thread = run_loop(loop)
         parent = Parent(ours)
@@ -310,6 +314,20 @@ def test_a_long_load_keeps_saying_so():
         parent.send(wire.Shutdown())
         thread.join(30)
         assert not thread.is_alive()
+
+
+def test_a_long_step_keeps_saying_so(parent):
+    """While a step computes, no `Step` frame says that the process lives."""
+    parent.send(load())
+    parent.expect(wire.ModelLoaded)
+    parent.runners["m"].gate = threading.Event()
+    parent.send(submit(1, 10))
+    assert parent.expect(wire.Started).seq_ids == [1]
+    told = [parent.expect(wire.Phase, lambda phase: phase.phase == "stepping") for _ in range(3)]
+    parent.runners["m"].gate.set()
+    assert told[-1].elapsed_s > told[0].elapsed_s
+    parent.rows(1)
+    parent.expect(wire.Phase, lambda phase: phase.phase == "idle")
 
 
 def test_an_idle_loop_says_that_it_lives():
