@@ -11,7 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
+import numpy as np
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.linear import Linear
+from mlx.nn.layers.positional_encoding import RoPE
+from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx_lm.models import gemma3_text, llama, qwen2, qwen3
 
 from mlx_serving.runtime.native import _load, layers, ops
@@ -57,14 +62,14 @@ class FusedDecoder:
         return out[0]
 
 
-def fuse(model: nn.Module, mode: ops.Mode, pack_into: PackInto) -> str:
+def fuse(model: Module, mode: ops.Mode, pack_into: PackInto) -> str:
     """Give the model's inner stack a fused decoder. Returns its family, or `not fused: ` and why."""
     inner = getattr(model, "model", None)
     family = FAMILIES.get(type(inner))
     if inner is None or family is None:
         return f"not fused: no fused layers for {type(model).__module__.rpartition('.')[2]}"
     try:
-        decoder = _decoder(model, inner, family, mode, pack_into)
+        decoder = _decoder(inner, family, mode, pack_into)
     except Unfusable as error:
         return f"not fused: {error}"
     object.__setattr__(inner, "_fused", decoder)
@@ -81,10 +86,11 @@ def _forward(
     hidden = self._fused(inputs if input_embeddings is None else input_embeddings, cache)
     if hidden is not None:
         return hidden
-    return super(_FUSED[_own(type(self))], self).__call__(inputs, cache, input_embeddings)  # type: ignore[misc]
+    return _own(type(self)).__call__(self, inputs, cache, input_embeddings)
 
 
-def _own(cls: type) -> type:
+def _own(cls: type) -> Any:
+    """mlx-lm's class that a fused one stands in for."""
     return next(base for base in cls.__mro__ if base in FAMILIES)
 
 
@@ -94,19 +100,19 @@ _FUSED: dict[type, type] = {
 }
 
 
-def _quantisation(module: nn.Module) -> tuple[Any, ...]:
-    if type(module) is nn.QuantizedLinear:
+def _quantisation(module: Module) -> tuple[Any, ...]:
+    if type(module) is QuantizedLinear:
         if module.mode != "affine" or module.bits not in (4, 8):
             raise Unfusable(f"{module.bits}-bit {module.mode} weights")
         if module.group_size not in (32, 64, 128) or module.get("biases") is None:
             raise Unfusable(f"groups of {module.group_size}")
         return module.bits, module.group_size
-    if type(module) is nn.Linear:
+    if type(module) is Linear:
         return ("dense", module.weight.dtype)
     raise Unfusable(f"a projection is a {type(module).__name__}")
 
 
-def _pack_together(modules: list[nn.Module], pack_into: PackInto) -> tuple[Any, mx.array | None]:
+def _pack_together(modules: list[Module], pack_into: PackInto) -> tuple[Any, mx.array | None]:
     """One packed weight of several layers' outputs, each layer keeping a slice; and their bias."""
     if len({_quantisation(m) for m in modules}) != 1:
         raise Unfusable("q, k and v are quantised differently")
@@ -121,7 +127,7 @@ def _pack_together(modules: list[nn.Module], pack_into: PackInto) -> tuple[Any, 
     def joined(name: str) -> mx.array:
         return mx.concatenate([m[name] for m in modules])
 
-    if isinstance(first, nn.QuantizedLinear):
+    if isinstance(first, QuantizedLinear):
         packed = ops.pack_quantized(
             joined("weight"), joined("scales"), joined("biases"), first.group_size, first.bits
         )
@@ -131,11 +137,11 @@ def _pack_together(modules: list[nn.Module], pack_into: PackInto) -> tuple[Any, 
     for module, n in zip(modules, outputs, strict=True):
         pack_into(module, packed if n == packed.n else packed.slice(start, start + n))
         start += n
-    bias = None if biases[0] is None else mx.concatenate(biases)
+    bias = None if biases[0] is None else mx.concatenate([b for b in biases if b is not None])
     return packed, bias
 
 
-def _check(model: nn.Module, inner: Any, family: str) -> None:
+def _check(inner: Any, family: str) -> None:
     """Everything that can refuse, before the first layer gives its weights away."""
     for layer in inner.layers:
         attn, mlp = layer.self_attn, layer.mlp
@@ -154,31 +160,33 @@ def _check(model: nn.Module, inner: Any, family: str) -> None:
     if family == "gemma3" and inner.args.sliding_window_pattern < 1:
         raise Unfusable("no sliding-window pattern")
     embed = inner.embed_tokens
-    if type(embed) is nn.QuantizedEmbedding:
+    if type(embed) is QuantizedEmbedding:
         if embed.mode != "affine" or embed.bits not in (4, 8) or embed.get("biases") is None:
             raise Unfusable("embeddings of another kind")
         if embed.group_size not in (32, 64, 128):
             raise Unfusable(f"groups of {embed.group_size}")
-    elif type(embed) is not nn.Embedding:
+    elif type(embed) is not Embedding:
         raise Unfusable(f"embeddings are a {type(embed).__name__}")
 
 
 def _head_dim(attn: Any) -> int:
-    return int(attn.o_proj.scales.shape[-1] * attn.o_proj.group_size // attn.n_heads) if "scales" in attn.o_proj else int(attn.o_proj.weight.shape[-1] // attn.n_heads)
+    return (
+        int(attn.o_proj.scales.shape[-1] * attn.o_proj.group_size // attn.n_heads)
+        if "scales" in attn.o_proj
+        else int(attn.o_proj.weight.shape[-1] // attn.n_heads)
+    )
 
 
-def _decoder(
-    model: nn.Module, inner: Any, family: str, mode: ops.Mode, pack_into: PackInto
-) -> FusedDecoder:
+def _decoder(inner: Any, family: str, mode: ops.Mode, pack_into: PackInto) -> FusedDecoder:
     from mlx_serving.runtime.native.install import pack
 
-    _check(model, inner, family)
+    _check(inner, family)
     native = _load.require()
     gemma = family == "gemma3"
     first = inner.layers[0].self_attn
     heads, kv_heads, head_dim = first.n_heads, first.n_kv_heads, _head_dim(first)
 
-    def weight(norm: nn.Module) -> mx.array:
+    def weight(norm: Module) -> mx.array:
         w = norm.weight.astype(mx.float32)
         return 1.0 + w if gemma else w
 
@@ -188,7 +196,9 @@ def _decoder(
     embed_scale = 1.0
     if gemma:
         # mlx-lm rounds the factor to bfloat16.
-        embed_scale = float(mx.array(inner.args.hidden_size**0.5, mx.bfloat16).item())
+        embed_scale = float(
+            np.array(mx.array(inner.args.hidden_size**0.5, mx.bfloat16).astype(mx.float32))
+        )
     handle = native.decoder(
         heads,
         kv_heads,
@@ -243,9 +253,9 @@ def _decoder(
     return FusedDecoder(handle, kv_heads, head_dim, embed._dtype)
 
 
-def _rope_key(rope: nn.Module) -> str:
+def _rope_key(rope: Module) -> str:
     """Equal for layers whose tables are equal."""
-    if isinstance(rope, nn.RoPE):
+    if isinstance(rope, RoPE):
         return f"{rope.dims} {rope.base} {rope.scale} {rope.traditional}"
     extra = (getattr(rope, "mscale", 1.0), getattr(rope, "_scale", 1.0))
     return f"{type(rope).__name__} {rope._freqs.tolist()} {extra}"

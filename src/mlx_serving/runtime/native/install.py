@@ -10,7 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.linear import Linear
+from mlx.nn.layers.normalization import RMSNorm
+from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx_lm.models import gemma, gemma2, gemma3_text
 
 from mlx_serving.runtime.native import _load, layers, ops, slab
@@ -23,6 +27,12 @@ _READS_WEIGHTS = re.compile(
     r"(_proj\w*|lm_head|embed\w*|wq_b|wkv_b|linear)\.(weight|scales|biases)\b"
 )
 """A model file that matches uses a layer's arrays itself, so they have to stay."""
+
+_READS_MASKS = re.compile(
+    r"mask\.(dtype|shape|ndim|astype|reshape)|[-+*&|] *mask\b|mask *[-+*&|\[]|where\([^)]*mask"
+    r"|isinstance\(mask|broadcast_to\(mask|mx\.fast\.scaled_dot_product_attention"
+)
+"""A model file that matches computes with masks, so they have to be arrays."""
 
 
 @dataclass
@@ -37,11 +47,13 @@ class Report:
     """Paths of linear layers that no kernel takes (other bit widths, odd shapes)."""
     fused: str = ""
     """The fused decoder's family, or why there is none, after `not fused: `."""
+    row_mask: bool = False
+    """The model's attention takes a `RowMask`: caches may return one from `make_mask`."""
     packed_bytes: int = 0
     """Memory of the packed weights, which replace the model's own."""
 
 
-def accelerate(model: nn.Module, mode: ops.Mode = "exact", *, fused: bool = True) -> Report:
+def accelerate(model: Module, mode: ops.Mode = "exact", *, fused: bool = True) -> Report:
     """Move the model's layers to the kernels, in place. Adapters must have been applied before.
 
     Raises RuntimeError if the kernels are not available or MLX's device is not the CPU.
@@ -56,6 +68,7 @@ def accelerate(model: nn.Module, mode: ops.Mode = "exact", *, fused: bool = True
         report.fused = fuse(model, mode, _pack_into) if not keep else "not fused: reads weights"
     for path, module in model.named_modules():
         _move(path, module, mode, keep, report)
+    report.row_mask = _takes_row_mask(model)
     seen: set[int] = set()
     for _, module in model.named_modules():
         packed = module.__dict__.get("_packed")
@@ -65,7 +78,7 @@ def accelerate(model: nn.Module, mode: ops.Mode = "exact", *, fused: bool = True
     return report
 
 
-def _move(path: str, module: nn.Module, mode: ops.Mode, keep: bool, report: Report) -> None:
+def _move(path: str, module: Module, mode: ops.Mode, keep: bool, report: Report) -> None:
     cls: type = type(module)
     target: type | None = None
     if cls in _LINEARS:
@@ -77,7 +90,7 @@ def _move(path: str, module: nn.Module, mode: ops.Mode, keep: bool, report: Repo
             _pack_into(module, packed, keep)
         module._mode = mode
         target = _LINEARS[cls]
-    elif cls is nn.RMSNorm:
+    elif cls is RMSNorm:
         module._native_weight = module.weight.astype(mx.float32)
         target = layers.NativeRMSNorm
     elif cls in GEMMA_NORMS:
@@ -94,16 +107,16 @@ def _move(path: str, module: nn.Module, mode: ops.Mode, keep: bool, report: Repo
 
 
 _LINEARS: dict[type, type] = {
-    nn.QuantizedLinear: layers.NativeQuantizedLinear,
-    nn.Linear: layers.NativeLinear,
-    nn.QuantizedEmbedding: layers.NativeQuantizedEmbedding,
-    nn.Embedding: layers.NativeEmbedding,
+    QuantizedLinear: layers.NativeQuantizedLinear,
+    Linear: layers.NativeLinear,
+    QuantizedEmbedding: layers.NativeQuantizedEmbedding,
+    Embedding: layers.NativeEmbedding,
 }
 
 
-def pack(module: nn.Module) -> ops.Packed | None:
+def pack(module: Module) -> ops.Packed | None:
     """A linear or embedding layer's weights packed, or None for a form that no kernel takes."""
-    if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+    if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
         biases = module.get("biases")
         if module.mode != "affine" or biases is None or module.weight.ndim != 2:
             return None
@@ -117,7 +130,7 @@ def pack(module: nn.Module) -> ops.Packed | None:
     return ops.pack_dense(weight)
 
 
-def _pack_into(module: nn.Module, packed: ops.Packed, keep: bool = False) -> None:
+def _pack_into(module: Module, packed: ops.Packed, keep: bool = False) -> None:
     """Give the layer its packed weights and take its own away."""
     module._dtype = (module.scales if "scales" in module else module.weight).dtype
     object.__setattr__(module, "_packed", packed)
@@ -126,14 +139,31 @@ def _pack_into(module: nn.Module, packed: ops.Packed, keep: bool = False) -> Non
             module.pop(name, None)
 
 
-def _reads_weights(model: nn.Module) -> bool:
-    modules = {type(m).__module__ for _, m in model.named_modules()}
-    for name in modules:
-        if name.startswith("mlx_lm.models.") and name != "mlx_lm.models.switch_layers":
-            source = inspect.getsource(sys.modules[name])
-            if any(_READS_WEIGHTS.search(line) and "[" not in line and '"' not in line for line in source.splitlines()):
-                return True
-    return False
+def _sources(model: Module) -> list[str]:
+    names = {type(m).__module__ for _, m in model.named_modules()}
+    return [
+        inspect.getsource(sys.modules[name])
+        for name in sorted(names)
+        if name.startswith("mlx_lm.models.") and name != "mlx_lm.models.switch_layers"
+    ]
+
+
+def _reads_weights(model: Module) -> bool:
+    return any(
+        _READS_WEIGHTS.search(line) and "[" not in line and '"' not in line
+        for source in _sources(model)
+        for line in source.splitlines()
+    )
+
+
+def _takes_row_mask(model: Module) -> bool:
+    """Attention only hands masks on to `scaled_dot_product_attention`, for head dims that the kernel has."""
+    sources = _sources(model)
+    if any(_READS_MASKS.search(source) for source in sources):
+        return False
+    bound = [m for _, m in model.named_modules() if getattr(type(m), "_native_attention", False)]
+    dims = [getattr(m, "head_dim", 16) for m in bound]
+    return bool(bound) and all(isinstance(d, int) and d % 16 == 0 for d in dims)
 
 
 def _gated(gate: mx.array, x: mx.array) -> mx.array:
@@ -162,7 +192,9 @@ def _bound(cls: type) -> type | None:
     methods: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         for name, member in vars(base).items():
-            if not isinstance(member, types.FunctionType) or not base.__module__.startswith("mlx_lm."):
+            if not isinstance(member, types.FunctionType) or not base.__module__.startswith(
+                "mlx_lm."
+            ):
                 continue
             names = [
                 n
@@ -176,6 +208,8 @@ def _bound(cls: type) -> type | None:
                 )
                 copy.__kwdefaults__ = member.__kwdefaults__
                 methods[name] = copy
-            elif name in methods:
-                del methods[name]
+                if "scaled_dot_product_attention" in names:
+                    methods["_native_attention"] = True
+            else:  # overridden by a method that uses none of them
+                methods.pop(name, None)
     return _subclass(cls, methods) if methods else None

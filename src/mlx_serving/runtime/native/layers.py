@@ -9,25 +9,30 @@ import math
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.linear import Linear
+from mlx.nn.layers.normalization import RMSNorm
+from mlx.nn.layers.positional_encoding import RoPE
+from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx_lm.models import rope_utils
 
 from mlx_serving.runtime.native import ops
 
 
 def _linear(self: Any, x: mx.array) -> mx.array:
-    return ops.linear(x, self._packed, self["bias"] if "bias" in self else None, self._mode)
+    return ops.linear(x, self._packed, self.get("bias"), self._mode)
 
 
-class NativeQuantizedLinear(nn.QuantizedLinear):
+class NativeQuantizedLinear(QuantizedLinear):
     __call__ = _linear
 
 
-class NativeLinear(nn.Linear):
+class NativeLinear(Linear):
     __call__ = _linear
 
 
-class NativeEmbedding(nn.Embedding):
+class NativeEmbedding(Embedding):
     def __call__(self, x: mx.array) -> mx.array:
         return ops.embed(x, self._packed, self._dtype)
 
@@ -35,7 +40,7 @@ class NativeEmbedding(nn.Embedding):
         return ops.linear(x, self._packed, None, self._mode)
 
 
-class NativeQuantizedEmbedding(nn.QuantizedEmbedding):
+class NativeQuantizedEmbedding(QuantizedEmbedding):
     def __call__(self, x: mx.array) -> mx.array:
         return ops.embed(x, self._packed, self._dtype)
 
@@ -43,7 +48,7 @@ class NativeQuantizedEmbedding(nn.QuantizedEmbedding):
         return ops.linear(x, self._packed, None, self._mode)
 
 
-class NativeRMSNorm(nn.RMSNorm):
+class NativeRMSNorm(RMSNorm):
     def __call__(self, x: mx.array) -> mx.array:
         return ops.rms_norm(x, self._native_weight, self.eps)
 
@@ -60,7 +65,7 @@ class _NativeRope:
 
 
 ROPES = (
-    nn.RoPE,
+    RoPE,
     rope_utils.Llama3RoPE,
     rope_utils.YarnRoPE,
     rope_utils.SuScaledRoPE,
@@ -73,11 +78,11 @@ NATIVE_ROPES: dict[type, type] = {
 }
 
 
-def rope_table(module: nn.Module) -> ops.RopeTable | None:
+def rope_table(module: Module) -> ops.RopeTable | None:
     """The table of a rope layer, or None for a kind that has none (dynamic NTK, custom classes)."""
     if type(module) not in ROPES and type(module) not in NATIVE_ROPES.values():
         return None
-    if isinstance(module, nn.RoPE):
+    if isinstance(module, RoPE):
         dims, scale = module.dims, module.scale
         inv = [scale * math.pow(module.base, -2.0 * i / dims) for i in range(dims // 2)]
         return ops.rope_table(inv, module.traditional)

@@ -43,9 +43,7 @@ def pack_dense(w: mx.array) -> Packed:
     return require().pack_dense(w)
 
 
-def linear(
-    x: mx.array, w: Packed, bias: mx.array | None = None, mode: Mode = "exact"
-) -> mx.array:
+def linear(x: mx.array, w: Packed, bias: mx.array | None = None, mode: Mode = "exact") -> mx.array:
     """`x @ w.T + bias`: `[…, k]` to `[…, n]` in x's type."""
     return require().linear(x, w, bias, mode)
 
@@ -60,9 +58,7 @@ def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
     return require().rms_norm(x, weight, eps)
 
 
-def rope_table(
-    inv_freq: Sequence[float], traditional: bool, magnitude: float = 1.0
-) -> RopeTable:
+def rope_table(inv_freq: Sequence[float], traditional: bool, magnitude: float = 1.0) -> RopeTable:
     """Angles `position · inv_freq[i]` (radians); `magnitude` scales cosines and sines (yarn, longrope)."""
     return require().rope_table([float(f) for f in inv_freq], traditional, magnitude)
 

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlx_serving.runtime.native import ops, reference
+
+QUICK = settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def slabs(slots: int, heads: int, capacity: int, d: int, dv: int, dtype=mx.float32):
+    k = mx.random.normal((slots, heads, capacity, d), key=mx.random.key(1)).astype(dtype)
+    v = mx.random.normal((slots, heads, capacity, dv), key=mx.random.key(2)).astype(dtype)
+    mx.eval(k, v)
+    return k, v
+
+
+@QUICK
+@given(data=st.data())
+def test_matches_the_reference(isa: str, data: st.DataObject) -> None:
+    kv_heads = data.draw(st.integers(1, 3))
+    heads = kv_heads * data.draw(st.integers(1, 5))
+    d, dv = (16 * data.draw(st.integers(1, 6)) for _ in range(2))
+    length = data.draw(st.sampled_from((1, 2, 5, 17, 33)))
+    offsets = data.draw(st.lists(st.integers(0, 400 - length), min_size=1, max_size=3))
+    window = data.draw(st.sampled_from((0, 0, 1, 7, 100)))
+    dtype = data.draw(st.sampled_from((mx.float32, mx.float16, mx.bfloat16)))
+    sinks = mx.random.normal((heads,)) if data.draw(st.booleans()) else None
+    k, v = slabs(4, kv_heads, 400, d, dv, dtype)
+    rows = [3, 0, 2][: len(offsets)]
+    q = mx.random.normal((len(offsets), length, heads, d), key=mx.random.key(3))
+    q = q.transpose(0, 2, 1, 3)
+    got = ops.attention(q, k, v, mx.array(rows), mx.array(offsets), d**-0.5, window, sinks)
+    expected = reference.attention(q, k, v, rows, offsets, d**-0.5, window, sinks)
+    assert np.abs(np.array(got) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("window", [0, 90])
+@pytest.mark.parametrize("group,d", [(1, 64), (3, 64), (4, 128), (8, 32)])
+def test_a_position_has_the_same_bits_decoded_or_in_any_chunk(
+    isa: str, group: int, d: int, window: int
+) -> None:
+    k, v = slabs(2, 2, 640, d, d)
+    length = 600
+    q = mx.random.normal((1, 2 * group, length, d), key=mx.random.key(3))
+    row = mx.array([1])
+
+    def run(start: int, stop: int) -> np.ndarray:
+        part = q[:, :, start:stop]
+        out = ops.attention(part, k, v, row, mx.array([start]), 0.2, window)
+        return np.array(out).view(np.uint32)
+
+    whole = run(0, length)
+    for start, stop in ((0, 7), (7, 64), (64, 65), (65, 330), (200, 300), (330, 600)):
+        assert (run(start, stop) == whole[:, :, start:stop]).all(), (start, stop)
+    for i in (0, 1, 63, 64, 65, 127, 128, 255, 256, 257, 300, 511, 512, 599):
+        assert (run(i, i + 1) == whole[:, :, i : i + 1]).all(), i
+
+
+def test_a_row_does_not_depend_on_its_neighbours(isa: str) -> None:
+    k, v = slabs(16, 3, 700, 64, 64)
+    lengths = [0, 1, 63, 64, 65, 300, 699, 5, 17, 256, 255, 257, 600, 2, 3, 4]
+    q = mx.random.normal((16, 9, 1, 64), key=mx.random.key(3))
+    rows, offsets = mx.arange(16), mx.array(lengths)
+    whole = np.array(ops.attention(q, k, v, rows, offsets, 0.125)).view(np.uint32)
+    for i in range(16):
+        one = slice(i, i + 1)
+        alone = ops.attention(q[one], k, v, rows[one], offsets[one], 0.125)
+        assert (np.array(alone).view(np.uint32)[0] == whole[i]).all(), i
+
+
+def test_what_lies_beyond_a_row_is_not_read(isa: str) -> None:
+    k, v = (
+        np.random.default_rng(i).normal(size=(3, 2, 300, 32)).astype(np.float32) for i in (0, 1)
+    )
+    q = mx.random.normal((2, 4, 5, 32), key=mx.random.key(3))
+    args = (mx.array([2, 0]), mx.array([100, 251]), 0.2)
+    clean = np.array(ops.attention(q, mx.array(k), mx.array(v), *args))
+    for a in (k, v):
+        a[1] = np.nan
+        a[2, :, 105:] = np.nan
+        a[0, :, 256:] = np.inf
+    dirty = np.array(ops.attention(q, mx.array(k), mx.array(v), *args))
+    assert (clean == dirty).all()
+    # A later position's NaN does not reach an earlier query of the same chunk.
+    k[2, :, 103] = v[2, :, 103] = np.nan
+    mixed = np.array(ops.attention(q, mx.array(k), mx.array(v), *args))
+    assert (mixed[0, :, :3] == clean[0, :, :3]).all()
+    assert np.isnan(mixed[0, :, 3:]).all()
+
+
+@pytest.mark.parametrize("slab_type", [mx.float32, mx.bfloat16, mx.float16])
+def test_kv_write(isa: str, slab_type: mx.Dtype) -> None:
+    keys, values = slabs(4, 2, 50, 16, 32, slab_type)
+    k = mx.random.normal((2, 3, 2, 16)).transpose(0, 2, 1, 3)
+    v = mx.random.normal((2, 2, 3, 32))
+    rows, offsets = [3, 1], [47, 0]
+    expected = [
+        reference.kv_write(keys, k.astype(slab_type), rows, offsets),
+        reference.kv_write(values, v.astype(slab_type), rows, offsets),
+    ]
+    got = ops.kv_write(keys, values, k, v, mx.array(rows), mx.array(offsets))
+    for a, b in zip(got, expected, strict=True):
+        assert (np.array(a.astype(mx.float32)) == b).all()
+
+
+def test_kv_write_is_in_place_and_bounded() -> None:
+    keys, values = slabs(2, 1, 8, 16, 16)
+    new = mx.ones((1, 1, 1, 16))
+    before = mx.get_active_memory()
+    for position in range(8):
+        keys, values = ops.kv_write(keys, values, new, new, mx.array([1]), mx.array([position]))
+        mx.eval(keys, values)
+    assert mx.get_active_memory() - before < 2 * keys.nbytes
+    assert (np.array(keys)[1] == 1).all()
+    for row, position in ((1, 8), (2, 0), (-1, 0), (0, -1)):
+        with pytest.raises(RuntimeError, match=r"out of range|capacity"):
+            mx.eval(ops.kv_write(keys, values, new, new, mx.array([row]), mx.array([position])))
+    mx.eval(mx.ones((2,)) + 1)
+
+
+def test_wrong_shapes_are_refused() -> None:
+    keys, values = slabs(2, 2, 8, 16, 16)
+    q = mx.zeros((1, 3, 1, 16))
+    with pytest.raises(ValueError, match="multiple of the KV heads"):
+        ops.attention(q, keys, values, mx.array([0]), mx.array([0]), 1.0)
+    with pytest.raises(ValueError, match="one offset"):
+        ops.attention(q[:, :2], keys, values, mx.array([0]), mx.array([0, 1]), 1.0)
