@@ -24,8 +24,9 @@ from mlx_serving.catalog.ensure import Progress, ensure
 from mlx_serving.catalog.lifecycle import Fetching, Loading, ModelSlot
 from mlx_serving.catalog.names import default_name
 from mlx_serving.config import Config, override
+from mlx_serving.content import structured
 from mlx_serving.content.text import TextSide
-from mlx_serving.errors import ConfigError, UnsupportedParameter
+from mlx_serving.errors import ConfigError, InvalidRequest, UnsupportedParameter
 from mlx_serving.gateway import Gateway, Generation, Served
 from mlx_serving.telemetry.events import (
     EventBus,
@@ -61,7 +62,7 @@ PromptLike = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 _SAMPLING = frozenset(SamplingParams.__struct_fields__) - {"seed", "choice", "max_tokens"}
 _REQUEST = frozenset(
-    {"max_tokens", "seed", "n", "stop", "include_stop_str", "priority", "cache_salt"}
+    {"max_tokens", "seed", "n", "stop", "include_stop_str", "priority", "cache_salt", "grammar"}
 )
 
 
@@ -172,7 +173,8 @@ class Engine:
         """Stream the continuation of a text, of token ids, or of chat messages.
 
         `params` are the fields of `SamplingParams` and of `GenerateRequest` (`max_tokens`, `seed`,
-        `n`, `stop`, …). Raises the same typed errors that the HTTP API reports.
+        `n`, `stop`, …). `response_format` is OpenAI's; `grammar` a `Grammar`, or the text of a Lark
+        grammar. Raises the same typed errors that the HTTP API reports.
         """
         generation = await self._open(prompt, model, params)
         try:
@@ -481,13 +483,19 @@ async def _collect(generation: Generation) -> Completion:
 
 
 def _request(prompt: PromptLike, model: str, params: Mapping[str, Any]) -> GenerateRequest:
-    unknown = set(params) - _SAMPLING - _REQUEST - {"template_kwargs", "tools"}
+    unknown = set(params) - _SAMPLING - _REQUEST - {"template_kwargs", "tools", "response_format"}
     if unknown:
         name = min(unknown)
         raise UnsupportedParameter(f"generate() has no parameter '{name}'.", param=name)
     fields = {k: v for k, v in params.items() if k in _REQUEST}
     if isinstance(fields.get("stop"), str):
         fields["stop"] = (fields["stop"],)
+    if params.get("response_format") is not None:
+        if fields.get("grammar") is not None:
+            raise InvalidRequest("Give 'grammar' or 'response_format'.", param="grammar")
+        fields["grammar"] = structured.response_format(params["response_format"])
+    if isinstance(fields.get("grammar"), str):
+        fields["grammar"] = structured.lark(fields["grammar"], param="grammar")
     if "priority" in fields and isinstance(fields["priority"], str):
         fields["priority"] = Priority[fields["priority"].upper()]
     return GenerateRequest(

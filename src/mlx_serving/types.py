@@ -155,6 +155,9 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True):
     """The schema as JSON, the expression, a JSON list of choices, or the grammar; "" for json_object."""
     param: str = "response_format"
     """The field that the client set, for errors."""
+    white_space: str | None = None
+    """Of JSON: what may stand between two of its tokens, an expression; "": nothing; None: the
+    worker's own bound."""
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,6 +195,11 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
             r(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
             ok = self.sampling.min_tokens <= self.max_tokens
             r(ok, "min_tokens", "at most max_tokens", self.sampling.min_tokens)
+        if self.grammar is not None and self.sampling.ignore_eos:
+            raise InvalidRequest(
+                f"'ignore_eos' leaves no end to the output that '{self.grammar.param}' describes.",
+                param="ignore_eos",
+            )
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

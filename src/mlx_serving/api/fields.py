@@ -47,6 +47,12 @@ _SAMPLING = {
     "ignore_eos": "the end-of-sequence token does not end the answer",
     "include_stop_str_in_output": "the stop string stays in the text",
     "priority": "critical, high, normal, low; or an integer: to -10 critical, -9 to -1 high, 0 normal, above low",
+    "response_format": "text, json_object or json_schema, which is followed exactly, strict or not; see docs/structured-output.md",
+    "structured_outputs": "one of json, regex, choice, grammar (Lark), json_object",
+    "guided_json": "as structured_outputs.json",
+    "guided_regex": "as structured_outputs.regex",
+    "guided_choice": "as structured_outputs.choice",
+    "guided_grammar": "as structured_outputs.grammar",
     "cache_salt": "1 to 256 characters; requests share cached prefixes only with equal salts",
 }
 _ADVISORY = {
@@ -61,12 +67,6 @@ _ADVISORY = {
     "prediction": "a hint for speed",
 }
 _REFUSED: dict[str, Row] = {
-    "response_format": ("structured output is not built yet", ({"type": "text"},)),
-    "structured_outputs": "structured output is not built yet",
-    "guided_json": "structured output is not built yet",
-    "guided_regex": "structured output is not built yet",
-    "guided_choice": "structured output is not built yet",
-    "guided_grammar": "structured output is not built yet",
     "prompt_logprobs": "log-probabilities of the prompt are not computed",
     "best_of": ("ask for n answers and choose", (1,)),
     "use_beam_search": ("there is no beam search", (False,)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -14,11 +14,13 @@ from msgspec import Meta
 from mlx_serving.api import fields
 from mlx_serving.api.body import convert as _convert
 from mlx_serving.api.body import read_object as _object
+from mlx_serving.content import structured
 from mlx_serving.errors import InvalidRequest, UnsupportedParameter
 from mlx_serving.types import (
     MAX_LOGPROBS,
     ChatPrompt,
     GenerateRequest,
+    Grammar,
     Message,
     Priority,
     Prompt,
@@ -86,6 +88,12 @@ class _Body(msgspec.Struct, kw_only=True):
     priority: str | int | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     max_tokens: Positive | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | bool | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[Any] | None = None
+    guided_grammar: str | None = None
 
 
 class _ChatBody(_Body, kw_only=True):
@@ -203,6 +211,7 @@ def _call(
         "include_stop_str": bool(body.include_stop_str_in_output),
         "priority": _priority(body.priority),
         "cache_salt": body.cache_salt,
+        "grammar": _grammar(body),
     }
     ids = [call_id] if len(prompts) == 1 else [f"{call_id}-{i}" for i in range(len(prompts))]
     return Call(
@@ -217,6 +226,27 @@ def _call(
         echo=echo,
         advisory=(*advisory, *more_advisory),
     )
+
+
+def _grammar(body: _Body) -> Grammar | None:
+    """From the one field that says what the output must look like."""
+    given = [name for name in _GRAMMARS if getattr(body, name) is not None]
+    found = [g for n in given if (g := _GRAMMARS[n](getattr(body, n), param=n)) is not None]
+    if len(found) > 1:
+        raise InvalidRequest(
+            f"'{given[-1]}' and '{given[0]}' each describe the output; send one.", param=given[-1]
+        )
+    return found[0] if found else None
+
+
+_GRAMMARS: Mapping[str, Callable[..., Grammar | None]] = {
+    "response_format": structured.response_format,
+    "structured_outputs": structured.structured_outputs,
+    "guided_json": structured.json_schema,
+    "guided_regex": structured.regex,
+    "guided_choice": structured.choice,
+    "guided_grammar": structured.lark,
+}
 
 
 def _sampling(body: _Body, logprobs: int | None) -> SamplingParams:

@@ -11,7 +11,14 @@ import openai.types.chat
 import pytest
 
 from mlx_serving.api import fields
-from mlx_serving.types import ChatPrompt, GenerateRequest, Priority, TextPrompt, TokenPrompt
+from mlx_serving.types import (
+    ChatPrompt,
+    GenerateRequest,
+    Grammar,
+    Priority,
+    TextPrompt,
+    TokenPrompt,
+)
 
 Read = Callable[[GenerateRequest], Any]
 
@@ -41,6 +48,36 @@ SHARED: dict[str, tuple[Any, Read, Any]] = {
     "priority": ("high", lambda r: r.priority, Priority.HIGH),
     "cache_salt": ("tenant", lambda r: r.cache_salt, "tenant"),
     "max_tokens": (9, lambda r: r.max_tokens, 9),
+    "response_format": (
+        {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "null"}}},
+        lambda r: r.grammar,
+        Grammar(kind="json_schema", text='{"type":"null"}'),
+    ),
+    "structured_outputs": (
+        {"json_object": True, "whitespace_pattern": " "},
+        lambda r: r.grammar,
+        Grammar(kind="json_object", param="structured_outputs.json_object", white_space=" "),
+    ),
+    "guided_json": (
+        '{"type": "null"}',
+        lambda r: r.grammar,
+        Grammar(kind="json_schema", text='{"type":"null"}', param="guided_json"),
+    ),
+    "guided_regex": (
+        "[a-z]+",
+        lambda r: r.grammar,
+        Grammar(kind="regex", text="[a-z]+", param="guided_regex"),
+    ),
+    "guided_choice": (
+        ["yes", "no"],
+        lambda r: r.grammar,
+        Grammar(kind="choice", text='["yes","no"]', param="guided_choice"),
+    ),
+    "guided_grammar": (
+        'start: "a"',
+        lambda r: r.grammar,
+        Grammar(kind="lark", text='start: "a"', param="guided_grammar"),
+    ),
 }
 CHAT: dict[str, tuple[Any, Read, Any]] = {
     **SHARED,
@@ -285,7 +322,20 @@ CHAT_REFUSALS: list[tuple[dict[str, Any], str]] = [
         {"add_generation_prompt": True, "continue_final_message": True},
         "add_generation_prompt",
     ),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"response_format": {"type": "json_object", "schema": {}}}, "response_format"),
+    ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
+    ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+    ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs"),
+    ({"structured_outputs": {"json": {"not": {}}}}, "structured_outputs.json"),
+    ({"guided_json": {"contains": {}}}, "guided_json"),
+    ({"guided_json": "{"}, "guided_json"),
+    ({"guided_choice": []}, "guided_choice"),
+    ({"guided_choice": ["a", 1]}, "guided_choice"),
+    ({"guided_grammar": ""}, "guided_grammar"),
     ({"best_of": True}, "best_of"),
 ]
 

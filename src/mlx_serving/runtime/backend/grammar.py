@@ -59,7 +59,7 @@ class Grammars:
         self._eos = list(eos_token_ids)
         self._tokenizer: Future[LLTokenizer] = Future()
         self._reading = threading.Lock()
-        self._compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, str, str | None], LLMatcher] = OrderedDict()
 
     def warm(self) -> None:
         """Read the vocabulary (tenths of a second) on a thread, before the first grammar needs it."""
@@ -67,7 +67,7 @@ class Grammars:
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """Milliseconds, or nothing if it was compiled lately. Raises InvalidRequest."""
-        key = (grammar.kind, grammar.text)
+        key = (grammar.kind, grammar.text, grammar.white_space)
         compiled = self._compiled.get(key)
         if compiled is None:
             compiled = self._compiled[key] = self._compile(grammar)
@@ -172,13 +172,13 @@ def _definition(grammar: Grammar) -> str:
 
     match grammar.kind:
         case "json_object":
-            return _json({"type": "object"})
+            return _json({"type": "object"}, grammar.white_space)
         case "json_schema":
             schema = json.loads(grammar.text)
             if isinstance(schema, bool):
                 # Options are applied to an object; these two mean what the booleans mean.
                 schema = {} if schema else {"enum": []}
-            return _json(schema)
+            return _json(schema, grammar.white_space)
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
         case "choice":
@@ -203,10 +203,13 @@ def _limits() -> LLParserLimits:
     )
 
 
-def _json(schema: dict[str, Any]) -> str:
+def _json(schema: dict[str, Any], white_space: str | None) -> str:
     from llguidance import LLMatcher
 
-    options: Any = _JSON_OPTIONS
+    options: Any = dict(_JSON_OPTIONS)
+    if white_space is not None:
+        options["whitespace_flexible"] = bool(white_space)
+        options["whitespace_pattern"] = white_space or None
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)
 
 
@@ -216,4 +219,6 @@ def _literal(text: str) -> str:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    return " ".join(matcher.get_error().split())[:MAX_ERROR_CHARS] or matcher.stop_reason()
+    if matcher.stop_reason().startswith("NoExtension"):
+        return "nothing can satisfy it."
+    return " ".join(matcher.get_error().split())[:MAX_ERROR_CHARS]
