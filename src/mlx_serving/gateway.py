@@ -117,6 +117,10 @@ class Gateway:
         _check_ids("tokens", token_ids, served.info.vocab_size)
         return served.text.decode(token_ids, skip_special_tokens=False)
 
+    async def load(self, model: str) -> None:
+        """Wait until a model can answer; raises why it cannot."""
+        await self._route(model).ready()
+
     def model_info(self, model: str) -> ModelInfo | None:
         """What is known of a loaded model; None while it is not. Raises ModelNotFound."""
         state = self._route(model).state

@@ -8,7 +8,7 @@ import msgspec
 
 from mlx_serving.api import drive
 from mlx_serving.api.anthropic_request import parse_count, parse_messages
-from mlx_serving.api.anthropic_response import FRAMING, MessageWriter, error_json, message
+from mlx_serving.api.anthropic_response import FRAMING, MessageWriter, message
 from mlx_serving.api.exchange import Exchange, Headers
 from mlx_serving.api.port import GatewayPort
 from mlx_serving.config import Config
@@ -20,7 +20,6 @@ class AnthropicRoutes:
         self._config = config
 
     async def messages(self, exchange: Exchange) -> None:
-        exchange.error_shape = error_json
         body = await exchange.body(self._config.max_body_bytes)
         call = parse_messages(body, default_model=self._gateway.default_model())
         model, show = call.request.model, call.show_thinking
@@ -37,7 +36,6 @@ class AnthropicRoutes:
         )
 
     async def count_tokens(self, exchange: Exchange) -> None:
-        exchange.error_shape = error_json
         body = await exchange.body(self._config.max_body_bytes)
         model, prompt, advisory = parse_count(body, default_model=self._gateway.default_model())
         count = len(await self._gateway.tokenise(model, prompt))

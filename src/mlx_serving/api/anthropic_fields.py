@@ -13,7 +13,7 @@ _PROMPT: dict[str, Row] = {
     "tools": "tools of the client's own, given to the chat template",
     "tool_choice": "auto, or none: no tools are shown to the model",
     "thinking": "enabled, adaptive or disabled: the chat template's enable_thinking",
-    "output_config": "effort: the chat template's reasoning_effort",
+    "output_config": "effort: the chat template's reasoning_effort; format: a schema that the answer follows",
     "context_management": "edits that keep everything",
 }
 _PROMPT_ADVISORY: dict[str, Row] = {
@@ -114,8 +114,13 @@ THINKING: Table = table(
 )
 
 OUTPUT_CONFIG: Table = table(
-    ("honoured", {"effort": "low, medium, high; xhigh and max are the template's high"}),
-    ("refused", {"format": "structured output is not built on this route"}),
+    (
+        "honoured",
+        {
+            "effort": "low, medium, high; xhigh and max are the template's high",
+            "format": "json_schema with a schema that the answer follows",
+        },
+    ),
 )
 
 ROUTES: Mapping[str, Table] = {

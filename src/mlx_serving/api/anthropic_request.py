@@ -10,10 +10,10 @@ import msgspec
 from msgspec import Meta
 
 from mlx_serving.api import anthropic_fields as fields
-from mlx_serving.api.body import convert, read_object, refuse, stop_strings
+from mlx_serving.api.body import convert, read_object, refuse, schema_grammar, stop_strings
 from mlx_serving.api.disposition import check
 from mlx_serving.errors import InvalidRequest
-from mlx_serving.types import ChatPrompt, GenerateRequest, Message, SamplingParams
+from mlx_serving.types import ChatPrompt, GenerateRequest, Grammar, Message, SamplingParams
 
 _MAX_INT = 2**31 - 1
 _BILLING = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*(?:\n+|\Z)")
@@ -63,7 +63,13 @@ class _Thinking(msgspec.Struct, kw_only=True):
     display: Literal["summarized", "omitted"] | None = None
 
 
+class _Format(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
 class _OutputConfig(msgspec.Struct, kw_only=True):
+    format: _Format | None = None
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
 
 
@@ -81,7 +87,8 @@ def parse_messages(data: bytes, *, default_model: str) -> MessagesCall:
     raw = read_object(data)
     advisory = check(fields.MESSAGES, raw)
     body = convert(raw, _Body)
-    thinking, prompt = _prompt(body, advisory)
+    output = _output_config(body.output_config)
+    thinking, prompt = _prompt(body, advisory, output.effort)
     given = {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
     if body.seed is not None and body.seed >= 2**64:
         raise InvalidRequest("'seed' must fit in 64 bits.", param="seed")
@@ -94,6 +101,7 @@ def parse_messages(data: bytes, *, default_model: str) -> MessagesCall:
             max_tokens=body.max_tokens,
             seed=None if body.seed is None else body.seed % 2**64,
             stop=stop_strings(body.stop_sequences or [], "stop_sequences"),
+            grammar=_grammar(output),
         ),
         stream=bool(body.stream),
         show_thinking=thinking is None or thinking.display != "omitted",
@@ -106,12 +114,16 @@ def parse_count(data: bytes, *, default_model: str) -> tuple[str, ChatPrompt, li
     raw = read_object(data)
     advisory = check(fields.COUNT_TOKENS, raw)
     body = convert(raw, _Prompt)
-    return body.model or default_model, _prompt(body, advisory)[1], advisory
+    effort = _output_config(body.output_config).effort
+    return body.model or default_model, _prompt(body, advisory, effort)[1], advisory
 
 
-def _prompt(body: _Prompt, advisory: list[str]) -> tuple[_Thinking | None, ChatPrompt]:
+def _prompt(
+    body: _Prompt, advisory: list[str], effort: str | None
+) -> tuple[_Thinking | None, ChatPrompt]:
     """The prompt; nested advisory fields are added to `advisory`."""
-    thinking, kwargs = _thinking(body.thinking, advisory), _effort(body.output_config)
+    kwargs: dict[str, Any] = {"reasoning_effort": _EFFORT[effort]} if effort else {}
+    thinking = _thinking(body.thinking, advisory)
     if thinking is not None:
         kwargs["enable_thinking"] = thinking.type != "disabled"
     _check_edits(body.context_management)
@@ -143,12 +155,15 @@ def _thinking(raw: dict[str, Any] | None, advisory: list[str]) -> _Thinking | No
     return convert(raw, _Thinking, at="thinking")
 
 
-def _effort(raw: dict[str, Any] | None) -> dict[str, Any]:
-    if raw is None:
-        return {}
-    check(fields.OUTPUT_CONFIG, raw, at="output_config.")
-    effort = convert(raw, _OutputConfig, at="output_config").effort
-    return {"reasoning_effort": _EFFORT[effort]} if effort else {}
+def _output_config(raw: dict[str, Any] | None) -> _OutputConfig:
+    check(fields.OUTPUT_CONFIG, raw or {}, at="output_config.")
+    return convert(raw or {}, _OutputConfig, at="output_config")
+
+
+def _grammar(output: _OutputConfig) -> Grammar | None:
+    if output.format is None:
+        return None
+    return schema_grammar(output.format.schema, "output_config.format.schema")
 
 
 def _check_edits(raw: dict[str, Any] | None) -> None:

@@ -14,6 +14,7 @@ import msgspec
 
 from mlx_serving import __version__, clock
 from mlx_serving.api.anthropic import AnthropicRoutes
+from mlx_serving.api.anthropic_response import error_json as anthropic_error
 from mlx_serving.api.exchange import (
     ASGIApp,
     ClientGone,
@@ -24,6 +25,8 @@ from mlx_serving.api.exchange import (
     cut_short,
     internal_error,
 )
+from mlx_serving.api.ollama import GREETING, OllamaRoutes
+from mlx_serving.api.ollama_response import error_json as ollama_error
 from mlx_serving.api.openai import OpenAIRoutes
 from mlx_serving.api.port import GatewayPort
 from mlx_serving.config import Config
@@ -49,7 +52,7 @@ class MethodNotAllowed(InvalidRequest):
 def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
     """The application over `gateway`; it holds no state of its own."""
     openai, info = OpenAIRoutes(gateway, config), InfoRoutes(gateway)
-    anthropic = AnthropicRoutes(gateway, config)
+    anthropic, ollama = AnthropicRoutes(gateway, config), OllamaRoutes(gateway, config)
     exact: Mapping[str, Methods] = {
         "/": {"GET": info.index},
         "/health": {"GET": info.health},
@@ -60,6 +63,12 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
         "/v1/completions": {"POST": openai.completions},
         "/v1/messages": {"POST": anthropic.messages},
         "/v1/messages/count_tokens": {"POST": anthropic.count_tokens},
+        "/api/chat": {"POST": ollama.chat},
+        "/api/generate": {"POST": ollama.generate},
+        "/api/tags": {"GET": ollama.tags},
+        "/api/ps": {"GET": ollama.ps},
+        "/api/show": {"POST": ollama.show},
+        "/api/version": {"GET": ollama.version},
     }
     prefixes: Mapping[str, Methods] = {"/v1/models/": {"GET": info.model}}
 
@@ -78,6 +87,10 @@ async def _answer(
     exchange: Exchange, exact: Mapping[str, Methods], prefixes: Mapping[str, Methods]
 ) -> None:
     started_s = clock.monotonic()
+    if exchange.path.startswith("/api/"):
+        exchange.error_shape = ollama_error
+    elif exchange.path.startswith("/v1/messages"):
+        exchange.error_shape = anthropic_error
     try:
         await _route(exchange, exact, prefixes)
     except ClientGone:
@@ -135,7 +148,13 @@ class InfoRoutes:
         self._gateway = gateway
 
     async def index(self, exchange: Exchange) -> None:
-        await _json(exchange, 200, _INDEX)
+        """What there is; Ollama's clients look for Ollama's greeting."""
+        if (exchange.header(b"user-agent") or b"").startswith(b"ollama"):
+            await exchange.respond(
+                200, GREETING.encode(), content_type=b"text/plain; charset=utf-8"
+            )
+        else:
+            await _json(exchange, 200, _INDEX)
 
     async def health(self, exchange: Exchange) -> None:
         """Always 200 while the gateway lives; the body tells the truth."""
@@ -165,12 +184,17 @@ _INDEX = {
     "name": "mlx-serving",
     "version": __version__,
     "about": "Language models served with MLX behind an OpenAI-compatible API.",
+    "ollama": GREETING,
     "openai_base_url": "/v1",
+    "anthropic_base_url": "/",
     "endpoints": {
         "POST /v1/chat/completions": "OpenAI chat completions, streamed or not",
         "POST /v1/completions": "OpenAI completions, streamed or not",
         "POST /v1/messages": "Anthropic messages, streamed or not",
         "POST /v1/messages/count_tokens": "how many tokens a message's prompt has",
+        "POST /api/chat": "Ollama chat, streamed unless asked otherwise",
+        "POST /api/generate": "Ollama generate, streamed unless asked otherwise",
+        "GET /api/tags": "the served models, as Ollama lists them; also /api/ps, /api/show, /api/version",
         "GET /v1/models": "the served models, the default first",
         "GET /health": "what the server and its workers are doing; always 200",
         "GET /ready": "200 when requests can be answered now, else 503",

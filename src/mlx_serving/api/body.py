@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from mlx_serving.errors import InvalidRequest, UnsupportedParameter
+from mlx_serving.types import Grammar
 
 T = TypeVar("T")
 
@@ -79,3 +80,14 @@ def stop_strings(strings: list[str], at: str) -> tuple[str, ...]:
 def refuse(at: str, why: str) -> UnsupportedParameter:
     """What is asked for is known and not supported."""
     return UnsupportedParameter(f"'{at}' is not supported: {why}.", param=at)
+
+
+MAX_SCHEMA_BYTES = 256 * 1024
+
+
+def schema_grammar(schema: dict[str, Any], at: str) -> Grammar:
+    """A JSON schema that the answer has to follow; the worker refuses what it cannot enforce."""
+    text = msgspec.json.encode(schema)
+    if len(text) > MAX_SCHEMA_BYTES:
+        raise InvalidRequest(f"'{at}' is over {MAX_SCHEMA_BYTES} bytes.", param=at)
+    return Grammar(kind="json_schema", text=text.decode(), param=at)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from mlx_serving import clock
 from mlx_serving.api.exchange import Exchange, Headers, cut_short, internal_error
 from mlx_serving.api.port import GatewayPort, Generation
 from mlx_serving.api.sse import SSE, ClientWatch, EventStream, Framing
@@ -47,6 +48,10 @@ class Collected:
     logprobs: list[TextLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    opened_s: float = field(default_factory=clock.monotonic)
+    """When the request had been opened, on the monotonic clock."""
+    first_s: float | None = None
+    """When its first token was there."""
 
 
 async def serve(
@@ -97,10 +102,12 @@ async def collect(generation: Generation) -> Collected:
     async for events in generation:
         for event in events:
             checked(event)
+            if whole.first_s is None and event.token_ids:
+                whole.first_s = clock.monotonic()
             texts.append(event.text)
             thoughts.append(event.reasoning)
             whole.logprobs += event.logprobs or ()
-            _add_calls(whole.calls, event)
+            add_calls(whole.calls, event)
             if event.finish_reason is not None:
                 whole.finish_reason, whole.stop_reason = event.finish_reason, event.stop_reason
     whole.text, whole.reasoning = "".join(texts), "".join(thoughts)
@@ -116,7 +123,8 @@ def checked(event: TokenEvent) -> TokenEvent:
     return event
 
 
-def _add_calls(calls: list[ToolCall], event: TokenEvent) -> None:
+def add_calls(calls: list[ToolCall], event: TokenEvent) -> None:
+    """Put an event's pieces of calls together."""
     for delta in event.tool_calls or ():
         if delta.index == len(calls):
             calls.append(ToolCall(id=delta.id or "", name=delta.name or ""))

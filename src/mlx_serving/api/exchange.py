@@ -33,7 +33,7 @@ class ClientGone(Exception):
 class Exchange:
     """A request's scope and channels, its id, and the status it was answered with.
 
-    A dialect sets the shape of its errors first thing, and what it runs under which id once it does.
+    The path decides the shape of its errors; a dialect sets what it runs under which id.
     """
 
     __slots__ = (

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from mlx_serving.api import anthropic_fields
+from mlx_serving.api import anthropic_fields, ollama_fields
 from mlx_serving.api.disposition import Disposition, Field, Row, Table, check
 from mlx_serving.api.disposition import table as _table
 
@@ -179,6 +179,7 @@ ROUTES: Mapping[str, Table] = {
     "stream_options": STREAM_OPTIONS,
     "messages[]": MESSAGE,
     **anthropic_fields.ROUTES,
+    **ollama_fields.ROUTES,
 }
 
 

@@ -64,6 +64,10 @@ class GatewayPort(Protocol):
         """Text of token ids, special tokens included."""
         ...
 
+    async def load(self, model: str) -> None:
+        """Wait until a model can answer; raises why it cannot."""
+        ...
+
     def model_info(self, model: str) -> ModelInfo | None:
         """What is known of a loaded model; None while it is not. Raises ModelNotFound."""
         ...

@@ -157,6 +157,9 @@ class FakeGateway:
     async def detokenise(self, model: str, token_ids: Sequence[int]) -> str:
         return bytes(token_ids).decode()
 
+    async def load(self, model: str) -> None:
+        self.model_info(model)
+
     def model_info(self, model: str) -> ModelInfo | None:
         if model in ("tiny", "small"):
             return INFO

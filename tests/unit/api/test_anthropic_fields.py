@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from mlx_serving.api import anthropic_fields as fields
-from mlx_serving.types import ChatPrompt, GenerateRequest, Message
+from mlx_serving.types import ChatPrompt, GenerateRequest, Grammar, Message
 
 Read = Callable[[GenerateRequest], Any]
 MESSAGES = "/v1/messages"
@@ -215,7 +215,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": {"type": "auto", "x": 1}}, "tool_choice.x"),
     ({"thinking": {"type": "between_tools"}}, "thinking.type"),
     ({"thinking": {"type": "enabled", "x": 1}}, "thinking.x"),
-    ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format"),
+    ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
+    ({"output_config": {"format": {"type": "regex"}}}, "output_config.format.type"),
     ({"output_config": {"effort": "extreme"}}, "output_config.effort"),
     ({"context_management": {"edits": [{"type": "clear"}]}}, "context_management.edits[0]"),
     ({"context_management": {"other": []}}, "context_management.other"),
@@ -302,6 +303,13 @@ async def test_no_tools_are_shown(client: httpx.AsyncClient, gateway: Any) -> No
 async def test_edits_that_keep_everything(client: httpx.AsyncClient, gateway: Any) -> None:
     edits = [{"type": "clear_thinking_20251015", "keep": "all"}]
     assert await request_of(client, gateway, context_management={"edits": edits})
+
+
+async def test_a_format_is_a_grammar(client: httpx.AsyncClient, gateway: Any) -> None:
+    wanted = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+    request = await request_of(client, gateway, output_config=wanted)
+    param = "output_config.format.schema"
+    assert request.grammar == Grammar(kind="json_schema", text='{"type":"object"}', param=param)
 
 
 BILLING = "x-anthropic-billing-header: cc_version=2.1; cch=%s;"

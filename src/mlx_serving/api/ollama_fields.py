@@ -1,0 +1,132 @@
+"""What becomes of every field of Ollama's routes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mlx_serving.api.disposition import Row, Table, table
+
+_HONOURED: dict[str, Row] = {
+    "model": "a served model's id or alias; :latest may follow; default: the first served model",
+    "stream": "default true: lines of JSON",
+    "format": "json, or a JSON schema that the answer follows",
+    "options": "see options below",
+    "think": "true, false: the chat template's enable_thinking; low, medium, high: its reasoning_effort too",
+    "logprobs": "true: the chosen tokens' log-probabilities",
+    "top_logprobs": "0 to 20; only with logprobs",
+}
+_ADVISORY: dict[str, Row] = {"keep_alive": "served models stay loaded"}
+_REFUSED: dict[str, Row] = {
+    "truncate": ("a prompt over the context is a 400", (False,)),
+    "shift": ("an answer ends where the context does", (False,)),
+}
+
+CHAT: Table = table(
+    (
+        "honoured",
+        {
+            **_HONOURED,
+            "messages": "roles system, user, assistant, tool; without any, the model is loaded",
+            "tools": "function tools, given to the chat template",
+        },
+    ),
+    ("advisory", dict(_ADVISORY)),
+    ("refused", dict(_REFUSED)),
+)
+
+GENERATE: Table = table(
+    (
+        "honoured",
+        {
+            **_HONOURED,
+            "prompt": "the user's message; without any, the model is loaded",
+            "system": "the system message",
+            "raw": "true: the prompt goes to the model without a template",
+        },
+    ),
+    ("advisory", dict(_ADVISORY)),
+    (
+        "refused",
+        {
+            **_REFUSED,
+            "suffix": ("filling in the middle is not built", ("",)),
+            "template": ("the server's setting, not a request's", ("",)),
+            "context": ("send the conversation to /api/chat", ([],)),
+            "images": ("text only", ([],)),
+            "width": ("text only", (0,)),
+            "height": ("text only", (0,)),
+            "steps": ("text only", (0,)),
+        },
+    ),
+)
+
+OPTIONS: Table = table(
+    (
+        "honoured",
+        {
+            "num_predict": "tokens to generate; -1 and -2: what the context leaves",
+            "temperature": "0 to 2, default 0.8; 0 is greedy",
+            "top_k": "default 40; 0: the whole vocabulary",
+            "top_p": "above 0, to 1, default 0.9",
+            "min_p": "0 to 1",
+            "seed": "-1: drawn, and said in x-mlx-serving-seed",
+            "stop": "a string or up to 16",
+            "repeat_penalty": "above 0, to 100, default 1: off; over the whole prompt and output",
+            "presence_penalty": "-2 to 2",
+            "frequency_penalty": "-2 to 2",
+        },
+    ),
+    (
+        "advisory",
+        {
+            "num_ctx": "the context is the model's, or --context-length",
+            "num_keep": "nothing is dropped from a prompt",
+            "num_batch": "the server's to set",
+            "num_gpu": "the server's to set",
+            "main_gpu": "the server's to set",
+            "num_thread": "the server's to set",
+            "numa": "the server's to set",
+            "low_vram": "the server's to set",
+            "use_mmap": "the server's to set",
+            "use_mlock": "the server's to set",
+            "mirostat_tau": "only for mirostat",
+            "mirostat_eta": "only for mirostat",
+        },
+    ),
+    (
+        "refused",
+        {
+            "repeat_last_n": ("repeat_penalty looks at the whole prompt and output", (-1,)),
+            "typical_p": ("not implemented", (1, 1.0)),
+            "tfs_z": ("not implemented", (1, 1.0)),
+            "mirostat": ("not implemented", (0,)),
+            "penalize_newline": ("every token is penalised alike", (True,)),
+            "f16_kv": ("the cache has the model's type", (True,)),
+            "logits_all": ("not implemented", (False,)),
+            "vocab_only": ("not implemented", (False,)),
+            "embedding_only": ("not implemented", (False,)),
+        },
+    ),
+)
+
+MESSAGE: Table = table(
+    (
+        "honoured",
+        {
+            "role": "system, user, assistant or tool",
+            "content": "text",
+            "thinking": "an assistant's earlier reasoning, given to the chat template",
+            "tool_calls": "an assistant's earlier calls, given to the chat template",
+            "tool_name": "the tool that a tool message is from",
+            "tool_call_id": "the call that a tool message answers; default: the first unanswered of its name",
+        },
+    ),
+    ("refused", {"images": ("text only", ([],))}),
+)
+
+ROUTES: Mapping[str, Table] = {
+    "/api/chat": CHAT,
+    "/api/generate": GENERATE,
+    "/api/chat and /api/generate options": OPTIONS,
+    "/api/chat messages[]": MESSAGE,
+}

@@ -1,0 +1,279 @@
+"""Ollama's wire bodies → `GenerateRequest`s. Every refusal names its field."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from mlx_serving.api import ollama_fields as fields
+from mlx_serving.api.body import convert, read_object, refuse, schema_grammar, stop_strings
+from mlx_serving.api.disposition import Table, check
+from mlx_serving.errors import InvalidRequest
+from mlx_serving.types import (
+    MAX_LOGPROBS,
+    ChatPrompt,
+    GenerateRequest,
+    Grammar,
+    Message,
+    Prompt,
+    SamplingParams,
+    TextPrompt,
+)
+
+_MAX_INT = 2**31 - 1
+_DURATION = re.compile(r"[-+]?(\d+(\.\d*)?(ns|us|µs|ms|s|m|h)?)+")
+
+_B = TypeVar("_B", bound="_Body")
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+
+class OllamaCall(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    request: GenerateRequest | None
+    """None: nothing to answer; the model is to be loaded."""
+    stream: bool
+    advisory: tuple[str, ...]
+
+
+class _Body(msgspec.Struct, kw_only=True):
+    """What both routes honour. None: the client did not say."""
+
+    model: Annotated[str, Meta(min_length=1)] | None = None
+    stream: bool | None = None
+    format: str | dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+    keep_alive: float | str | None = None
+    think: bool | Literal["low", "medium", "high"] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+class _ChatBody(_Body, kw_only=True):
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+class _GenerateBody(_Body, kw_only=True):
+    prompt: str | None = None
+    system: str | None = None
+    raw: bool | None = None
+
+
+class _Options(msgspec.Struct, kw_only=True):
+    num_predict: Annotated[int, Meta(ge=-2, le=_MAX_INT)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=_MAX_INT)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    repeat_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+
+
+class _CallFunction(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    name: str
+    arguments: dict[str, Any]
+    index: int | None = None
+
+
+class _Call(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    function: _CallFunction
+    id: str | None = None
+    type: Literal["function"] = "function"
+
+
+class _Message(msgspec.Struct, kw_only=True):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None = None
+    thinking: str | None = None
+    tool_calls: list[_Call] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
+
+
+class _ToolFunction(msgspec.Struct, kw_only=True):
+    name: Annotated[str, Meta(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class _Tool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    function: _ToolFunction
+    type: Literal["function"] = "function"
+
+
+def parse_chat(data: bytes, *, default_model: str) -> OllamaCall:
+    """The body of /api/chat. Raises InvalidRequest, UnsupportedParameter."""
+    raw = read_object(data)
+    body, advisory = _body(raw, fields.CHAT, _ChatBody)
+    tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or ())]
+    prompt = None
+    if body.messages:
+        prompt = ChatPrompt(
+            messages=_messages(body.messages), tools=tuple(tools), template_kwargs=_think(body)
+        )
+    return _call(body, prompt, advisory, default_model)
+
+
+def parse_generate(data: bytes, *, default_model: str) -> OllamaCall:
+    """The body of /api/generate. Raises InvalidRequest, UnsupportedParameter."""
+    raw = read_object(data)
+    body, advisory = _body(raw, fields.GENERATE, _GenerateBody)
+    prompt: Prompt | None = None
+    if body.raw:
+        for name in ("system", "think"):
+            if getattr(body, name):
+                raise InvalidRequest(f"'{name}' has no place in a raw prompt.", param=name)
+        prompt = TextPrompt(text=body.prompt) if body.prompt else None
+    elif body.prompt:
+        messages = [Message(role="user", content=body.prompt)]
+        if body.system:
+            messages.insert(0, Message(role="system", content=body.system))
+        prompt = ChatPrompt(messages=tuple(messages), template_kwargs=_think(body))
+    return _call(body, prompt, advisory, default_model)
+
+
+def _body(raw: dict[str, Any], table: Table, kind: type[_B]) -> tuple[_B, list[str]]:
+    advisory = check(table, raw)
+    body = convert(raw, kind)
+    if body.options is not None:
+        advisory += check(fields.OPTIONS, body.options, at="options.")
+    alive = body.keep_alive
+    if isinstance(alive, str) and not _DURATION.fullmatch(alive):
+        raise InvalidRequest(f"'keep_alive' is no duration: {alive[:40]!r}.", param="keep_alive")
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
+    return body, advisory
+
+
+def _call(
+    body: _Body, prompt: Prompt | None, advisory: list[str], default_model: str
+) -> OllamaCall:
+    model = body.model or default_model
+    request = None if prompt is None else _request(body, prompt, model)
+    if request is None and body.keep_alive in (0, "0", "0s", "0m"):
+        raise refuse("keep_alive", "served models are not unloaded on request")
+    return OllamaCall(
+        model=model,
+        request=request,
+        stream=body.stream is not False,
+        advisory=tuple(advisory),
+    )
+
+
+def _request(body: _Body, prompt: Prompt, model: str) -> GenerateRequest:
+    options = convert(body.options or {}, _Options, at="options")
+    max_tokens = options.num_predict
+    if max_tokens == 0:
+        raise InvalidRequest(
+            "'options.num_predict' must be at least 1, or -1 or -2.", param="options.num_predict"
+        )
+    stop = [options.stop] if isinstance(options.stop, str) else options.stop or []
+    return GenerateRequest(
+        request_id="ollama-" + secrets.token_hex(12),
+        model=model,
+        prompt=prompt,
+        sampling=_sampling(options, (body.top_logprobs or 0) if body.logprobs else None),
+        max_tokens=max_tokens if max_tokens is not None and max_tokens > 0 else None,
+        seed=_seed(options.seed),
+        stop=stop_strings(stop, "options.stop"),
+        grammar=_grammar(body.format),
+    )
+
+
+def _sampling(options: _Options, logprobs: int | None) -> SamplingParams:
+    def given(value: float | None, default: float) -> float:
+        return default if value is None else value
+
+    return SamplingParams(
+        temperature=given(options.temperature, 0.8),
+        top_k=40 if options.top_k is None else options.top_k,
+        top_p=given(options.top_p, 0.9),
+        min_p=given(options.min_p, 0.0),
+        repetition_penalty=given(options.repeat_penalty, 1.0),
+        presence_penalty=given(options.presence_penalty, 0.0),
+        frequency_penalty=given(options.frequency_penalty, 0.0),
+        logprobs=logprobs,
+    )
+
+
+def _seed(seed: int | None) -> int | None:
+    if seed is None or seed == -1:
+        return None
+    if not -(2**63) <= seed < 2**64:
+        raise InvalidRequest("'options.seed' must fit in 64 bits.", param="options.seed")
+    return seed % 2**64
+
+
+def _grammar(wanted: str | dict[str, Any] | None) -> Grammar | None:
+    if not wanted:
+        return None
+    if isinstance(wanted, dict):
+        return schema_grammar(wanted, "format")
+    if wanted != "json":
+        raise InvalidRequest("'format' must be json or a JSON schema.", param="format")
+    return Grammar(kind="json_object", param="format")
+
+
+def _think(body: _Body) -> dict[str, Any]:
+    if body.think is None:
+        return {}
+    if isinstance(body.think, bool):
+        return {"enable_thinking": body.think}
+    return {"enable_thinking": True, "reasoning_effort": body.think}
+
+
+def _tool(raw: dict[str, Any], at: str) -> dict[str, Any]:
+    tool = convert(raw, _Tool, at=at)
+    function: dict[str, Any] = {"name": tool.function.name}
+    if tool.function.description is not None:
+        function["description"] = tool.function.description
+    function["parameters"] = tool.function.parameters or {"type": "object", "properties": {}}
+    return {"type": "function", "function": function}
+
+
+def _messages(raws: list[dict[str, Any]]) -> tuple[Message, ...]:
+    """The turns; calls without an id get one, and the tools' answers find theirs."""
+    messages: list[Message] = []
+    unanswered: list[tuple[str, str]] = []
+    for i, raw in enumerate(raws):
+        at = f"messages[{i}]"
+        check(fields.MESSAGE, raw, at=at + ".")
+        message = convert(raw, _Message, at=at)
+        if message.tool_calls and message.role != "assistant":
+            raise InvalidRequest("Only an assistant's message has calls.", param=at + ".tool_calls")
+        if message.content is None and not message.tool_calls:
+            raise InvalidRequest(f"'{at}.content' is missing.", param=at + ".content")
+        calls = [_earlier_call(c, f"call_{i}_{j}") for j, c in enumerate(message.tool_calls or ())]
+        unanswered += [(call["id"], call["function"]["name"]) for call in calls]
+        messages.append(
+            Message(
+                role=message.role,
+                content=message.content,
+                name=message.tool_name,
+                tool_calls=tuple(calls),
+                tool_call_id=_answered(message, unanswered) if message.role == "tool" else None,
+                reasoning_content=message.thinking,
+            )
+        )
+    return tuple(messages)
+
+
+def _earlier_call(call: _Call, made_up: str) -> dict[str, Any]:
+    arguments = msgspec.json.encode(call.function.arguments).decode()
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id or made_up, "type": "function", "function": function}
+
+
+def _answered(message: _Message, unanswered: list[tuple[str, str]]) -> str | None:
+    for k, (call_id, name) in enumerate(unanswered):
+        if message.tool_call_id in (None, call_id) and message.tool_name in (None, name):
+            del unanswered[k]
+            return call_id
+    return message.tool_call_id

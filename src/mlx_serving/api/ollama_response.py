@@ -1,0 +1,211 @@
+"""`TokenEvent`s → Ollama's JSON: one object, or a line of it for each piece."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import msgspec
+
+from mlx_serving import clock
+from mlx_serving.api.drive import Collected, ToolCall, add_calls
+from mlx_serving.api.openai_response import MIN_LOGPROB
+from mlx_serving.api.port import Generation
+from mlx_serving.errors import MLXServingError
+from mlx_serving.types import ModelInfo, ServedModel, TextLogprob, TokenEvent
+
+Route = Literal["chat", "generate"]
+
+NEVER = "9999-12-31T23:59:59Z"
+
+_json = msgspec.json.Encoder().encode
+
+
+def error_json(error: MLXServingError, _: str = "") -> bytes:
+    """`{"error": message}`; `param` and `code` are ours."""
+    return _json({"error": error.message, "param": error.param, "code": error.code})
+
+
+def timestamp(wall_s: float) -> str:
+    return datetime.fromtimestamp(wall_s, UTC).isoformat().replace("+00:00", "Z")
+
+
+class Reply:
+    """Writes one request's answer, whole or in lines, and measures how long its parts took."""
+
+    def __init__(self, route: Route, model: str, started_s: float) -> None:
+        self._route = route
+        self._model = model
+        self._started_s = started_s
+
+    def whole(self, generation: Generation, whole: Collected) -> bytes:
+        piece = self.piece(whole.text, whole.reasoning, whole.calls, whole.logprobs)
+        return _json(piece | self.end(generation, whole))
+
+    def loaded(self) -> bytes:
+        """The answer to a request that only wanted the model to be there."""
+        return _json(self.piece("") | {"done": True, "done_reason": "load"})
+
+    def writer(self, generation: Generation) -> LineWriter:
+        return LineWriter(self, generation)
+
+    def piece(
+        self,
+        text: str,
+        thinking: str = "",
+        calls: Sequence[ToolCall] = (),
+        logprobs: Sequence[TextLogprob] = (),
+        first_call: int = 0,
+    ) -> dict[str, Any]:
+        """What there is of the answer, as an object that is not the last."""
+        piece: dict[str, Any] = {"model": self._model, "created_at": timestamp(clock.wall())}
+        said: dict[str, Any] = {"role": "assistant", "content": text}
+        if self._route == "generate":
+            said = {"response": text}
+        if thinking:
+            said["thinking"] = thinking
+        if calls:
+            said["tool_calls"] = [_call(c, first_call + i) for i, c in enumerate(calls)]
+        piece |= {"message": said} if self._route == "chat" else said
+        if logprobs:
+            piece["logprobs"] = [_logprob(lp) for lp in logprobs]
+        return piece | {"done": False}
+
+    def end(self, generation: Generation, whole: Collected) -> dict[str, Any]:
+        """Durations are in nanoseconds. Waiting for the model and tokenising is `load`; what the
+        request waited for its first token is `prompt_eval`."""
+        now_s = clock.monotonic()
+        first_s = now_s if whole.first_s is None else whole.first_s
+        usage = generation.usage()
+        return {
+            "done": True,
+            "done_reason": "length" if whole.finish_reason == "length" else "stop",
+            "total_duration": _ns(self._started_s, now_s),
+            "load_duration": _ns(self._started_s, whole.opened_s),
+            "prompt_eval_count": usage.prompt_tokens,
+            "prompt_eval_duration": _ns(whole.opened_s, first_s),
+            "eval_count": usage.completion_tokens,
+            "eval_duration": _ns(first_s, now_s),
+        }
+
+
+class LineWriter:
+    """Writes a stream's lines. Ollama's clients know whole tool calls only, so a call is kept until
+    the next one begins or the answer ends."""
+
+    def __init__(self, reply: Reply, generation: Generation) -> None:
+        self._reply = reply
+        self._generation = generation
+        self._so_far = Collected()
+        self._told = 0
+
+    def write(self, event: TokenEvent) -> bytes:
+        so_far = self._so_far
+        if so_far.first_s is None and event.token_ids:
+            so_far.first_s = clock.monotonic()
+        add_calls(so_far.calls, event)
+        if event.finish_reason is not None:
+            so_far.finish_reason = event.finish_reason
+        done = len(so_far.calls) - (0 if event.finish_reason else 1)
+        calls = so_far.calls[self._told : max(done, self._told)]
+        logprobs = event.logprobs or ()
+        if not (event.text or event.reasoning or calls or logprobs):
+            return b""
+        piece = self._reply.piece(event.text, event.reasoning, calls, logprobs, self._told)
+        self._told += len(calls)
+        return _json(piece) + b"\n"
+
+    def end(self) -> bytes:
+        return (
+            _json(self._reply.piece("") | self._reply.end(self._generation, self._so_far)) + b"\n"
+        )
+
+    def fail(self, error: MLXServingError) -> bytes:
+        return error_json(error) + b"\n"
+
+
+def _ns(start_s: float, end_s: float) -> int:
+    return max(0, round((end_s - start_s) * 1e9))
+
+
+def _call(call: ToolCall, index: int) -> dict[str, Any]:
+    try:
+        arguments = msgspec.json.decode(call.arguments or "{}")
+    except msgspec.DecodeError:  # cut short
+        arguments = {}
+    function = {"index": index, "name": call.name, "arguments": arguments}
+    return {"id": call.id, "function": function}
+
+
+def _logprob(lp: TextLogprob) -> dict[str, Any]:
+    top = [_alternative(*alternative) for alternative in lp.top]
+    return _alternative(lp.token, lp.raw, lp.logprob) | {"top_logprobs": top}
+
+
+def _alternative(token: str, raw: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(raw)}
+
+
+# ------------------------------------------------------------------- models
+
+
+def tagged(name: str) -> str:
+    """Ollama's names have a tag."""
+    return name if ":" in name else name + ":latest"
+
+
+def entry(served: ServedModel, info: ModelInfo | None) -> dict[str, Any]:
+    """A model as /api/tags lists it."""
+    name = tagged(served.id)
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": timestamp(served.created),
+        "size": info.weight_bytes if info else 0,
+        # Of its name: a model's files have no one digest here.
+        "digest": hashlib.sha256(served.id.encode()).hexdigest(),
+        "details": details(info),
+    }
+
+
+def running(served: ServedModel, info: ModelInfo) -> dict[str, Any]:
+    """A loaded model as /api/ps lists it."""
+    more = {
+        "expires_at": NEVER,
+        "size_vram": info.weight_bytes,
+        "context_length": info.context_length,
+    }
+    return entry(served, info) | more
+
+
+def details(info: ModelInfo | None) -> dict[str, Any]:
+    family = info.architecture if info else ""
+    return {
+        "parent_model": "",
+        "format": "mlx",
+        "family": family,
+        "families": [family] if family else [],
+        "parameter_size": "",
+        "quantization_level": (info.quantization or info.dtype) if info else "",
+    }
+
+
+def shown(served: ServedModel, info: ModelInfo | None) -> dict[str, Any]:
+    """A model as /api/show describes it."""
+    facts: dict[str, Any] = {"general.architecture": info.architecture if info else ""}
+    if info is not None:
+        facts["general.basename"] = served.id
+        facts[f"{info.architecture}.context_length"] = info.context_length
+        facts[f"{info.architecture}.vocab_size"] = info.vocab_size
+    return {
+        "license": "",
+        "modelfile": f"FROM {served.id}\n",
+        "parameters": "",
+        "template": "",
+        "details": details(info),
+        "model_info": facts,
+        "capabilities": ["completion"],
+        "modified_at": timestamp(served.created),
+    }
