@@ -38,7 +38,12 @@ MODELS = {
     "qwen2": {k: v for k, v in COMMON.items() if k != "head_dim"},
     "qwen3": COMMON,
     "gemma3_text": COMMON | GEMMA,
-    "gemma2": COMMON | {"attn_logit_softcapping": None, "query_pre_attn_scalar": 16},
+    "gemma2": COMMON
+    | {
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "query_pre_attn_scalar": 16,
+    },
     "phi3": {k: v for k, v in COMMON.items() if k != "head_dim"},
     "starcoder2": {"norm_epsilon": 1e-5} | COMMON,
 }

@@ -1,0 +1,183 @@
+// The kernels without MLX or Python, between inaccessible pages: an access past
+// either end of any operand is a fault. Also what the sanitizers build
+// (tests/unit/runtime/native/test_memory.py). Exits 0, or says what differs.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "decoder.h"
+
+namespace {
+using namespace ms;
+
+// n elements that end at an inaccessible page, or begin after one.
+template <class T>
+class Guarded {
+ public:
+  Guarded(size_t n, bool at_end) : n_(n) {
+    const size_t page = size_t(sysconf(_SC_PAGESIZE)), bytes = n * sizeof(T);
+    size_ = (bytes + page - 1) / page * page + 2 * page;
+    base_ = static_cast<char*>(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED) abort();
+    mprotect(base_, page, PROT_NONE);
+    mprotect(base_ + size_ - page, page, PROT_NONE);
+    p_ = reinterpret_cast<T*>(at_end ? base_ + size_ - page - bytes : base_ + page);
+  }
+  ~Guarded() { munmap(base_, size_); }
+  Guarded(const Guarded&) = delete;
+  T* get() { return p_; }
+  size_t size() const { return n_; }
+
+ private:
+  size_t n_, size_;
+  char* base_;
+  T* p_;
+};
+
+uint32_t state = 1;
+float noise() {
+  state = state * 1664525u + 1013904223u;
+  return float(int32_t(state >> 8) - (1 << 23)) / float(1 << 23);
+}
+void fill(Guarded<float>& g) {
+  for (size_t i = 0; i < g.size(); i++) g.get()[i] = noise();
+}
+
+int failures = 0;
+void expect(bool ok, const std::string& what) {
+  if (!ok) {
+    failures++;
+    std::printf("%s: %s\n", kernels().name, what.c_str());
+  }
+}
+
+void check_matmul(bool end, int n, int k, int bits, int group, int rows, Type scale_type, Mode mode) {
+  Weight w;
+  w.n = n, w.k = k, w.bits = bits, w.group = group, w.scale_type = scale_type;
+  Guarded<uint8_t> data(w.bytes(), end);
+  memset(data.get(), 0, w.bytes());
+  for (size_t i = 0; i < w.bytes(); i++) {
+    // Small scales of any type: only bytes of codes are random.
+    data.get()[i] = bits <= 8 && i % w.group_bytes() >= size_t(2 * kLanes * size_of(scale_type)) ? uint8_t(128 + int(noise() * 127)) : 0;
+  }
+  if (bits <= 8) {
+    const float s = 0.5f, b = -0.25f;
+    for (size_t g = 0; g < w.bytes(); g += w.group_bytes())
+      for (int c = 0; c < kLanes; c++) {
+        kernels().from_float(scale_type, &s, data.get() + g + c * size_of(scale_type), 1);
+        kernels().from_float(scale_type, &b, data.get() + g + (kLanes + c) * size_of(scale_type), 1);
+      }
+  } else {
+    for (size_t i = 0; i < w.bytes(); i += size_of(scale_type)) {
+      const float v = noise();
+      kernels().from_float(scale_type, &v, data.get() + i, 1);
+    }
+  }
+  w.data = data.get();
+  Guarded<float> x(size_t(rows) * k, end), out(size_t(rows) * n, end), row(k, end);
+  fill(x);
+  Activations a;
+  a.x = x.get(), a.k = k, a.group = group;
+  const size_t groups = size_t(rows) * std::max(1, w.groups());
+  Guarded<int8_t> hi(size_t(rows) * k, end), lo(size_t(rows) * k, end);
+  Guarded<float> scale(groups, end), sum(groups, end);
+  a.hi = hi.get(), a.lo = lo.get(), a.scale = scale.get(), a.sum = sum.get();
+  if (bits <= 8) kernels().quantize(a, mode, 0, rows);
+  kernels().matmul(w, a, mode, 0, w.blocks(), 0, rows, out.get(), n);
+  const double step = mode == Mode::fast ? 5e-3 : 4e-5;  // of the largest input, 1
+  for (int c = 0; c < n; c++) {
+    kernels().dequantize_row(w, c, row.get());
+    for (int r = 0; r < rows; r++) {
+      double want = 0, total = 1;
+      for (int i = 0; i < k; i++) total += std::fabs(row.get()[i]);
+      for (int i = 0; i < k; i++) want += double(x.get()[size_t(r) * k + i]) * row.get()[i];
+      expect(std::fabs(want - out.get()[size_t(r) * n + c]) < step * total, "matmul " + std::to_string(n) + "x" + std::to_string(k));
+    }
+  }
+}
+
+void check_rows(bool end, int k) {
+  Guarded<float> x(k, end), y(k, end), w(k, end), out(k, end), table(2 * size_t(k), end);
+  Guarded<uint16_t> half(k, end);
+  fill(x), fill(y), fill(w), fill(table);
+  kernels().rms_norm(x.get(), y.get(), w.get(), 1e-5f, out.get(), k);
+  kernels().act_mul(Act::silu, x.get(), y.get(), out.get(), k);
+  kernels().act_mul(Act::gelu_erf, x.get(), y.get(), out.get(), k);
+  kernels().add(x.get(), y.get(), k);
+  kernels().scale(x.get(), 2.f, out.get(), k);
+  for (Type t : {Type::f16, Type::bf16}) {
+    kernels().from_float(t, x.get(), half.get(), k);
+    kernels().to_float(t, half.get(), 1, out.get(), k);
+    for (int i = 0; i < k; i++) expect(std::fabs(out.get()[i] - x.get()[i]) < 0.02f, "conversion");
+  }
+  if (k % 2 == 0) {
+    Guarded<float> traditional(2 * size_t(k), end), halves(k, end);
+    fill(traditional), fill(halves);
+    kernels().rope(x.get(), traditional.get(), k, true);
+    kernels().rope(x.get(), halves.get(), k, false);
+  }
+}
+
+void check_attention(bool end, Type type, int length, int offset, int window, int d, int dv) {
+  const int heads = 6, kv = 2, capacity = offset + length;
+  const size_t es = size_of(type);
+  Guarded<uint8_t> k(size_t(kv) * capacity * d * es, end), v(size_t(kv) * capacity * dv * es, end);
+  Guarded<float> q(size_t(length) * heads * d, end), out(size_t(length) * heads * dv, end), one(size_t(heads) * dv, end);
+  fill(q);
+  for (size_t i = 0; i < k.size() / es; i++) {
+    const float a = noise();
+    kernels().from_float(type, &a, k.get() + i * es, 1);
+  }
+  for (size_t i = 0; i < v.size() / es; i++) {
+    const float a = noise();
+    kernels().from_float(type, &a, v.get() + i * es, 1);
+  }
+  auto slab = [&](void* p, int dim) {
+    Slab s;
+    s.data = p, s.type = type, s.rows = 1, s.heads = kv, s.capacity = capacity, s.dim = dim;
+    s.row_stride = int64_t(kv) * capacity * dim, s.head_stride = int64_t(capacity) * dim, s.pos_stride = dim;
+    return s;
+  };
+  const Slab ks = slab(k.get(), d), vs = slab(v.get(), dv);
+  const int32_t row = 0, start = offset;
+  attention(q.get(), ks, vs, {&row, &start, 1, length}, {heads, 0.3f, window, nullptr}, out.get());
+  for (int i = 0; i < length; i += 5) {
+    const int32_t at = offset + i;
+    attention(q.get() + size_t(i) * heads * d, ks, vs, {&row, &at, 1, 1}, {heads, 0.3f, window, nullptr}, one.get());
+    expect(memcmp(one.get(), out.get() + size_t(i) * heads * dv, size_t(heads) * dv * 4) == 0, "decode and chunk differ");
+  }
+}
+}  // namespace
+
+int main() {
+  std::string names = isa_names();
+  for (size_t at = 0; at < names.size();) {
+    const size_t comma = std::min(names.find(',', at), names.size());
+    if (!force_isa(names.substr(at, comma - at).c_str())) return 2;
+    at = comma + 1;
+    for (bool end : {true, false}) {
+      for (int rows : {1, 3, 8, 15})
+        for (Type t : {Type::f32, Type::f16, Type::bf16}) {
+          for (int bits : {4, 8})
+            for (int group : {32, 64, 128})
+              for (Mode m : {Mode::exact, Mode::fast, Mode::f32}) check_matmul(end, 37, 2 * group, bits, group, rows, t, m);
+          check_matmul(end, 83, 19, t == Type::f32 ? 32 : 16, 0, rows, t, Mode::exact);
+        }
+      for (int k : {1, 2, 15, 16, 17, 31, 32, 46, 64, 100}) check_rows(end, k);
+      for (Type t : {Type::f32, Type::f16, Type::bf16})
+        for (int window : {0, 3, 70})
+          for (int length : {1, 7, 37}) {
+            check_attention(end, t, length, 0, window, 32, 16);
+            check_attention(end, t, length, 61, window, 16, 48);
+            check_attention(end, t, length, 300, window, 64, 64);
+          }
+    }
+  }
+  std::printf(failures ? "%d checks failed\n" : "ok\n", failures);
+  return failures ? 1 : 0;
+}
