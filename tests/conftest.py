@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+import byte_vocabulary
+
 EOS = 256
 IM_START = 257
 IM_END = 258
@@ -21,7 +23,7 @@ ScriptedModel = Callable[..., Path]
 
 def _byte_tokenizer() -> str:
     """Token id = byte value; three control tokens. So tests can say tokens as text and back."""
-    alphabet = bytes_to_letters()
+    alphabet = byte_vocabulary.letters()
     vocab = {alphabet[b]: b for b in range(256)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -30,13 +32,6 @@ def _byte_tokenizer() -> str:
         [AddedToken(t, special=True) for t in ("<|end|>", "<|im_start|>", "<|im_end|>")]
     )
     return tokenizer.to_str()
-
-
-def bytes_to_letters() -> dict[int, str]:
-    """The 256-letter alphabet of byte-level tokenizers."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 @pytest.fixture

@@ -7,24 +7,32 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_serving.errors import MLXServingError
 from mlx_serving.runtime.backend.arch import head_on_last, make_store
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.backend.sampler import Sampler
-from mlx_serving.runtime.core.plan import Limits, PendingStep, Runner, StepPlan
+from mlx_serving.runtime.core.plan import Constraint, Limits, PendingStep, Runner, StepPlan
 from mlx_serving.runtime.core.scheduler import Scheduler
 from mlx_serving.runtime.core.sequence import Sequence
-from mlx_serving.types import SamplingParams, TokenLogprob
+from mlx_serving.types import FinishReason, SamplingParams, TokenLogprob
 
 BUCKET = 16
 
 
-def make_runner(model: Any, vocab: int, *, rows: int = 4, exact_batch: bool = False) -> MLXRunner:
+def make_runner(
+    model: Any,
+    vocab: int,
+    *,
+    rows: int = 4,
+    exact_batch: bool = False,
+    eos: tuple[int, ...] = (),
+) -> MLXRunner:
     """A runner with small buckets, so that short sequences make slabs grow."""
     store = make_store(model, model.model_type, rows, bucket=BUCKET, exact_batch=exact_batch)
     return MLXRunner(
         model,
         store,
-        Sampler(vocab, (), rows),
+        Sampler(vocab, eos, rows),
         max_rows=rows,
         head_on_last=head_on_last(model),
         exact_batch=exact_batch,
@@ -40,12 +48,17 @@ class Job:
     joins: int = 0
     leaves: int | None = None
     pauses: range = range(0)
+    constraint: Constraint | None = None
+    output: tuple[int, ...] = ()
+    """What was already generated, where it is resumed."""
 
 
 @dataclass
 class Outcome:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    reason: FinishReason | None = None
+    error: MLXServingError | None = None
 
 
 @dataclass
@@ -65,6 +78,7 @@ def run(
     prefill_step: int = 16,
     depth: int = 1,
     capacity_tokens: int = 4096,
+    eos: tuple[int, ...] = (),
 ) -> Run:
     """Until every job has ended. Outcomes are keyed by the job's place, or its key."""
     jobs = dict(jobs) if isinstance(jobs, Mapping) else dict(enumerate(jobs))
@@ -74,6 +88,7 @@ def run(
         context_length=512,
         kv_capacity_tokens=capacity_tokens,
         kv_bucket_tokens=BUCKET,
+        eos_token_ids=eos,
     )
     scheduler = Scheduler(limits)
     done = Run({key: Outcome() for key in jobs}, [])
@@ -90,6 +105,8 @@ def run(
                 outcome = done.outcomes[emitted.seq_id]
                 outcome.tokens += emitted.token_ids
                 outcome.logprobs += emitted.logprobs or []
+                outcome.reason = emitted.finish_reason
+                outcome.error = emitted.error
         started = all(job.joins <= step for job in jobs.values())
         if started and not pending and not scheduler.has_work and not scheduler.sequences:
             return done
@@ -101,9 +118,10 @@ def _wishes(scheduler: Scheduler, key: int, job: Job, step: int) -> None:
         scheduler.add(
             Sequence(
                 seq_id=key,
-                tokens=list(job.prompt),
+                tokens=[*job.prompt, *job.output],
                 prompt_len=len(job.prompt),
                 sampling=job.sampling,
+                constraint=job.constraint,
             )
         )
     if job.leaves == step:

@@ -168,7 +168,7 @@ class GrammarMatcher:
 
 def _definition(grammar: Grammar) -> str:
     """What llguidance reads. Raises ValueError."""
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, regex_to_lark
 
     match grammar.kind:
         case "json_object":
@@ -180,7 +180,8 @@ def _definition(grammar: Grammar) -> str:
                 schema = {} if schema else {"enum": []}
             return _json(schema, grammar.white_space)
         case "regex":
-            return LLMatcher.grammar_from_regex(grammar.text)
+            # As in JSON schema, \d and \w mean ASCII, not every script's digits and letters.
+            return LLMatcher.grammar_from_regex(regex_to_lark(grammar.text, use_ascii="dw"))
         case "choice":
             choices = "|".join(_literal(choice) for choice in json.loads(grammar.text))
             return LLMatcher.grammar_from_regex(choices)
@@ -219,6 +220,5 @@ def _literal(text: str) -> str:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    if matcher.stop_reason().startswith("NoExtension"):
-        return "nothing can satisfy it."
-    return " ".join(matcher.get_error().split())[:MAX_ERROR_CHARS]
+    error = " ".join(matcher.get_error().split())
+    return "nothing can satisfy it" if error.startswith("NoExt") else error[:MAX_ERROR_CHARS]

@@ -71,6 +71,8 @@ def load(
         head_on_last=head_on_last(model),
         exact_batch=options.exact_batch,
     )
+    grammars = Grammars(tokenizer_file(path, options), vocab_size, eos)
+    grammars.warm()
     on_phase("compiling", model_id)
     kv_bytes = _warm_up(runner, store, vocab_size, options.max_num_seqs)
     context = context_length(config, path)
@@ -105,8 +107,6 @@ def load(
         kernels=kernels,
         batch_invariant=invariant or options.exact_batch or not store.batched,
     )
-    grammars = Grammars(tokenizer_file(path, options), vocab_size, eos)
-    grammars.warm()
     return LoadedModel(info, runner, limits, grammars)
 
 
