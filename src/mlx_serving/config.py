@@ -82,6 +82,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Run the model in a worker process that may die; off: in this process."""
     load_timeout_s: Annotated[float, Meta(gt=0)] = 600.0
     """How long a model may take to load before its worker is taken for hung."""
+    step_timeout_s: Annotated[float, Meta(gt=0)] = 300.0
+    """How long one step may take before its worker is taken for hung and replaced."""
+    resume_timeout_s: Annotated[float, Meta(ge=0)] = 300.0
+    """How long streams whose worker died wait for the next one."""
+    max_request_deaths: Annotated[int, Meta(ge=1)] = 3
+    """Workers in a row that may die as they begin a request before it is given up."""
 
 
 FIELDS: dict[str, msgspec.structs.FieldInfo] = {f.name: f for f in msgspec.structs.fields(Config)}

@@ -244,12 +244,18 @@ class Engine:
         worker: port.WorkerClient
         if self.config.supervise:
             from mlx_serving.worker.supervisor import Supervisor
+            from mlx_serving.worker.watchdog import Deadlines
 
-            worker = Supervisor(load_timeout_s=self.config.load_timeout_s)
+            c = self.config
+            worker = Supervisor(
+                deadlines=Deadlines(load_s=c.load_timeout_s, step_s=c.step_timeout_s),
+                max_deaths=c.max_request_deaths,
+                resume_timeout_s=c.resume_timeout_s,
+            )
         else:
             from mlx_serving.worker.inprocess import InProcessWorker
 
-            worker = InProcessWorker()
+            worker = InProcessWorker(load_timeout_s=self.config.load_timeout_s)
         worker.on_event = self._on_worker_event
         worker.on_stats = self._on_stats
         return worker

@@ -93,7 +93,7 @@ async def test_sixteen_at_once_each_as_alone(scripted):
 async def test_leaving_a_stream_early_frees_everything(scripted):
     async with Engine(str(scripted(mode="cycle", token_ids=[98], step_delay_ms=1))) as engine:
         stream = engine.generate("x", max_tokens=400)
-        assert (await anext(stream)).text == "b"
+        assert set((await anext(stream)).text) == {"b"}
         await stream.aclose()
         assert engine.gateway.health()["open_requests"] == 0
         assert (await engine.complete("x", max_tokens=2)).text == "bb"
@@ -155,17 +155,17 @@ async def test_draining_finishes_what_runs_and_refuses_the_rest(scripted):
         assert await drained
 
 
-async def test_a_dead_worker_is_a_typed_error_and_the_next_request_works(scripted):
+async def test_a_stream_outlives_its_worker(scripted):
     seen: list[object] = []
     model = scripted(mode="cycle", token_ids=[98], step_delay_ms=5)
     async with Engine(str(model)) as engine:
         engine.on(events.WorkerDied, seen.append)
-        stream = engine.generate("x", max_tokens=400)
-        await anext(stream)
+        stream = engine.generate("x", max_tokens=200)
+        text = (await anext(stream)).text
         os.kill(engine.gateway.health()["workers"][0]["pid"], signal.SIGKILL)
-        with pytest.raises(errors.WorkerDied):
-            async for _ in stream:
-                pass
+        async for chunk in stream:
+            text += chunk.text
+        assert text == "b" * 200
         assert (await engine.complete("x", max_tokens=3)).text == "bbb"
         assert engine.gateway.health()["workers"][0]["restarts"] == 1
     assert len(seen) == 1

@@ -43,6 +43,7 @@ def main(load: Loader = load) -> None:
     parser.add_argument("--log-level", default="warning")
     args = parser.parse_args()
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # the watchdog's question
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(

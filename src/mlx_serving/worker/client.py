@@ -6,6 +6,9 @@
 A stream holds at most one row. What arrives before its reader has taken it is merged into
 it; beyond `HIGH_WATER_TOKENS` the worker is told to set the sequence aside until the reader
 has taken them. So a slow reader costs bounded memory and no neighbour waits for it.
+
+A stream outlives its connection: it keeps what it was sent, so that `resumption()` asks the next
+worker for the rest, and sampling keyed by position gives the tokens that the last one would have.
 """
 
 from __future__ import annotations
@@ -17,9 +20,12 @@ from socket import socket
 from types import TracebackType
 from typing import Any, cast
 
-from mlx_serving import errors
+import msgspec
+
+from mlx_serving import clock, errors
 from mlx_serving.types import ModelInfo
-from mlx_serving.worker import wire
+from mlx_serving.worker import blame, wire
+from mlx_serving.worker.watchdog import Vitals
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +42,17 @@ class SequenceStream:
     Ends after the row that has a `finish_reason`, or quietly after `cancel()`. Leaving the loop
     early cancels the sequence; so does leaving `async with stream`, which a caller needs who
     might never begin to iterate. Rows that a slow reader left lying are merged into one. Raises
-    what the worker reported for the sequence (errors.py), WorkerDied when it died. One reader.
+    what the worker reported for the sequence (errors.py). One reader.
+
+    `starting` and `deaths` are `blame`'s; `on_progress` is called once, at the next token or the end.
     """
 
     def __init__(self, request: wire.Submit) -> None:
         self.request = request
+        self.starting = False
+        self.deaths = 0
+        self.on_progress: Callable[[], None] | None = None
+        self._received: list[int] = []
         self._connection: Connection | None = None
         self._pending: wire.TokenRow | None = None
         self._error: errors.MLXServingError | None = None
@@ -67,19 +79,35 @@ class SequenceStream:
             self._error = error
             self._end()
 
+    def resumption(self) -> wire.Submit:
+        """The request for what has not arrived yet."""
+        if not self._received:
+            return self.request
+        token_ids = [*self.request.token_ids, *self._received]
+        return msgspec.structs.replace(self.request, token_ids=token_ids)
+
     def attach(self, connection: Connection) -> None:
         """From now on the rows come from there."""
         self._connection = connection
+
+    def detach(self) -> None:
+        """The worker has gone. What has arrived stays to be read; a reader that is still behind is
+        noticed again at the next worker's first row."""
+        self._connection = None
+        self._paused = False
 
     def push(self, row: wire.TokenRow) -> None:
         """Take over a row, which must not be used any more by the caller."""
         if row.error is not None:
             self.fail(errors.from_code(*row.error, param=row.error_param))
             return
+        self._received += row.token_ids
         self._pending = row if self._pending is None else _merge(self._pending, row)
+        blame.acquit(self)
         if row.finish_reason is not None:
             self._end()
             return
+        self._progress()
         if len(self._pending.token_ids) >= HIGH_WATER_TOKENS and not self._paused:
             self._paused = True
             if self._connection is not None:
@@ -123,7 +151,13 @@ class SequenceStream:
     def _end(self) -> None:
         self._ended = True
         self._connection = None
+        self._progress()
         self._wake()
+
+    def _progress(self) -> None:
+        if self.on_progress is not None:
+            on_progress, self.on_progress = self.on_progress, None
+            on_progress()
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
@@ -145,12 +179,13 @@ def _merge(old: wire.TokenRow, new: wire.TokenRow) -> wire.TokenRow:
         logprobs=logprobs,
         finish_reason=new.finish_reason,
         stop_token_id=new.stop_token_id,
-        cached_tokens=old.cached_tokens or new.cached_tokens,
+        cached_tokens=old.cached_tokens,  # what a resumption finds in a cache is not the prompt's
     )
 
 
 class Connection(asyncio.Protocol):
-    """One worker's socket. Whoever opened it watches `lost`, finds out why, and calls `abandon`.
+    """One worker's socket. Whoever opened it watches `lost`, finds out why, takes the streams with
+    `release` and calls `abandon`.
 
     `hello` and `lost` are futures; `lost` never fails. `phase` is what the worker said last.
     """
@@ -159,8 +194,11 @@ class Connection(asyncio.Protocol):
         self,
         on_stats: Callable[[wire.StepStats], None],
         on_phase: Callable[[wire.Phase], None],
+        now: clock.Clock = clock.monotonic,
     ) -> None:
         loop = asyncio.get_running_loop()
+        self._now = now
+        self._heard_s = self._advanced_s = now()
         self.hello: asyncio.Future[wire.Hello] = loop.create_future()
         self.lost: asyncio.Future[None] = loop.create_future()
         self.models: dict[str, ModelInfo] = {}
@@ -179,17 +217,30 @@ class Connection(asyncio.Protocol):
         sock: socket,
         on_stats: Callable[[wire.StepStats], None],
         on_phase: Callable[[wire.Phase], None],
+        now: clock.Clock = clock.monotonic,
     ) -> Connection:
         """Takes over one end of a Unix socket pair; the caller awaits `hello`."""
         loop = asyncio.get_running_loop()
         _, connection = await loop.create_unix_connection(
-            lambda: cls(on_stats, on_phase), sock=sock
+            lambda: cls(on_stats, on_phase, now), sock=sock
         )
         return connection
 
     @property
     def loading(self) -> tuple[str, ...]:
+        """The models that were asked for and are not there yet, in the order of their loads."""
         return tuple(self._loads)
+
+    def vitals(self) -> Vitals:
+        """For the watchdog."""
+        now_s = self._now()
+        phase = "starting" if self.phase is None else self.phase.phase
+        return Vitals(phase, now_s - self._heard_s, now_s - self._advanced_s)
+
+    def excuse(self, late_s: float) -> None:
+        """It was this process that did not look, for so long."""
+        self._heard_s += late_s
+        self._advanced_s += late_s
 
     async def load_model(
         self, model_id: str, path: str, options: wire.ModelOptions | None = None
@@ -209,13 +260,18 @@ class Connection(asyncio.Protocol):
         await asyncio.shield(self._unloads[model_id])
 
     def submit(self, stream: SequenceStream) -> None:
-        """Send the stream's request and attach it. Raises Overloaded when too much waits unsent."""
+        """Send what the stream still lacks, and attach it.
+
+        Raises Overloaded when too much waits unsent, but never for a stream that had begun.
+        """
         assert self._transport is not None
-        if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+        request = stream.resumption()
+        unsent = self._transport.get_write_buffer_size()
+        if unsent > MAX_UNSENT_BYTES and request is stream.request:
             raise errors.Overloaded("the worker does not keep up", retry_after_s=1.0)
-        self._streams[stream.request.seq_id] = stream
+        self._streams[request.seq_id] = stream
         stream.attach(self)
-        self.send(stream.request)
+        self.send(request)
 
     def drop(self, seq_id: int) -> None:
         """Cancel; rows already on their way are ignored."""
@@ -233,10 +289,16 @@ class Connection(asyncio.Protocol):
         if not self.lost.done():
             self.lost.set_result(None)
 
-    def abandon(self, error: errors.MLXServingError) -> None:
-        """End everything that waits for this worker with `error`."""
+    def release(self) -> list[SequenceStream]:
+        """Its streams, to go on elsewhere. Rows that still come are nobody's."""
         streams, self._streams = self._streams, {}
         for stream in streams.values():
+            stream.detach()
+        return list(streams.values())
+
+    def abandon(self, error: errors.MLXServingError) -> None:
+        """End everything that waits for this worker with `error`."""
+        for stream in self.release():
             stream.fail(error)
         waiting: list[asyncio.Future[Any]]
         waiting = [self.hello, *self._loads.values(), *self._unloads.values()]
@@ -253,6 +315,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        self._heard_s = self._now()
         for body in self._splitter.feed(data):
             self._handle(wire.decode_from_worker(body))
 
@@ -263,9 +326,16 @@ class Connection(asyncio.Protocol):
             self.lost.set_result(None)
 
     def _handle(self, message: wire.FromWorker) -> None:
+        last = self.phase
+        if not isinstance(message, wire.Phase) or last is None or message.phase != last.phase:
+            self._advanced_s = self._heard_s
         match message:
             case wire.Step():
                 self._deliver(message)
+            case wire.Started(seq_ids):
+                for seq_id in seq_ids:
+                    if (stream := self._streams.get(seq_id)) is not None:
+                        stream.starting = True
             case wire.Phase():
                 self.phase = message
                 self._on_phase(message)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import math
 import os
 import socket
@@ -18,8 +19,8 @@ from collections.abc import Callable
 from mlx_serving.runtime import main as runtime
 from mlx_serving.runtime.loop import Loader
 from mlx_serving.worker.process import Process
-from mlx_serving.worker.restart import RestartPolicy
 from mlx_serving.worker.supervisor import Supervisor
+from mlx_serving.worker.watchdog import Deadlines
 
 
 class RuntimeThread:
@@ -37,6 +38,9 @@ class RuntimeThread:
 
     def kill(self) -> None:
         self._report(-1)
+
+    def explain(self) -> None:
+        faulthandler.dump_traceback()
 
     def cause(self, status: int) -> str:
         if self._error:
@@ -59,7 +63,10 @@ class RuntimeThread:
 
 
 class InProcessWorker(Supervisor):
-    """port.WorkerClient over a thread, never restarted."""
+    """port.WorkerClient over a thread, never restarted; only a load is watched."""
 
-    def __init__(self, spawn: Callable[[], Process] = RuntimeThread) -> None:
-        super().__init__(policy=RestartPolicy(quick_s=math.inf, give_up_after=1), spawn=spawn)
+    def __init__(
+        self, *, load_timeout_s: float = math.inf, spawn: Callable[[], Process] = RuntimeThread
+    ) -> None:
+        deadlines = Deadlines(math.inf, math.inf, load_timeout_s, math.inf)
+        super().__init__(deadlines=deadlines, revive=False, spawn=spawn)

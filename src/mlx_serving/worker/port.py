@@ -6,11 +6,12 @@ of this one. Everything here is called on one event loop's thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
 
+from mlx_serving.errors import MLXServingError
 from mlx_serving.types import Grammar, ModelInfo, Priority, SamplingParams
 from mlx_serving.worker.client import SequenceStream
 from mlx_serving.worker.wire import ModelOptions, StepStats
@@ -41,8 +42,16 @@ class Restarting(msgspec.Struct, frozen=True, tag="restarting"):
     cause: str
 
 
+class CircuitOpen(msgspec.Struct, frozen=True, tag="open"):
+    """It keeps dying: nobody is let in, and no worker started, until then (by the supervisor's
+    clock). Streams that had begun wait."""
+
+    until_s: float
+    cause: str
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """It died too often, and is not started again until `start()` is called anew."""
+    """It is not started again until `start()` is called anew."""
 
     cause: str
 
@@ -51,7 +60,7 @@ class Stopped(msgspec.Struct, frozen=True, tag="stopped"):
     pass
 
 
-WorkerState = Starting | Loading | Ready | Restarting | Failed | Stopped
+WorkerState = Starting | Loading | Ready | Restarting | CircuitOpen | Failed | Stopped
 
 
 class WorkerHealth(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +72,16 @@ class WorkerHealth(msgspec.Struct, frozen=True, kw_only=True):
     """What the worker itself said last: idle, loading, compiling, stepping; "" before it speaks."""
     models: tuple[str, ...]
     cause: str | None = None
+    """Why the last worker ended, while there is no next one."""
     restarts: int = 0
+    breaker: str = "closed"
+    """closed, open (a crash loop: new requests are refused) or half_open (it is being tried)."""
+    retry_in_s: float | None = None
+    """While open: until the next trial."""
+    broken: dict[str, str] = {}
+    """Models that cannot be served at present, and why; the quarantined ones among them."""
+    streams_waiting: int = 0
+    """Streams that wait for a worker."""
 
 
 class WorkerStarted(msgspec.Struct, frozen=True, tag="worker_started"):
@@ -76,7 +94,7 @@ class WorkerStarted(msgspec.Struct, frozen=True, tag="worker_started"):
 class WorkerExited(msgspec.Struct, frozen=True, tag="worker_exited"):
     pid: int
     cause: str
-    next: Restarting | Failed | Stopped
+    next: Restarting | CircuitOpen | Failed | Stopped
 
 
 class ModelReady(msgspec.Struct, frozen=True, tag="model_ready"):
@@ -125,13 +143,19 @@ class WorkerClient(Protocol):
         is left: what has not gone by the deadline was killed."""
         ...
 
+    def restart(self) -> None:
+        """Replace the worker without losing a stream, and forget what was held against models.
+        Does nothing where there is no supervisor."""
+        ...
+
     async def load_model(
         self, model_id: str, path: str, options: ModelOptions | None = None
     ) -> ModelInfo:
         """Load, or return what is already loaded by that id.
 
-        Raises ModelBroken (or what the worker's code says), WorkerDied when the worker dies over
-        it, Overloaded when there is no worker within the wait.
+        A load that its worker did not survive is tried again in the next one. Raises ModelBroken
+        (or what the worker's code says; also when the model is quarantined), WorkerDied when
+        there is no next one, Overloaded when there is no worker within the wait.
         """
         ...
 
@@ -151,9 +175,10 @@ class WorkerClient(Protocol):
     ) -> SequenceStream:
         """Start a sequence. Tokens past `prompt_len` are output that an earlier stream delivered.
 
-        While the worker (re)starts, the stream waits for it, a bounded time. Raises Overloaded
-        (with `retry_after_s`) when it cannot wait, Draining once stopped; whatever happens later
-        is raised from the stream.
+        While the worker (re)starts, the stream waits for it, a bounded time; when the worker dies,
+        it goes on in the next one. Raises Overloaded (with `retry_after_s`) when it cannot wait,
+        ModelBroken for a quarantined model, Draining once stopped; whatever happens later is
+        raised from the stream.
         """
         ...
 
@@ -163,6 +188,11 @@ class WorkerClient(Protocol):
     @property
     def models(self) -> tuple[ModelInfo, ...]:
         """Loaded now."""
+        ...
+
+    @property
+    def broken(self) -> Mapping[str, MLXServingError]:
+        """Models that were loaded once and cannot be served at present, and why."""
         ...
 
     def health(self) -> list[WorkerHealth]: ...

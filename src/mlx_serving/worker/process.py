@@ -30,6 +30,7 @@ class Process(Protocol):
     exited: asyncio.Future[int]
 
     def kill(self) -> None: ...
+    def explain(self) -> None: ...
     def cause(self, status: int) -> str: ...
 
 
@@ -71,6 +72,12 @@ class WorkerProcess:
         if self._child.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
+
+    def explain(self) -> None:
+        """Have a stuck worker write where each of its threads is, among its last words."""
+        if self._child.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(self.pid, signal.SIGUSR1)
 
     def cause(self, status: int) -> str:
         """How it ended, and its last words."""

@@ -1,10 +1,12 @@
-"""Keeps one worker process alive: starts it, watches it, restarts it, reloads its models.
+"""Keeps one worker process alive, and every stream alive beyond it.
 
-    starting ─▶ loading ─▶ ready ──death──▶ restarting ─▶ starting …     (stop: ─▶ stopped)
-                                       └──too often──▶ failed
+    starting ─▶ loading ─▶ ready ──death, restart()──▶ restarting ─▶ starting …   (stop: ─▶ stopped)
+                                    └──crash loop──▶ open ─▶ starting (half-open: loads and probes)
 
-One task (`_run`) walks these states; everything else reads them. What cannot be sent in the
-present state is parked, for a bounded time, and sent when the next worker is ready.
+One task (`_run`) walks these states; everything else reads them. Streams of a worker that died
+are sent to the next one with the tokens that they have; what cannot be sent in the present state
+waits in the backlog. When to start, whom to blame, and what is stuck are decided in `breaker`,
+`blame` and `watchdog`.
 """
 
 from __future__ import annotations
@@ -13,45 +15,75 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlx_serving import clock, errors
 from mlx_serving.types import Grammar, ModelInfo, Priority, SamplingParams
-from mlx_serving.worker import port, wire
+from mlx_serving.worker import blame, port, reconcile, wire
+from mlx_serving.worker.backlog import Backlog
+from mlx_serving.worker.breaker import (
+    Breaker,
+    BreakerPolicy,
+    Closed,
+    HalfOpen,
+    Open,
+    after_death,
+    after_probe,
+    after_wait,
+)
 from mlx_serving.worker.client import Connection, SequenceStream
 from mlx_serving.worker.process import Process, WorkerProcess
-from mlx_serving.worker.restart import GiveUp, Restart, RestartPolicy, after_death
+from mlx_serving.worker.watchdog import Deadlines, stuck
 
 log = logging.getLogger(__name__)
 
-HELLO_TIMEOUT_S = 30.0
 EXIT_TIMEOUT_S = 1.0
 """How long a worker whose socket has closed may take to exit by itself."""
+EXPLAIN_S = 0.5
+"""How long a stuck worker gets to say where it is."""
 MAX_PARKED = 4096
 
 
 class Supervisor:
     """port.WorkerClient over a child process (or what else `spawn` starts).
 
-    `park_timeout_s`: how long loads and submissions wait for a worker that is (re)starting.
-    `load_timeout_s`: a load that takes longer is taken for a hang; the worker is killed.
+    Args:
+        policy: when to start the next worker.
+        deadlines: when a worker is taken for stuck.
+        max_deaths: of how many deaths in a row a sequence, or a model's load, may be a suspect.
+        park_timeout_s: how long loads and new streams wait for a worker that is (re)starting.
+        resume_timeout_s: how long streams of a worker that died wait for the next one.
+        replace_timeout_s: how long a worker that is being replaced may take to finish its step.
+        revive: start another worker when one has died; otherwise streams end with WorkerDied.
+        seed: of the back-off's jitter.
     """
 
     def __init__(
         self,
         *,
-        policy: RestartPolicy | None = None,
+        policy: BreakerPolicy | None = None,
+        deadlines: Deadlines | None = None,
+        max_deaths: int = 3,
         park_timeout_s: float = 30.0,
-        load_timeout_s: float = 600.0,
+        resume_timeout_s: float = 300.0,
+        replace_timeout_s: float = 5.0,
+        revive: bool = True,
+        seed: int | None = None,
         spawn: Callable[[], Process] = WorkerProcess,
         now: clock.Clock = clock.monotonic,
     ) -> None:
         self.on_event: Callable[[port.WorkerEvent], None] = port.ignore
         self.on_stats: Callable[[wire.StepStats], None] = port.ignore
-        self._policy = policy or RestartPolicy()
+        self._policy = policy or BreakerPolicy()
+        self._deadlines = deadlines or Deadlines()
+        self._max_deaths = max_deaths
         self._park_timeout_s = park_timeout_s
-        self._load_timeout_s = load_timeout_s
+        self._resume_timeout_s = resume_timeout_s
+        self._replace_timeout_s = replace_timeout_s
+        self._revive = revive
+        self._random = random.Random(seed)
         self._spawn = spawn
         self._now = now
         self._state: port.WorkerState = port.Stopped()
@@ -60,12 +92,24 @@ class Supervisor:
         self._process: Process | None = None
         self._connection: Connection | None = None
         """The living worker's; see `_usable`."""
+        self._breaker: Breaker = Closed()
+        self._hurry = asyncio.Event()
+        """Start the next worker without waiting for the back-off."""
+        self._replacing = False
+        self._stuck: str | None = None
+        """What the watchdog ended the present worker for."""
         self._wanted: dict[str, tuple[str, wire.ModelOptions]] = {}
         self._broken: dict[str, errors.MLXServingError] = {}
         """Models that the present worker could not reload, and why."""
-        self._parked: dict[SequenceStream, asyncio.TimerHandle] = {}
+        self._quarantined: dict[str, errors.ModelBroken] = {}
+        self._model_deaths: dict[str, int] = {}
+        self._probing: str | None = None
+        self._backlog = Backlog(self._expired)
+        self._suspects: list[SequenceStream] = []
+        """Sent one at a time: `blame`."""
         self._seq_ids = itertools.count(1)
         self._restarts = 0
+        self._cause = ""
 
     # port.WorkerClient
 
@@ -80,6 +124,10 @@ class Supervisor:
     def models(self) -> tuple[ModelInfo, ...]:
         return tuple(self._connection.models.values()) if self._connection is not None else ()
 
+    @property
+    def broken(self) -> dict[str, errors.MLXServingError]:
+        return {**self._broken, **self._quarantined}
+
     def health(self) -> list[port.WorkerHealth]:
         state, connection = self.state, self._connection
         return [
@@ -90,12 +138,17 @@ class Supervisor:
                 models=tuple(info.model_id for info in self.models),
                 cause=getattr(state, "cause", None),
                 restarts=self._restarts,
+                breaker=_breaker_name(self._breaker),
+                retry_in_s=self._retry_after_s() if isinstance(state, port.CircuitOpen) else None,
+                broken={model_id: error.message for model_id, error in self.broken.items()},
+                streams_waiting=len(self._backlog) + len(self._suspects),
             )
         ]
 
     def start(self) -> None:
         if self._run_task is None or self._run_task.done():
             self._restarts = 0
+            self._breaker = Closed()
             self._set_state(port.Starting())
             self._run_task = asyncio.create_task(self._guarded_run(), name="worker-supervisor")
 
@@ -106,8 +159,7 @@ class Supervisor:
             task.cancel()
             await asyncio.wait([task])
         stopped = errors.Draining("the server is shutting down")
-        for stream in self._unpark():
-            stream.fail(stopped)
+        self._end_waiting(lambda _: stopped)
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.send(wire.Shutdown())
@@ -119,28 +171,42 @@ class Supervisor:
                 process.kill()
             await _end(process, deadline_s)
 
+    def restart(self) -> None:
+        """Replace the worker; streams go on in the next one. Lifts quarantines and back-off."""
+        if not self._revive:
+            log.warning("without a supervisor the worker cannot be replaced")
+            return
+        self._quarantined.clear()
+        self._model_deaths.clear()
+        self._breaker = Closed()
+        self._hurry.set()
+        connection, process = self._connection, self._process
+        if connection is not None and process is not None and not self._replacing:
+            self._replacing = True
+            connection.send(wire.Shutdown())
+            asyncio.get_running_loop().call_later(self._replace_timeout_s, process.kill)
+
     async def load_model(
         self, model_id: str, path: str, options: wire.ModelOptions | None = None
     ) -> ModelInfo:
-        connection = await self._connected()
         options = options or wire.ModelOptions()
-        try:
-            async with asyncio.timeout(self._load_timeout_s):
+        while True:
+            if model_id in self._quarantined:
+                raise self._quarantined[model_id].with_traceback(None)
+            connection = await self._connected()
+            try:
                 info = await connection.load_model(model_id, path, options)
-        except TimeoutError:
-            if self._process is not None:
-                self._process.kill()
-            connection.close()
-            raise errors.ModelBroken(
-                f"loading {model_id!r} took longer than {self._load_timeout_s:g} s"
-            ) from None
-        except errors.WorkerDied:
-            raise
-        except errors.MLXServingError as error:
-            self.on_event(port.ModelLoadFailed(model_id, error.code, error.message))
-            raise
+                break
+            except errors.WorkerDied:
+                # Its share in the death is counted; who waits here is not to know.
+                if not self._revive:
+                    raise
+            except errors.MLXServingError as error:
+                self.on_event(port.ModelLoadFailed(model_id, error.code, error.message))
+                raise
         self._wanted[model_id] = (path, options)
         self._broken.pop(model_id, None)
+        self._model_deaths.pop(model_id, None)
         self.on_event(port.ModelReady(info))
         return info
 
@@ -192,84 +258,222 @@ class Supervisor:
             self._fail(port.Failed(f"the supervisor failed: {error!r}"))
 
     async def _run(self) -> None:
-        attempt = 0
         while True:
             self._set_state(port.Starting())
-            cause, ready_s = await self._live()
-            decision = after_death(self._policy, ready_s, attempt)
+            cause = self._cause = await self._live()
             pid = self._process.pid if self._process is not None else 0
             self._process = None
-            match decision:
-                case GiveUp(deaths):
-                    failed = port.Failed(f"{deaths} quick deaths in a row; the last: {cause}")
-                    self._fail(failed)
-                    self.on_event(port.WorkerExited(pid, cause, failed))
-                    return
-                case Restart(attempt, in_s):
-                    restarting = port.Restarting(attempt, in_s, cause)
-                    self._set_state(restarting)
-                    self.on_event(port.WorkerExited(pid, cause, restarting))
-                    log.warning("restart %d in %.1f s: %s", attempt, in_s, cause)
-                    self._restarts += 1
-                    await asyncio.sleep(in_s)
+            if not self._revive:
+                self._fail(failed := port.Failed(cause))
+                self.on_event(port.WorkerExited(pid, cause, failed))
+                return
+            in_s = self._decide()
+            waiting: port.Restarting | port.CircuitOpen
+            match self._breaker:
+                case Open(until_s, _):
+                    waiting = port.CircuitOpen(until_s, cause)
+                case Closed(deaths_s):
+                    waiting = port.Restarting(len(deaths_s), in_s, cause)
+                case HalfOpen():
+                    raise AssertionError("nothing is half-open after a death")
+            self._set_state(waiting)
+            self.on_event(port.WorkerExited(pid, cause, waiting))
+            log.warning("the next worker starts in %.1f s: %s", in_s, cause)
+            self._restarts += 1
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hurry.wait(), in_s)
+            self._breaker = after_wait(self._breaker)
 
-    async def _live(self) -> tuple[str, float]:
-        """One worker from start to death: (cause, seconds that it was ready)."""
+    def _decide(self) -> float:
+        """Move the breaker. Returns the seconds to wait."""
+        self._hurry.clear()
+        if self._replacing:
+            self._replacing = False
+            return 0.0
+        assert not isinstance(self._breaker, Open)
+        wait = after_death(self._policy, self._breaker, self._now(), self._random.random())
+        self._breaker = wait.breaker
+        return wait.in_s
+
+    async def _live(self) -> str:
+        """One worker from start to death; returns the death's cause."""
+        self._stuck = None
         try:
             process = self._process = self._spawn()
         except OSError as error:
-            return f"the worker could not be started: {error}", 0.0
+            return f"the worker could not be started: {error}"
         self._set_state(port.Starting(process.pid))
-        ready_at_s: float | None = None
-        connection = await Connection.open(process.socket, self._stats, self._phase)
+        connection = await Connection.open(process.socket, self._stats, self._phase, self._now)
         self._connection = connection
-        if await self._prepare(connection, process):
-            ready_at_s = self._now()
+        watching = asyncio.create_task(self._watch(connection, process))
+        try:
+            await self._prepare(connection, process)
             await connection.lost
-        ready_s = 0.0 if ready_at_s is None else self._now() - ready_at_s
+        finally:
+            watching.cancel()
         status = await _end(process, EXIT_TIMEOUT_S)
         self._connection = None
         cause = process.cause(status)
-        connection.close()
-        connection.abandon(errors.WorkerDied(cause))
-        return cause, ready_s
+        if self._stuck is not None:
+            cause = f"{self._stuck}; {cause}"
+        elif self._replacing:
+            cause = f"replaced as asked; {cause}"
+        self._bury(connection, cause)
+        return cause
 
-    async def _prepare(self, connection: Connection, process: Process) -> bool:
-        """Hello, then the models that the last worker had. False: it died, or never spoke."""
-        await _first(HELLO_TIMEOUT_S, connection.hello, connection.lost)
+    async def _watch(self, connection: Connection, process: Process) -> None:
+        """End a worker that is stuck, after its last words."""
+        tick_s = self._deadlines.tick_s
+        while self._stuck is None:
+            before_s = self._now()
+            await asyncio.sleep(tick_s)
+            late_s = self._now() - before_s - tick_s
+            if late_s > tick_s:
+                connection.excuse(late_s)
+            self._stuck = stuck(self._deadlines, connection.vitals())
+        log.error("worker %d is stuck: %s", process.pid, self._stuck)
+        process.explain()
+        await asyncio.sleep(EXPLAIN_S)
+        process.kill()
+        connection.close()
+
+    async def _prepare(self, connection: Connection, process: Process) -> None:
+        """Hello, then the models that the last worker had, then its streams. Returns early when
+        the worker dies meanwhile."""
+        await _first(connection.hello, connection.lost)
         if not connection.hello.done():
-            return False
+            return
         self.on_event(port.WorkerStarted(process.pid, self._restarts))
+        self._reconcile(connection, connection.hello.result())
         if self._wanted:
             self._set_state(port.Loading(process.pid, tuple(self._wanted)))
         self._broken.clear()
         for model_id, (path, options) in list(self._wanted.items()):
+            if model_id in self._quarantined:
+                continue
             if not await self._reload(connection, model_id, path, options):
-                return False
+                return
+        assert not isinstance(self._breaker, Open)
+        self._breaker = after_probe(self._breaker)
         self._set_state(port.Ready(process.pid))
-        for stream in self._unpark():
-            try:
-                self._send(stream, connection)
-            except errors.MLXServingError as error:
-                stream.fail(error)
-        return True
+        self._resume(connection)
+
+    def _reconcile(self, connection: Connection, hello: wire.Hello) -> None:
+        differences = reconcile.compare(self._wanted, hello.models, hello.sequences)
+        for seq_id in differences.cancel:
+            connection.send(wire.Cancel(seq_id))
+        for model_id in differences.unload:
+            connection.send(wire.UnloadModel(model_id))
 
     async def _reload(
         self, connection: Connection, model_id: str, path: str, options: wire.ModelOptions
     ) -> bool:
-        """False: the worker died over it, or hangs."""
+        """False: the worker died over it."""
         load = asyncio.ensure_future(connection.load_model(model_id, path, options))
         try:
-            await _first(self._load_timeout_s, load, connection.lost)
+            await _first(load, connection.lost)
             if not load.done():
                 return False
-            self.on_event(port.ModelReady(load.result()))
+            info = load.result()
         except errors.MLXServingError as error:
             self._broken[model_id] = error
             self.on_event(port.ModelLoadFailed(model_id, error.code, error.message))
+            return True
         finally:
             load.cancel()
+        # It may survive its loads and none of its steps.
+        if isinstance(self._breaker, HalfOpen) and not await self._probe(connection, model_id):
+            return False
+        self._model_deaths.pop(model_id, None)
+        self.on_event(port.ModelReady(info))
         return True
+
+    async def _probe(self, connection: Connection, model_id: str) -> bool:
+        """One token of a prompt of ours, so that the next death is not a client's. False: it died."""
+        self._probing = model_id
+        sampling = SamplingParams(temperature=0.0, max_tokens=1)
+        request = wire.Submit(
+            seq_id=next(self._seq_ids),
+            model_id=model_id,
+            token_ids=[0],
+            prompt_len=1,
+            sampling=sampling,
+        )
+        stream = SequenceStream(request)
+        answered = asyncio.ensure_future(_ended(stream))
+        connection.submit(stream)
+        await _first(answered, connection.lost)
+        stream.cancel()
+        if not answered.done():
+            return False
+        self._probing = None
+        if (error := answered.exception()) is not None:
+            log.warning("the probe of %r failed: %s", model_id, error)
+        return True
+
+    # After a death
+
+    def _bury(self, connection: Connection, cause: str) -> None:
+        """Whom to blame, and who goes on."""
+        cause = _brief(cause)
+        died = errors.WorkerDied(cause)
+        if not self._replacing:
+            self._blame_model(connection, cause)
+        self._probing = None
+        streams = [s for s in (*connection.release(), *self._suspects) if not s.ended]
+        self._suspects = []
+        connection.close()
+        connection.abandon(died)
+        if not self._revive:
+            for stream in streams:
+                stream.fail(died)
+            return
+        if self._replacing:
+            for stream in streams:
+                stream.starting = False
+        verdict = blame.judge(streams, self._max_deaths)
+        for stream in (*verdict.free, *verdict.suspects):
+            self._backlog.add(stream, self._resume_timeout_s)
+        for stream in verdict.guilty:
+            stream.fail(
+                errors.WorkerDied(
+                    f"given up: {stream.deaths} workers in a row died as they began this "
+                    f"sequence; the last: {cause}"
+                )
+            )
+
+    def _blame_model(self, connection: Connection, cause: str) -> None:
+        """A model whose load, or whose probe, the worker died over."""
+        phase = connection.phase.phase if connection.phase is not None else ""
+        loading = connection.loading[:1] if phase in ("loading", "compiling") else ()
+        for model_id in (self._probing,) if self._probing is not None else loading:
+            deaths = self._model_deaths[model_id] = self._model_deaths.get(model_id, 0) + 1
+            # A load that hangs costs its whole deadline each time.
+            if deaths >= self._max_deaths or (self._stuck is not None and loading):
+                error = errors.ModelBroken(
+                    f"model {model_id!r} is quarantined until a restart: {deaths} worker(s) in a "
+                    f"row died over it; the last: {cause}"
+                )
+                self._quarantined[model_id] = error
+                log.error("%s", error.message)
+                self.on_event(port.ModelLoadFailed(model_id, error.code, error.message))
+
+    def _resume(self, connection: Connection) -> None:
+        """Everybody who waits goes to the new worker; suspects one at a time, after the others."""
+        verdict = blame.judge(self._backlog.take(), self._max_deaths)
+        for stream in verdict.free:
+            self._send_or_fail(stream, connection)
+        self._suspects = verdict.suspects
+        self._try_next()
+
+    def _try_next(self) -> None:
+        connection = self._usable()
+        while connection is not None and self._suspects:
+            stream = self._suspects.pop(0)
+            if not stream.ended:
+                stream.on_progress = self._try_next
+                self._send_or_fail(stream, connection)
+                return
 
     # Sending and parking
 
@@ -278,67 +482,84 @@ class Supervisor:
         connection = self._connection
         if not isinstance(self._state, port.Ready) or connection is None or connection.lost.done():
             return None
-        return connection
+        return connection if not self._replacing else None
 
     def _send(self, stream: SequenceStream, connection: Connection) -> None:
-        broken = self._broken.get(stream.request.model_id)
+        broken = self.broken.get(stream.request.model_id)
         if broken is not None:
             raise errors.ModelBroken(broken.message)
         connection.submit(stream)
 
+    def _send_or_fail(self, stream: SequenceStream, connection: Connection) -> None:
+        try:
+            self._send(stream, connection)
+        except errors.MLXServingError as error:
+            stream.fail(error)
+
     def _park(self, stream: SequenceStream) -> None:
         """Keep until the next worker is ready; the timer and the bound say no in time."""
-        match self._state:
-            case port.Stopped():
-                raise errors.Draining("the worker is stopped")
-            case port.Failed():
-                raise self._unavailable()
-        if len(self._parked) >= MAX_PARKED:
+        if (broken := self._quarantined.get(stream.request.model_id)) is not None:
+            raise errors.ModelBroken(broken.message)
+        self._refuse_if_down()
+        if not self._backlog.has_room(MAX_PARKED):
             raise self._unavailable()
-        loop = asyncio.get_running_loop()
-        self._parked[stream] = loop.call_later(self._park_timeout_s, self._give_back, stream)
-
-    def _give_back(self, stream: SequenceStream) -> None:
-        del self._parked[stream]
-        stream.fail(self._unavailable())
-
-    def _unpark(self) -> list[SequenceStream]:
-        parked, self._parked = self._parked, {}
-        for timer in parked.values():
-            timer.cancel()
-        return [stream for stream in parked if not stream.ended]
+        self._backlog.add(stream, self._park_timeout_s)
 
     async def _connected(self) -> Connection:
         """Wait, a bounded time, for a worker that can be spoken to."""
         try:
             async with asyncio.timeout(self._park_timeout_s):
                 while (connection := self._usable()) is None:
-                    match self._state:
-                        case port.Stopped():
-                            raise errors.Draining("the worker is stopped")
-                        case port.Failed():
-                            raise self._unavailable()
+                    self._refuse_if_down()
                     await self._changed.wait()
         except TimeoutError:
             raise self._unavailable() from None
         return connection
 
+    def _refuse_if_down(self) -> None:
+        match self._state:
+            case port.Stopped():
+                raise errors.Draining("the worker is stopped")
+            case port.Failed() | port.CircuitOpen():
+                raise self._unavailable()
+
+    def _expired(self, stream: SequenceStream) -> errors.MLXServingError:
+        """Waited long enough: new streams may come again, those that had begun cannot."""
+        if stream.resumption() is stream.request:
+            return self._unavailable()
+        return errors.WorkerDied(
+            f"no worker took this sequence over in time: {_brief(self._cause)}"
+        )
+
     def _unavailable(self) -> errors.Overloaded:
+        retry_after_s = self._retry_after_s()
         match self._state:
             case port.Failed(cause):
-                return errors.Overloaded(
-                    f"the worker is down: {cause}", retry_after_s=self._policy.max_s
-                )
-            case port.Restarting(_, in_s, cause):
-                return errors.Overloaded(
-                    f"the worker is restarting: {cause}", retry_after_s=max(1.0, in_s)
-                )
-        return errors.Overloaded("the worker is starting", retry_after_s=1.0)
+                return errors.Overloaded(f"the worker is down: {_brief(cause)}", retry_after_s=30.0)
+            case port.CircuitOpen(_, cause):
+                message = f"the worker keeps dying: {_brief(cause)}"
+                return errors.Overloaded(message, retry_after_s=retry_after_s)
+            case port.Restarting(_, _, cause):
+                message = f"the worker is restarting: {_brief(cause)}"
+                return errors.Overloaded(message, retry_after_s=retry_after_s)
+        return errors.Overloaded("the worker is starting", retry_after_s=retry_after_s)
+
+    def _retry_after_s(self) -> float:
+        match self._state:
+            case port.CircuitOpen(until_s, _):
+                return max(1.0, until_s - self._now())
+            case port.Restarting(_, in_s, _):
+                return max(1.0, in_s)
+        return 1.0
+
+    def _end_waiting(self, why: Callable[[SequenceStream], errors.MLXServingError]) -> None:
+        streams, self._suspects = [*self._backlog.take(), *self._suspects], []
+        for stream in streams:
+            stream.fail(why(stream))
 
     def _fail(self, failed: port.Failed) -> None:
         self._set_state(failed)
-        for stream in self._unpark():
-            stream.fail(self._unavailable())
+        self._end_waiting(self._expired)
         if self._connection is not None:
             self._connection.abandon(self._unavailable())
 
@@ -356,9 +577,14 @@ class Supervisor:
         self.on_event(port.PhaseChanged(phase.phase, phase.detail, phase.elapsed_s))
 
 
-async def _first(timeout_s: float, *futures: asyncio.Future[Any]) -> None:
+async def _first(*futures: asyncio.Future[Any]) -> None:
     """Wait until one of them is done; whether it failed is the caller's to see."""
-    await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _ended(stream: SequenceStream) -> None:
+    async for _ in stream:
+        pass
 
 
 async def _end(process: Process, deadline_s: float) -> int:
@@ -370,5 +596,22 @@ async def _end(process: Process, deadline_s: float) -> int:
     return await process.exited
 
 
+def _brief(cause: str) -> str:
+    """For clients: how it ended and the telling line of its last words. The log has them all."""
+    how, *words = cause.splitlines() or [""]
+    telling = words[-1:] if words and words[0].startswith("Traceback") else words[:1]
+    return "\n".join((how, *telling))
+
+
 def _tag(state: port.WorkerState) -> str:
     return str(state.__struct_config__.tag)
+
+
+def _breaker_name(breaker: Breaker) -> str:
+    match breaker:
+        case Closed():
+            return "closed"
+        case Open():
+            return "open"
+        case HalfOpen():
+            return "half_open"

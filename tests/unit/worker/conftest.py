@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from mlx_serving.worker.breaker import BreakerPolicy
 from mlx_serving.worker.process import WorkerProcess
-from mlx_serving.worker.restart import RestartPolicy
 from mlx_serving.worker.supervisor import Supervisor
 
 FAKE = (sys.executable, "-u", str(Path(__file__).with_name("fake_worker.py")))
@@ -39,7 +39,8 @@ def fake():
 
 @pytest.fixture
 async def worker(spawn) -> AsyncIterator[Supervisor]:
-    supervisor = Supervisor(spawn=spawn, policy=RestartPolicy(base_s=0.01, give_up_after=3))
+    policy = BreakerPolicy(base_s=0.01, open_s=0.05, max_open_s=0.1)
+    supervisor = Supervisor(spawn=spawn, policy=policy, seed=1)
     supervisor.events = []
     supervisor.on_event = supervisor.events.append
     supervisor.start()

@@ -33,8 +33,11 @@ class CountingRunner:
     """The next token is the last one plus one, so that a lost or doubled token shows."""
 
     last: dict[int, int] = field(default_factory=dict)
+    deadly: bool = False
 
     def launch(self, plan: StepPlan) -> Computed:
+        if self.deadly:
+            os.abort()
         for start in plan.starts:
             misbehave(start.token_ids[0])
             self.last[start.seq_id] = start.token_ids[-1]
@@ -95,7 +98,7 @@ def load(model_id, path, options, on_phase):
         context_length=100_000,
         kv_capacity_tokens=100_000_000,
     )
-    return LoadedModel(info, CountingRunner(), limits)
+    return LoadedModel(info, CountingRunner(deadly=how == "deadly"), limits)
 
 
 if __name__ == "__main__":

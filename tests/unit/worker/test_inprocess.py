@@ -15,7 +15,7 @@ from mlx_serving.worker.inprocess import InProcessWorker, RuntimeThread
 
 @pytest.fixture
 async def inprocess(fake):
-    worker = InProcessWorker(functools.partial(RuntimeThread, fake.load))
+    worker = InProcessWorker(spawn=functools.partial(RuntimeThread, fake.load))
     worker.start()
     async with asyncio.timeout(30):
         yield worker
@@ -65,7 +65,7 @@ async def test_a_loop_that_fails_is_not_started_again():
     def load(*_):
         raise Mistake("of ours")
 
-    worker = InProcessWorker(functools.partial(RuntimeThread, load))
+    worker = InProcessWorker(spawn=functools.partial(RuntimeThread, load))
     worker.start()
     with pytest.raises(errors.WorkerDied, match="of ours"):
         await worker.load_model("m", "any")
@@ -82,7 +82,7 @@ async def test_a_thread_that_does_not_end_is_left_behind():
         release.wait(30)
         raise errors.ModelBroken("late")
 
-    worker = InProcessWorker(functools.partial(RuntimeThread, load))
+    worker = InProcessWorker(spawn=functools.partial(RuntimeThread, load))
     worker.start()
     task = asyncio.create_task(worker.load_model("m", "any"))
     while worker.health()[0].phase != "loading":  # noqa: ASYNC110 - a thread's condition

@@ -11,10 +11,11 @@ import pytest
 from mlx_serving import errors
 from mlx_serving.types import SamplingParams
 from mlx_serving.worker import port, wire
+from mlx_serving.worker.breaker import BreakerPolicy
 from mlx_serving.worker.client import HIGH_WATER_TOKENS
 from mlx_serving.worker.process import WorkerProcess
-from mlx_serving.worker.restart import RestartPolicy
 from mlx_serving.worker.supervisor import Supervisor
+from mlx_serving.worker.watchdog import Deadlines
 from mlx_serving.worker.wire import ModelOptions, StepStats
 
 RAISE, ABORT, HANG = 901, 902, 903  # as fake_worker.py has them
@@ -171,54 +172,242 @@ async def test_unloading_ends_its_streams(worker):
     assert worker.models == ()
 
 
-async def test_kill_ends_every_stream_and_the_next_one_works(worker):
+async def test_streams_survive_a_kill(worker):
     await worker.load_model("m", "any")
-    streams = [submit(worker, k * 1000, FOREVER) for k in range(1, 5)]
+    wanted = 4 * HIGH_WATER_TOKENS
+    streams = [submit(worker, k * 10_000, wanted) for k in range(1, 5)]
     readers = [asyncio.create_task(tokens_of(stream)) for stream in streams]
-    await until(lambda: worker.health()[0].phase == "stepping")
-    first = worker.health()[0].pid
-    os.kill(first, signal.SIGKILL)
-    for outcome in await asyncio.gather(*readers, return_exceptions=True):
-        assert isinstance(outcome, errors.WorkerDied)
-        assert "SIGKILL" in outcome.message
-    # The model is reloaded; a request that comes in between waits for that.
-    assert await tokens_of(submit(worker, 10, 2)) == [11, 12]
-    assert worker.health()[0].pid != first
-    assert worker.health()[0].restarts == 1
-    exited = next(e for e in worker.events if isinstance(e, port.WorkerExited))
-    assert exited.pid == first
-    assert isinstance(exited.next, port.Restarting)
+    for restarts in (1, 2):
+        await until(lambda: worker.health()[0].phase == "stepping")
+        pid = worker.health()[0].pid
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda r=restarts: worker.health()[0].restarts == r)
+    assert await asyncio.gather(*readers) == [
+        list(range(k * 10_000 + 1, k * 10_000 + 1 + wanted)) for k in range(1, 5)
+    ]
+    exited = [e for e in worker.events if isinstance(e, port.WorkerExited)]
+    assert len(exited) == 2
+    assert "SIGKILL" in exited[0].cause and isinstance(exited[0].next, port.Restarting)
+    assert worker.health()[0].streams_waiting == 0
 
 
-async def test_an_abort_names_its_signal_and_last_words(worker):
+async def test_what_was_received_and_not_read_is_neither_lost_nor_doubled(worker):
+    """The reader of a paused stream begins only after the worker has died twice."""
+    seen: list[StepStats] = []
+    worker.on_stats = seen.append
     await worker.load_model("m", "any")
-    with pytest.raises(errors.WorkerDied, match=r"(?s)SIGABRT.*about to abort"):
-        await tokens_of(submit(worker, ABORT))
+    stream = submit(worker, 0, 3 * HIGH_WATER_TOKENS)
+    for restarts in (1, 2):
+        await until(lambda: worker.health()[0].phase == "stepping" or len(seen) > 10)
+        await until(lambda: worker.health()[0].phase == "idle")
+        os.kill(worker.health()[0].pid, signal.SIGKILL)
+        await until(lambda r=restarts: worker.health()[0].restarts == r)
+        await until(lambda: isinstance(worker.state, port.Ready))
+    assert len(seen) < 3 * HIGH_WATER_TOKENS  # it was set aside
+    assert await tokens_of(stream) == list(range(1, 1 + 3 * HIGH_WATER_TOKENS))
 
 
-async def test_dying_over_a_first_load_is_not_repeated(worker):
-    with pytest.raises(errors.WorkerDied, match=r"(?s)status 3.*no memory left"):
-        await worker.load_model("m", "die")
-    await worker.load_model("n", "any")
-    assert worker.health()[0].restarts == 1
-
-
-async def test_a_crash_loop_is_given_up_and_said(worker, tmp_path):
-    await worker.load_model("m", f"once:{tmp_path / 'loaded'}")
+async def test_finished_and_unread_when_the_worker_dies(worker):
+    await worker.load_model("m", "any")
+    stream = submit(worker, 10, 5)
+    await until(lambda: stream.ended)
     os.kill(worker.health()[0].pid, signal.SIGKILL)
-    await until(lambda: isinstance(worker.state, port.Restarting | port.Starting | port.Loading))
+    await until(lambda: worker.health()[0].restarts == 1)
+    assert await tokens_of(stream) == [11, 12, 13, 14, 15]
+
+
+async def test_cancelled_while_the_worker_restarts(worker):
+    seen: list[StepStats] = []
+    worker.on_stats = seen.append
+    await worker.load_model("m", "any", ModelOptions(max_num_seqs=1))
+    stream = submit(worker, 10, FOREVER)
+    rows = aiter(stream)
+    await anext(rows)
+    os.kill(worker.health()[0].pid, signal.SIGKILL)
+    await until(lambda: not isinstance(worker.state, port.Ready))
+    assert worker.health()[0].streams_waiting == 1
+    stream.cancel()
+    assert worker.health()[0].streams_waiting == 0
+    assert await tokens_of(submit(worker, 20, 2)) == [21, 22]  # the only row is free
+    assert await tokens_of(stream) == []
+
+
+async def test_a_poison_is_given_up_alone(worker):
+    """It begins in one step with everybody else, so that all of them are suspects at first."""
+    await worker.load_model("m", "any")
+    starts = [1000 * k for k in range(1, 9)]
+    readers = [asyncio.create_task(tokens_of(submit(worker, k, 50))) for k in starts]
+    with pytest.raises(
+        errors.WorkerDied, match=r"(?s)given up: 3 workers.*SIGABRT.*about to abort"
+    ):
+        await tokens_of(submit(worker, ABORT))
+    assert await asyncio.gather(*readers) == [list(range(k + 1, k + 51)) for k in starts]
+    assert worker.health()[0].restarts == 3
+
+
+async def test_a_step_that_hangs_is_ended_and_given_up_alone(spawn):
+    worker = Supervisor(spawn=spawn, deadlines=Deadlines(step_s=1.0), max_deaths=1)
+    events = []
+    worker.on_event = events.append
+    worker.start()
+    await worker.load_model("m", "any")
+    reader = asyncio.create_task(tokens_of(submit(worker, 10, 20_000)))
+    await until(lambda: worker.health()[0].phase == "stepping")
+    with pytest.raises(errors.WorkerDied, match="a step took longer than 1 s"):
+        await tokens_of(submit(worker, HANG))
+    exited = next(e for e in events if isinstance(e, port.WorkerExited))
+    assert "in misbehave" in exited.cause  # it was asked where it is
+    assert await reader == list(range(11, 20_011))
+    await worker.stop()
+
+
+async def test_a_stopped_process_is_replaced(spawn):
+    """A slow machine may have it replaced once more, which nobody notices either."""
+    worker = Supervisor(spawn=spawn, deadlines=Deadlines(silence_s=2.5))
+    worker.start()
+    await worker.load_model("m", "any")
+    pid = worker.health()[0].pid
+    reader = asyncio.create_task(tokens_of(submit(worker, 10, 5000)))
+    await until(lambda: worker.health()[0].phase == "stepping")
+    os.kill(pid, signal.SIGSTOP)
+    assert await reader == list(range(11, 5011))
+    assert not alive(pid)
+    assert worker.health()[0].restarts >= 1
+    await worker.stop()
+
+
+async def test_a_model_that_kills_its_loads_is_quarantined_and_spares_the_others(worker):
+    dying = asyncio.create_task(worker.load_model("m", "die"))
+    other = asyncio.create_task(worker.load_model("n", "any"))
+    with pytest.raises(errors.ModelBroken, match=r"(?s)quarantined.*status 3.*no memory left"):
+        await dying
+    await other
+    assert worker.health()[0].restarts == 3
+    with pytest.raises(errors.ModelBroken, match="quarantined"):
+        await worker.load_model("m", "die")
+    assert set(worker.health()[0].broken) == {"m"}
+    # Put right and asked to forget, it is loaded again.
+    worker.restart()
+    await worker.load_model("m", "any")
+    assert await tokens_of(submit(worker, 1, 2)) == [2, 3]
+    assert worker.broken == {}
+
+
+async def test_a_model_that_kills_its_reloads_is_quarantined(worker, tmp_path):
+    await worker.load_model("m", f"once:{tmp_path / 'loaded'}")
+    await worker.load_model("n", "any")
+    reader = asyncio.create_task(tokens_of(submit(worker, 10, 5000, "n")))
+    os.kill(worker.health()[0].pid, signal.SIGKILL)
+    await until(lambda: not isinstance(worker.state, port.Ready))
     parked = submit(worker)
-    with pytest.raises(errors.Overloaded, match="status 4"):
+    with pytest.raises(errors.ModelBroken, match="status 4"):
         await tokens_of(parked)
-    assert isinstance(worker.state, port.Failed)
-    with pytest.raises(errors.Overloaded) as refused:
+    with pytest.raises(errors.ModelBroken, match="status 4"):
         submit(worker)
-    assert refused.value.retry_after_s is not None
+    assert await reader == list(range(11, 5011))
+    assert worker.health()[0].models == ("n",)
+
+
+async def test_a_crash_loop_opens_the_breaker_and_a_probe_closes_it(spawn, tmp_path):
+    """The command fails until it is put right; a stream of the last good worker waits for that."""
+    well = tmp_path / "well"
+    well.touch()
+    bad = (sys.executable, "-c", "print('no such device'); raise SystemExit(7)")
+    policy = BreakerPolicy(base_s=0.01, max_deaths=3, open_s=0.3, max_open_s=0.3)
+    worker = Supervisor(
+        spawn=lambda: spawn() if well.exists() else WorkerProcess(bad), policy=policy
+    )
+    events = []
+    worker.on_event = events.append
+    worker.start()
+    await worker.load_model("m", "any")
+    begun = submit(worker, 20, 5000)
+    await until(lambda: worker.health()[0].phase == "stepping")
+    well.unlink()
+    os.kill(worker.health()[0].pid, signal.SIGKILL)
+    await until(lambda: isinstance(worker.state, port.CircuitOpen))
+    with pytest.raises(errors.Overloaded, match=r"(?s)keeps dying.*status 7.*no such device") as no:
+        submit(worker)
+    assert no.value.retry_after_s is not None and no.value.retry_after_s >= 1
     with pytest.raises(errors.Overloaded):
         await worker.load_model("n", "any")
     health = worker.health()[0]
-    assert (health.state, health.pid) == ("failed", None)
-    assert health.cause is not None
+    assert (health.state, health.breaker, health.pid) == ("open", "open", None)
+    assert health.retry_in_s is not None and "no such device" in (health.cause or "")
+    well.touch()
+    assert await tokens_of(begun) == list(range(21, 5021))
+    assert worker.health()[0].breaker == "closed"
+    nexts = [type(e.next) for e in events if isinstance(e, port.WorkerExited)]
+    assert nexts[:3] == [port.Restarting, port.Restarting, port.CircuitOpen]
+    await worker.stop()
+
+
+async def test_a_model_whose_every_use_kills_is_found_by_the_probe(spawn):
+    """Its load is fine. The half-open breaker asks each model for a token before clients do."""
+    policy = BreakerPolicy(base_s=0.01, max_deaths=2, open_s=0.01, max_open_s=0.01)
+    worker = Supervisor(spawn=spawn, policy=policy, max_deaths=2)
+    worker.start()
+    await worker.load_model("m", "deadly")
+    await worker.load_model("n", "any")
+    reader = asyncio.create_task(tokens_of(submit(worker, 10, 5000, "n")))
+    with pytest.raises((errors.ModelBroken, errors.WorkerDied)):
+        await tokens_of(submit(worker, 1, 5))
+    await until(lambda: "m" in worker.broken)
+    with pytest.raises(errors.ModelBroken, match="quarantined"):
+        await tokens_of(submit(worker, 1, 5))
+    assert await reader == list(range(11, 5011))
+    await worker.stop()
+
+
+async def test_streams_do_not_wait_for_ever(spawn):
+    dead: list[int] = []
+    policy = BreakerPolicy(base_s=3600)
+    worker = Supervisor(
+        spawn=lambda: WorkerProcess(("false",)) if dead else spawn(),
+        policy=policy,
+        resume_timeout_s=0.2,
+    )
+    worker.start()
+    await worker.load_model("m", "any")
+    stream = submit(worker, 10, FOREVER)
+    rows = aiter(stream)
+    await anext(rows)
+    dead.append(1)
+    os.kill(worker.health()[0].pid, signal.SIGKILL)
+    with pytest.raises(errors.WorkerDied, match="no worker took this sequence over"):
+        async for _ in rows:
+            pass
+    await worker.stop()
+
+
+async def test_restart_replaces_the_worker_under_its_streams(worker):
+    await worker.load_model("m", "any")
+    starts = [10_000 * k for k in range(1, 5)]
+    readers = [asyncio.create_task(tokens_of(submit(worker, k, 3000))) for k in starts]
+    await until(lambda: worker.health()[0].phase == "stepping")
+    first = worker.health()[0].pid
+    worker.restart()
+    worker.restart()
+    late = submit(worker, 5, 3)
+    assert await asyncio.gather(*readers) == [list(range(k + 1, k + 3001)) for k in starts]
+    assert await tokens_of(late) == [6, 7, 8]
+    assert worker.health()[0].pid != first
+    assert worker.health()[0].restarts == 1
+    (exited,) = [e for e in worker.events if isinstance(e, port.WorkerExited)]
+    assert exited.cause.startswith("replaced as asked")
+    assert exited.next == port.Restarting(0, 0.0, exited.cause)
+
+
+async def test_restart_ends_a_worker_that_does_not_heed_it(spawn):
+    worker = Supervisor(spawn=spawn, replace_timeout_s=0.1)
+    worker.start()
+    await worker.load_model("m", "any")
+    reader = asyncio.create_task(tokens_of(submit(worker, 10, 5000)))
+    await until(lambda: worker.health()[0].phase == "stepping")
+    os.kill(worker.health()[0].pid, signal.SIGSTOP)
+    worker.restart()
+    assert await reader == list(range(11, 5011))
+    await worker.stop()
 
 
 async def test_a_model_that_cannot_be_reloaded_says_why_and_spares_the_others(worker, tmp_path):
@@ -251,7 +440,7 @@ async def test_waiting_for_a_worker_is_bounded():
 
 
 async def test_a_load_that_hangs_is_ended(spawn):
-    worker = Supervisor(spawn=spawn, load_timeout_s=0.5)
+    worker = Supervisor(spawn=spawn, deadlines=Deadlines(load_s=0.5))
     worker.start()
     with pytest.raises(errors.ModelBroken, match="took longer"):
         await worker.load_model("m", "hang")
@@ -262,7 +451,7 @@ async def test_a_load_that_hangs_is_ended(spawn):
 
 async def test_a_command_that_cannot_start_fails_with_its_reason():
     spawn = functools.partial(WorkerProcess, ("/nonexistent/python",))
-    worker = Supervisor(spawn=spawn, policy=RestartPolicy(give_up_after=2, base_s=0))
+    worker = Supervisor(spawn=spawn, policy=BreakerPolicy(max_deaths=2, base_s=0))
     worker.start()
     with pytest.raises(errors.Overloaded, match="could not be started"):
         await worker.load_model("m", "any")
