@@ -22,6 +22,37 @@ from mlx_serving.errors import ConfigError
 DEFAULT_MODEL = "smollm2-135m"
 ENV_PREFIX = "MLX_SERVING_"
 LogLevel = Literal["debug", "info", "warning", "error"]
+ToolParser = Literal[
+    "auto",
+    "none",
+    "deepseek",
+    "deepseek_v32",
+    "function_gemma",
+    "gemma4",
+    "glm",
+    "harmony",
+    "hermes",
+    "kimi",
+    "lfm_pythonic",
+    "llama3_json",
+    "llama_pythonic",
+    "minimax",
+    "mistral",
+    "qwen3_coder",
+]
+ReasoningParser = Literal[
+    "auto",
+    "none",
+    "cohere",
+    "deepseek_r1",
+    "gemma4",
+    "harmony",
+    "kimi",
+    "kimi_vl",
+    "mistral",
+    "seed_oss",
+    "think",
+]
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,6 +74,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Longest prompt and answer together, in tokens; default: the model's own."""
     chat_template: str | None = None
     """A Jinja file that replaces the model's own template."""
+    tool_parser: ToolParser = "auto"
+    """How the model writes tool calls; auto: read off its chat template."""
+    reasoning_parser: ReasoningParser = "auto"
+    """What the model's reasoning stands between; auto: read off its chat template."""
     home: str | None = None
     """Where converted models are kept; default: $XDG_CACHE_HOME/mlx-serving."""
     offline: bool = False

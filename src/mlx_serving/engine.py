@@ -26,6 +26,7 @@ from mlx_serving.catalog.names import default_name
 from mlx_serving.config import Config, override
 from mlx_serving.content import structured
 from mlx_serving.content.text import TextSide
+from mlx_serving.content.tools.definitions import tool_use
 from mlx_serving.errors import ConfigError, InvalidRequest, UnsupportedParameter
 from mlx_serving.gateway import Gateway, Generation, Served
 from mlx_serving.telemetry.events import (
@@ -50,6 +51,7 @@ from mlx_serving.types import (
     TextPrompt,
     TokenEvent,
     TokenPrompt,
+    ToolCallDelta,
     Usage,
 )
 from mlx_serving.worker import port
@@ -66,6 +68,10 @@ _REQUEST = frozenset(
 )
 
 
+_TOOL_USE = ("tools", "tool_choice", "parallel_tool_calls")
+_CHAT = frozenset({*_TOOL_USE, "template_kwargs", "reasoning_effort", "response_format"})
+
+
 class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     """New text of one choice."""
 
@@ -74,6 +80,16 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     choice: int = 0
     logprobs: tuple[TextLogprob, ...] | None = None
     finish_reason: FinishReason | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call that the model made. `arguments` is JSON text, as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +99,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     logprobs: tuple[TextLogprob, ...] | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,6 +114,14 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def text(self) -> str:
         return self.answers[0].text
+
+    @property
+    def reasoning(self) -> str:
+        return self.answers[0].reasoning
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        return self.answers[0].tool_calls
 
 
 class Engine:
@@ -291,7 +317,7 @@ class Engine:
                 self._worker.load_model(
                     slot.model_id, str(folder.path), self._model_options(folder.tokenizer_path)
                 ),
-                asyncio.to_thread(TextSide.load, folder.tokenizer_path, self.config.chat_template),
+                asyncio.to_thread(self._text_side, folder.tokenizer_path),
             )
         except Exception as error:
             code = getattr(error, "code", "model_unavailable")
@@ -301,6 +327,15 @@ class Engine:
             raise
         self.events.publish(ModelLoaded(model_id=slot.model_id, info=info))
         return Served(info, text)
+
+    def _text_side(self, path: Path) -> TextSide:
+        c = self.config
+        return TextSide.load(
+            path,
+            c.chat_template,
+            tool_parser=c.tool_parser,
+            reasoning_parser=c.reasoning_parser,
+        )
 
     def _model_options(self, tokenizer_path: Path) -> ModelOptions:
         c = self.config
@@ -452,6 +487,8 @@ def _chunk(event: TokenEvent) -> Chunk:
         choice=event.choice,
         logprobs=None if event.logprobs is None else tuple(event.logprobs),
         finish_reason=event.finish_reason,
+        reasoning=event.reasoning,
+        tool_calls=tuple(event.tool_calls or ()),
     )
 
 
@@ -461,12 +498,16 @@ async def _collect(generation: Generation) -> Completion:
     ids: list[list[int]] = [[] for _ in range(n)]
     logprobs: list[list[TextLogprob]] = [[] for _ in range(n)]
     reasons: list[FinishReason] = ["stop"] * n
+    thoughts: list[list[str]] = [[] for _ in range(n)]
+    calls: list[list[ToolCallDelta]] = [[] for _ in range(n)]
     try:
         async for events in generation:
             for event in events:
                 texts[event.choice].append(event.text)
                 ids[event.choice] += event.token_ids
                 logprobs[event.choice] += event.logprobs or ()
+                thoughts[event.choice].append(event.reasoning)
+                calls[event.choice] += event.tool_calls or ()
                 if event.finish_reason is not None:
                     reasons[event.choice] = event.finish_reason
     finally:
@@ -480,6 +521,8 @@ async def _collect(generation: Generation) -> Completion:
                 token_ids=tuple(ids[i]),
                 finish_reason=reasons[i],
                 logprobs=tuple(logprobs[i]) if wanted else None,
+                reasoning="".join(thoughts[i]),
+                tool_calls=_join_calls(calls[i]),
             )
             for i in range(n)
         ),
@@ -488,8 +531,22 @@ async def _collect(generation: Generation) -> Completion:
     )
 
 
+def _join_calls(deltas: Sequence[ToolCallDelta]) -> tuple[ToolCall, ...]:
+    pieces: dict[int, list[ToolCallDelta]] = {}
+    for delta in deltas:
+        pieces.setdefault(delta.index, []).append(delta)
+    return tuple(
+        ToolCall(
+            id=parts[0].id or "",
+            name=parts[0].name or "",
+            arguments="".join(part.arguments for part in parts),
+        )
+        for parts in pieces.values()
+    )
+
+
 def _request(prompt: PromptLike, model: str, params: Mapping[str, Any]) -> GenerateRequest:
-    unknown = set(params) - _SAMPLING - _REQUEST - {"template_kwargs", "tools", "response_format"}
+    unknown = set(params) - _SAMPLING - _REQUEST - _CHAT
     if unknown:
         name = min(unknown)
         raise UnsupportedParameter(f"generate() has no parameter '{name}'.", param=name)
@@ -514,12 +571,16 @@ def _request(prompt: PromptLike, model: str, params: Mapping[str, Any]) -> Gener
 
 
 def _prompt(prompt: PromptLike, params: Mapping[str, Any]) -> Prompt:
+    is_chat = not isinstance(prompt, str) and not isinstance(next(iter(prompt), None), int)
+    if not is_chat and (chat_only := sorted(_CHAT & params.keys() - {"response_format"})):
+        raise InvalidRequest(f"'{chat_only[0]}' needs chat messages.", param=chat_only[0])
     if isinstance(prompt, str):
         return TextPrompt(text=prompt)
     if prompt and all(isinstance(item, int) for item in prompt):
         return TokenPrompt(token_ids=tuple(prompt))  # type: ignore[arg-type]
     return ChatPrompt(
         messages=tuple(msgspec.convert(item, Message) for item in prompt),
-        tools=tuple(params.get("tools", ())),
         template_kwargs=params.get("template_kwargs", {}),
+        reasoning_effort=params.get("reasoning_effort"),
+        **msgspec.structs.asdict(tool_use(*(params.get(name) for name in _TOOL_USE))),
     )

@@ -18,6 +18,7 @@ import msgspec
 from mlx_serving import clock
 from mlx_serving.catalog.lifecycle import Failed, ModelSlot, Ready, status_of
 from mlx_serving.config import Config
+from mlx_serving.content.output import OutputParser
 from mlx_serving.content.stream import ChoiceText
 from mlx_serving.content.text import TextSide
 from mlx_serving.errors import (
@@ -86,6 +87,7 @@ class Gateway:
             served = await slot.ready()
             token_ids = await self._tokenise(served, request.prompt)
             sampling = _settle(request, served.info, len(token_ids), self._config.max_tokens)
+            request = _force_calls(request, served.text, token_ids)
             generation = Generation(
                 request, slot.model_id, served, token_ids, sampling, arrived_s, self._ended
             )
@@ -256,7 +258,7 @@ class Generation:
         self._served = served
         self._sampling = sampling
         self._on_end: Callable[[Generation, str], None] | None = on_end
-        self._choices = [_Choice(i, request, served) for i in range(request.n)]
+        self._choices = [_Choice(i, request, served, token_ids) for i in range(request.n)]
 
     @property
     def prompt_text(self) -> str:
@@ -317,16 +319,20 @@ class Generation:
 class _Choice:
     """One of a request's answers: its sequence in the worker and its text."""
 
-    def __init__(self, index: int, request: GenerateRequest, served: Served) -> None:
+    def __init__(
+        self, index: int, request: GenerateRequest, served: Served, token_ids: list[int]
+    ) -> None:
         self.index = index
         self.tokens = 0
         self.stream: SequenceStream | None = None
         self.finished = False
+        self._parser = served.text.open_parser(request.prompt, token_ids)
         self._text: ChoiceText = served.text.open_stream(
             request.stop,
             include_stop_str=request.include_stop_str,
             min_tokens=request.sampling.min_tokens,
             continues=_continues(request.prompt),
+            markup=self._parser.markup if self._parser else frozenset(),
         )
 
     async def rows(self) -> AsyncIterator[tuple[_Choice, TokenRow]]:
@@ -345,6 +351,17 @@ class _Choice:
         if row.error is not None:
             self.finished = True
             raise from_code(*row.error, param=row.error_param)
+        if self._parser is None or not self._parser.single or len(row.token_ids) < 2:
+            return self._accept(row)
+        # One by one, so that where the call ends the answer does not depend on how rows came.
+        event = TokenEvent(choice=self.index, text="", token_ids=[])
+        for token_row in _split(row):
+            _append(event, self._accept(token_row))
+            if self.finished:
+                break
+        return event
+
+    def _accept(self, row: TokenRow) -> TokenEvent:
         delta = self._text.push(row.token_ids, row.logprobs, stop_token_id=row.stop_token_id)
         self.tokens += len(delta.token_ids)
         text = delta.text
@@ -356,8 +373,7 @@ class _Choice:
         elif row.finish_reason is not None:
             text += self._text.finish()
             finish, stop_reason = row.finish_reason, row.stop_token_id
-        self.finished = finish is not None
-        return TokenEvent(
+        event = TokenEvent(
             choice=self.index,
             text=text,
             token_ids=delta.token_ids,
@@ -365,6 +381,50 @@ class _Choice:
             finish_reason=finish,
             stop_reason=stop_reason,
         )
+        if self._parser is not None:
+            self._part(self._parser, event)
+        self.finished = event.finish_reason is not None
+        return event
+
+    def _part(self, parser: OutputParser, event: TokenEvent) -> None:
+        """Part the event's text into content, reasoning and calls; a call may end the choice."""
+        parsed = [parser.push(event.text)]
+        if event.finish_reason is not None:
+            parsed.append(parser.finish())
+        elif parser.done:
+            self.cancel()
+            event.finish_reason = "stop"
+        event.text = "".join(p.content for p in parsed)
+        event.reasoning = "".join(p.reasoning for p in parsed)
+        event.tool_calls = [call for p in parsed for call in p.tool_calls] or None
+        if event.finish_reason == "stop" and parser.calls:
+            event.finish_reason = "tool_calls"
+
+
+def _split(row: TokenRow) -> list[TokenRow]:
+    """A row for each of its tokens; the last one has the end."""
+    last = len(row.token_ids) - 1
+    return [
+        TokenRow(
+            seq_id=row.seq_id,
+            token_ids=[token_id],
+            logprobs=None if row.logprobs is None else row.logprobs[i : i + 1],
+            finish_reason=row.finish_reason if i == last else None,
+            stop_token_id=row.stop_token_id if i == last else None,
+        )
+        for i, token_id in enumerate(row.token_ids)
+    ]
+
+
+def _append(event: TokenEvent, more: TokenEvent) -> None:
+    event.text += more.text
+    event.token_ids += more.token_ids
+    event.reasoning += more.reasoning
+    if more.logprobs is not None:
+        event.logprobs = (event.logprobs or []) + more.logprobs
+    if more.tool_calls is not None:
+        event.tool_calls = (event.tool_calls or []) + more.tool_calls
+    event.finish_reason, event.stop_reason = more.finish_reason, more.stop_reason
 
 
 async def _merge(choices: Sequence[_Choice]) -> AsyncIterator[tuple[_Choice, TokenRow]]:
@@ -418,6 +478,20 @@ def _settle(
         max_tokens=room if wanted is None else min(wanted, room),
         seed=secrets.randbits(63) if request.seed is None else request.seed,
     )
+
+
+def _force_calls(request: GenerateRequest, text: TextSide, token_ids: list[int]) -> GenerateRequest:
+    """The request with the grammar that its `tool_choice` or strict functions mean."""
+    prompt, grammar = request.prompt, request.grammar
+    if not isinstance(prompt, ChatPrompt) or not prompt.tools:
+        return request
+    if grammar is not None:
+        raise InvalidRequest(
+            f"'{grammar.param}' says what the whole answer looks like, so nothing could call 'tools'.",
+            param=grammar.param,
+        )
+    forced = text.forced_calls(prompt, token_ids)
+    return request if forced is None else msgspec.structs.replace(request, grammar=forced)
 
 
 def _patterns(

@@ -128,6 +128,8 @@ class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="chat"):
     tool_choice: str = "auto"
     """`auto`, `required` (at least one call), or `=NAME`: calls of that function only. A request that
     wants none has no `tools`."""
+    strict_tools: tuple[str, ...] = ()
+    """Functions whose arguments must keep to their schemas whenever they are called."""
     parallel_tool_calls: bool = True
     """False: one call at most, and the answer ends with it."""
     reasoning_effort: str | None = None

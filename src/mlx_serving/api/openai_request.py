@@ -15,6 +15,7 @@ from mlx_serving.api import fields
 from mlx_serving.api.body import convert as _convert
 from mlx_serving.api.body import read_object as _object
 from mlx_serving.content import structured
+from mlx_serving.content.tools.definitions import tool_use
 from mlx_serving.errors import InvalidRequest, UnsupportedParameter
 from mlx_serving.types import (
     MAX_LOGPROBS,
@@ -39,7 +40,13 @@ COMPLETIONS_MAX_TOKENS = 16
 
 _MAX_INT = 2**31 - 1
 _RESERVED_TEMPLATE_KWARGS = frozenset(
-    {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}
+    {
+        "messages",
+        "tools",
+        "add_generation_prompt",
+        "continue_final_message",
+        "chat_template",
+    }
 )
 
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -102,6 +109,10 @@ class _ChatBody(_Body, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
@@ -374,6 +385,8 @@ def _chat_prompt(body: _ChatBody) -> ChatPrompt:
         template_kwargs=kwargs,
         add_generation_prompt=generation_prompt,
         continue_final_message=continued,
+        reasoning_effort=body.reasoning_effort,
+        **msgspec.structs.asdict(tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)),
     )
 
 

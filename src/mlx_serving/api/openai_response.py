@@ -14,7 +14,7 @@ import msgspec
 
 from mlx_serving import __version__
 from mlx_serving.errors import Cancelled, ServerError
-from mlx_serving.types import TextLogprob, TokenEvent, Usage
+from mlx_serving.types import TextLogprob, TokenEvent, ToolCallDelta, Usage
 
 Route = Literal["chat", "completions"]
 
@@ -43,10 +43,12 @@ def usage_fields(usages: Iterable[Usage]) -> dict[str, Any]:
 def escape(text: str) -> bytes:
     """A JSON string that also survives clients which split lines as Unicode does."""
     data = _json(text)
-    if not text.isascii():
-        data = data.replace(b"\xe2\x80\xa8", rb"\u2028").replace(b"\xe2\x80\xa9", rb"\u2029")
-        data = data.replace(b"\xc2\x85", rb"\u0085")
-    return data
+    return data if text.isascii() else _one_line(data)
+
+
+def _one_line(data: bytes) -> bytes:
+    data = data.replace(b"\xe2\x80\xa8", rb"\u2028").replace(b"\xe2\x80\xa9", rb"\u2029")
+    return data.replace(b"\xc2\x85", rb"\u0085")
 
 
 def finish_reason(event: TokenEvent) -> str | None:
@@ -107,6 +109,8 @@ class Answer:
         """`echoes` has a text for each choice to begin with, mostly empty."""
         self._route = route
         self._texts = [[echo] for echo in echoes]
+        self._thoughts: list[list[str]] = [[] for _ in echoes]
+        self._calls: list[list[dict[str, Any]]] = [[] for _ in echoes]
         self._logprobs: list[list[TextLogprob] | None] = [None for _ in echoes]
         self._reasons: list[str | None] = [None for _ in echoes]
         self._stops: list[str | int | None] = [None for _ in echoes]
@@ -114,6 +118,10 @@ class Answer:
 
     def add(self, index: int, event: TokenEvent) -> None:
         self._texts[index].append(event.text)
+        if event.reasoning:
+            self._thoughts[index].append(event.reasoning)
+        for delta in event.tool_calls or ():
+            add_call(self._calls[index], delta)
         if event.logprobs is not None:
             self._logprobs[index] = (self._logprobs[index] or []) + event.logprobs
         if event.finish_reason is not None:
@@ -133,12 +141,21 @@ class Answer:
             }
         )
 
+    def _message(self, index: int, text: str) -> dict[str, Any]:
+        calls, thoughts = self._calls[index], self._thoughts[index]
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
+        if thoughts:
+            message["reasoning_content"] = "".join(thoughts)
+        return message
+
     def _choice(self, index: int) -> dict[str, Any]:
         text = "".join(self._texts[index])
         logprobs = self._logprobs[index]
         choice: dict[str, Any] = {"index": index}
         if self._route == "chat":
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            choice["message"] = self._message(index, text)
         else:
             choice["text"] = text
         choice["logprobs"] = (
@@ -150,6 +167,14 @@ class Answer:
         if self._stops[index] is not None:
             choice["stop_reason"] = self._stops[index]
         return choice
+
+
+def add_call(calls: list[dict[str, Any]], delta: ToolCallDelta) -> None:
+    """Add a piece of a call to a message's `tool_calls`."""
+    if delta.index == len(calls):
+        function = {"name": delta.name, "arguments": ""}
+        calls.append({"id": delta.id, "type": "function", "function": function})
+    calls[delta.index]["function"]["arguments"] += delta.arguments
 
 
 class Chunks:
@@ -200,6 +225,8 @@ class Chunks:
             data = self._text_heads[index] + escape(event.text) + self._text_tail
         else:
             data = b""
+        if event.reasoning or event.tool_calls:
+            data = self._beside(index, event, data)
         first = self._first[index]
         if first is not None:
             self._first[index] = None
@@ -211,6 +238,20 @@ class Chunks:
     def usage(self, usages: Iterable[Usage]) -> bytes:
         return self._head + b'],"usage":' + _json(usage_fields(usages)) + b"}\n\n"
 
+    def _beside(self, index: int, event: TokenEvent, content: bytes) -> bytes:
+        """What an event carries besides content: reasoning before it, calls after it."""
+        parts = [content]
+        if event.reasoning:
+            parts.insert(0, b'{"reasoning_content":' + escape(event.reasoning) + b"}")
+        if event.tool_calls:
+            calls = _json([_call_delta(delta) for delta in event.tool_calls])
+            parts.append(b'{"tool_calls":' + _one_line(calls) + b"}")
+        tail = b',"logprobs":null,"finish_reason":null}' + self._tail
+        return b"".join(
+            part if part is content else self._heads[index] + b'"delta":' + part + tail
+            for part in parts
+        )
+
     def _with_logprobs(self, index: int, text: str, logprobs: Sequence[TextLogprob]) -> bytes:
         written = _json(self._logprobs[index].write(logprobs))
         return b"".join(
@@ -220,9 +261,7 @@ class Chunks:
                 self._close,
                 b',"logprobs":',
                 # Tokens may hold what a line splitter takes for an end of line, as text may.
-                written.replace(b"\xe2\x80\xa8", rb"\u2028")
-                .replace(b"\xe2\x80\xa9", rb"\u2029")
-                .replace(b"\xc2\x85", rb"\u0085"),
+                _one_line(written),
                 b',"finish_reason":null}',
                 self._tail,
             )
@@ -233,6 +272,14 @@ class Chunks:
         stop = b"" if event.stop_reason is None else b',"stop_reason":' + _json(event.stop_reason)
         end = b',"logprobs":null,"finish_reason":' + reason + stop + b"}"
         return self._heads[index] + self._empty + end + self._tail
+
+
+def _call_delta(delta: ToolCallDelta) -> dict[str, Any]:
+    """`id`, `type` and the function's name are said once, in a call's first piece."""
+    if delta.id is None:
+        return {"index": delta.index, "function": {"arguments": delta.arguments}}
+    function = {"name": delta.name, "arguments": delta.arguments}
+    return {"index": delta.index, "id": delta.id, "type": "function", "function": function}
 
 
 _DELTA = {

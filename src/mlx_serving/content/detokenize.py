@@ -35,17 +35,27 @@ class Detokenizer(Protocol):
 
 
 def open_detokenizer(
-    tokenizer: Tokenizer, *, skip_special_tokens: bool = True, continues: bool = False
+    tokenizer: Tokenizer,
+    *,
+    skip_special_tokens: bool = True,
+    continues: bool = False,
+    markup: frozenset[str] = frozenset(),
 ) -> Detokenizer:
     """A decoder for one stream.
 
     `continues`: the stream goes on from a text, so a leading space belongs to it (a
     completion); otherwise it is taken off where the tokenizer's decoder does (a chat turn).
+    `markup`: special tokens that a parser of the text needs to see all the same.
     """
-    pieces = tokenizer.spoken_pieces if skip_special_tokens else tokenizer.pieces
+    if not skip_special_tokens:
+        pieces = tokenizer.pieces
+    elif markup:
+        pieces = tokenizer.pieces_with(markup)
+    else:
+        pieces = tokenizer.spoken_pieces
     if pieces.tabled:
         return _TableDetokenizer(pieces, 0 if continues else pieces.strip_start)
-    return _WindowDetokenizer(tokenizer, skip_special_tokens)
+    return _WindowDetokenizer(tokenizer, pieces.skipped)
 
 
 class Pieces(dict[int, str | bytes]):
@@ -55,13 +65,14 @@ class Pieces(dict[int, str | bytes]):
 
     Attributes:
         tabled: tokens can be decoded one by one.
+        skipped: special tokens that are not part of the text.
         strip_start: leading spaces that the decoder takes off a text (-1: all of the first token's).
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skipped: frozenset[int]) -> None:
         super().__init__()
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self.skipped = skipped
         steps = _flatten(tokenizer.decoder_spec)
         self._kind, self._replace, self.strip_start = _classify(steps)
         self.tabled = self._kind != "other"
@@ -73,7 +84,7 @@ class Pieces(dict[int, str | bytes]):
 
     def _piece(self, token_id: int) -> str | bytes:
         token = self._tokenizer.token(token_id)
-        if token is None or token_id in self._skipped:
+        if token is None or token_id in self.skipped:
             return ""
         if self._kind == "other":
             return self._tokenizer.decode([token_id], skip_special_tokens=False)
@@ -128,14 +139,16 @@ class _TableDetokenizer:
 class _WindowDetokenizer:
     """Decodes the last tokens with and without the newest, for decoders that join words by context."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        self._skipped = skipped
         self._window: list[int] = []
         self._read = 0
         """How many of the window's tokens have been given out."""
 
     def push(self, token_id: int) -> str:
+        if token_id in self._skipped:
+            return ""
         self._window.append(token_id)
         return self._advance(force=len(self._window) >= _WINDOW)
 
@@ -154,7 +167,7 @@ class _WindowDetokenizer:
         return after[len(before) :]
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip)
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
 
 def _flatten(spec: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ class OutputParser:
     """One answer. Any cut of its text into pushes gives the same message.
 
     `tools` are those that the request offers, in OpenAI's shape; without any, markup of calls is
-    plain text. `thinking`: the prompt's end has opened the reasoning. `single`: one call at most;
+    plain text. `markup`: texts that must reach it even where they are special tokens. `thinking`: the prompt's end has opened the reasoning. `single`: one call at most;
     `done` says that it is complete and the answer over.
     """
 
@@ -65,6 +65,8 @@ class OutputParser:
     ) -> None:
         if new_id is None:
             new_id = mistral.new_id if form.family is mistral.FAMILY else new_call_id
+        self.markup = form.markup
+        self.single = single
         self._reader = Reader()
         self._draft = Draft(single=single, new_id=new_id)
         calls = Calls(self._reader, self._draft, Tools(tools))

@@ -33,6 +33,32 @@ CHATML = (
 )
 """For a model without a template whose vocabulary has ChatML's tokens."""
 
+CHATML_TOOLS = """\
+{%- set first = messages[0] %}
+{{- '<|im_start|>system\\n' }}
+{%- if first.role == 'system' %}{{- first.content + '\\n\\n' }}{%- endif %}
+{{- '# Tools\\n\\nYou may call one or more functions. Their signatures are within <tools></tools> tags:\\n<tools>' }}
+{%- for tool in tools %}{{- '\\n' + tool | tojson }}{%- endfor %}
+{{- '\\n</tools>\\n\\nFor each call, write a JSON object with its name and arguments within tags:\\n<tool_call>\\n{"name": <function>, "arguments": <object>}\\n</tool_call><|im_end|>\\n' }}
+{%- for message in messages %}
+  {%- if message.role == 'tool' %}
+    {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
+    {{- '\\n<tool_response>\\n' + (message.content or '') + '\\n</tool_response>' }}
+    {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\\n' }}{%- endif %}
+  {%- elif not (loop.first and message.role == 'system') %}
+    {{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}
+    {%- for call in message.tool_calls or [] %}
+      {{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+      {{- call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}
+      {{- '}\\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+"""Tools in Hermes's format, for ChatML models whose own template has no place for them."""
+
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
@@ -52,8 +78,10 @@ class ChatTemplate:
     ) -> None:
         """Raises ModelBroken when a template does not parse."""
         import jinja2
+        import jinja2.meta
 
         environment = open_environment(now)
+        self._read: dict[str, frozenset[str]] = {}
         self._sources = dict(sources)
         self._special_tokens = dict(special_tokens or {})
         self._clock = clock
@@ -63,6 +91,9 @@ class ChatTemplate:
         for name, source in sources.items():
             try:
                 self._templates[name] = environment.from_string(source)
+                self._read[name] = frozenset(
+                    jinja2.meta.find_undeclared_variables(environment.parse(source))
+                )
             except jinja2.TemplateError as error:
                 raise ModelBroken(f"the chat template {name!r} does not parse: {error}") from error
 
@@ -89,6 +120,7 @@ class ChatTemplate:
             self._choose(bool(prompt.tools)),
             {
                 **self._special_tokens,
+                **self._effort(prompt),
                 **prompt.template_kwargs,
                 "messages": messages,
                 "tools": [dict(tool) for tool in prompt.tools] or None,
@@ -101,6 +133,24 @@ class ChatTemplate:
     def source(self, *, tools: bool = False) -> str:
         """The template's text that a request with or without tools is rendered with."""
         return self._sources[self._choose(tools)]
+
+    def reads(self, variable: str, *, tools: bool = False) -> bool:
+        """Whether the template has a use for a variable."""
+        return variable in self._read[self._choose(tools)]
+
+    def _effort(self, prompt: ChatPrompt) -> dict[str, Any]:
+        """`reasoning_effort` as the template takes it; some can only switch reasoning off."""
+        effort, tools = prompt.reasoning_effort, bool(prompt.tools)
+        if effort is None:
+            return {}
+        if self.reads("reasoning_effort", tools=tools):
+            return {"reasoning_effort": effort}
+        if effort == "none" and self.reads("enable_thinking", tools=tools):
+            return {"enable_thinking": False}
+        raise InvalidRequest(
+            f"this model's chat template does not know reasoning_effort {effort!r}",
+            param="reasoning_effort",
+        )
 
     def _choose(self, tools: bool) -> str:
         if tools and "tool_use" in self._templates:

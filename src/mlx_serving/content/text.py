@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_serving.content.detokenize import open_detokenizer
+from mlx_serving.content.forced import forcing_grammar, guarding_grammar
+from mlx_serving.content.output import Format, OutputParser, choose_format
 from mlx_serving.content.stop import compile_stops
 from mlx_serving.content.stream import ChoiceText
-from mlx_serving.content.template import CHATML, ChatTemplate, load_templates
+from mlx_serving.content.template import CHATML, CHATML_TOOLS, ChatTemplate, load_templates
 from mlx_serving.content.tokenizer import Tokenizer
+from mlx_serving.content.tools.definitions import held_schema
+from mlx_serving.content.tools.family import Tools
 from mlx_serving.errors import ConfigError, InvalidRequest
-from mlx_serving.types import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from mlx_serving.types import ChatPrompt, Grammar, Prompt, TextPrompt, TokenPrompt
 
+_TAIL_TOKENS = 32
+"""More than a tag that opens the reasoning ever takes."""
 THREAD_CHARS = 4_096
 """From here on (about a millisecond's work) a prompt is better encoded off the event loop."""
 
@@ -20,25 +26,47 @@ THREAD_CHARS = 4_096
 class TextSide:
     """Thread-safe; one a model."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        tool_parser: str = "auto",
+        reasoning_parser: str = "auto",
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         """None: the model has no chat template and its vocabulary is not ChatML's."""
+        self._parsers = (tool_parser, reasoning_parser)
+        self._formats: dict[str, Format] = {}
 
     @classmethod
-    def load(cls, path: Path, chat_template: str | None = None) -> TextSide:
+    def load(
+        cls,
+        path: Path,
+        chat_template: str | None = None,
+        *,
+        tool_parser: str = "auto",
+        reasoning_parser: str = "auto",
+    ) -> TextSide:
         """Reads a model folder; tenths of a second, so off the event loop.
 
         `chat_template` is the path of a Jinja file that replaces the model's own. A model without
-        a template gets ChatML's if its vocabulary has `<|im_start|>`, and none otherwise.
+        a template gets ChatML's if its vocabulary has `<|im_start|>`, and none otherwise; the same
+        vocabulary gives a template without a place for tools a second one that has it. The parsers
+        are named as in `Config`.
         Raises ModelBroken, or ConfigError for `chat_template`.
         """
         tokenizer = Tokenizer.load(path)
         sources = load_templates(path) if chat_template is None else _read_override(chat_template)
-        if not sources and tokenizer.token_id("<|im_start|>") is not None:
+        is_chatml = tokenizer.token_id("<|im_start|>") is not None
+        if not sources and is_chatml:
             sources = {"default": CHATML}
-        template = ChatTemplate(sources, tokenizer.special_tokens) if sources else None
-        return cls(tokenizer, template)
+        if not sources:
+            return cls(tokenizer, None)
+        template = ChatTemplate(sources, tokenizer.special_tokens)
+        if is_chatml and "default" in sources and not template.reads("tools", tools=True):
+            template = ChatTemplate({**sources, "tool_use": CHATML_TOOLS}, tokenizer.special_tokens)
+        return cls(tokenizer, template, tool_parser, reasoning_parser)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids, at least one. Raises InvalidRequest that names the field at fault."""
@@ -63,6 +91,8 @@ class TextSide:
                 param="messages",
                 code="no_chat_template",
             )
+        if prompt.tools and not self.template.reads("tools", tools=True):
+            raise InvalidRequest("this model's chat template has no place for tools", param="tools")
         return self.template.render(prompt)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -76,14 +106,19 @@ class TextSide:
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
         continues: bool = False,
+        markup: frozenset[str] = frozenset(),
     ) -> ChoiceText:
         """The text of one choice.
 
         `continues`: the answer goes on from the prompt's text (a completion, or a continued
-        message), so a leading space is part of it.
+        message), so a leading space is part of it. `markup`: special tokens that a parser of the
+        text needs to see.
         """
         decoder = open_detokenizer(
-            self.tokenizer, skip_special_tokens=skip_special_tokens, continues=continues
+            self.tokenizer,
+            skip_special_tokens=skip_special_tokens,
+            continues=continues,
+            markup=markup,
         )
         return ChoiceText(
             self.tokenizer,
@@ -92,6 +127,81 @@ class TextSide:
             include_stop_str=include_stop_str,
             min_tokens=min_tokens,
         )
+
+    def format(self, prompt: ChatPrompt) -> Format:
+        """How the model marks up its answer to this prompt."""
+        if self.template is None:
+            return Format()
+        source = self.template.source(tools=bool(prompt.tools))
+        if source not in self._formats:
+            self._formats[source] = choose_format(source, *self._parsers)
+        return self._formats[source]
+
+    def open_parser(self, prompt: Prompt, token_ids: Sequence[int]) -> OutputParser | None:
+        """A parser of one answer to a chat; None where there is nothing to look for.
+
+        `token_ids` are the prompt's.
+        """
+        if not isinstance(prompt, ChatPrompt):
+            return None
+        form = self.format(prompt)
+        if form.tags is None and not form.channels and not (form.family and prompt.tools):
+            return None
+        return OutputParser(
+            form,
+            prompt.tools,
+            thinking=self._thinks(form, token_ids),
+            single=not prompt.parallel_tool_calls,
+        )
+
+    def forced_calls(self, prompt: ChatPrompt, token_ids: Sequence[int]) -> Grammar | None:
+        """What `tool_choice` and strict functions make of the answer; None: nothing.
+
+        Raises InvalidRequest on `tool_choice` or `tools` where the model's format cannot be held to it.
+        """
+        choice, parallel = prompt.tool_choice, prompt.parallel_tool_calls
+        if not prompt.tools or (choice == "auto" and not prompt.strict_tools):
+            return None
+        assert self.template is not None, "the prompt was rendered"
+        form = self.format(prompt)
+        source = self.template.source(tools=True)
+        held = prompt.strict_tools if choice == "auto" else None
+        functions = {
+            name: held_schema(schema) if held is None or name in held else {"type": "object"}
+            for name, schema in Tools(prompt.tools).schemas().items()
+        }
+        special, thinking = self.tokenizer.special_id, self._thinks(form, token_ids)
+        param = "tools" if choice == "auto" else "tool_choice"
+        if choice == "auto":
+            text = guarding_grammar(
+                form,
+                source,
+                functions,
+                special,
+                parallel=parallel,
+                thinking=thinking,
+            )
+        else:
+            if choice != "required":
+                name = choice.removeprefix("=")
+                functions = {name: functions[name]}
+                parallel = False
+            text = forcing_grammar(
+                form, source, functions, special, parallel=parallel, thinking=thinking
+            )
+        if text is None:
+            what = "strict functions" if choice == "auto" else "this tool_choice"
+            raise InvalidRequest(
+                f"this model's way to write calls cannot be held to {what}", param=param
+            )
+        return Grammar(kind="lark", text=text, param=param)
+
+    def _thinks(self, form: Format, token_ids: Sequence[int]) -> bool:
+        """Whether the prompt's end has opened the reasoning, as some templates do."""
+        if form.tags is None:
+            return False
+        tail = self.tokenizer.decode(token_ids[-_TAIL_TOKENS:], skip_special_tokens=False)
+        return tail.rstrip().endswith(form.tags.open)
 
     def prefers_thread(self, prompt: Prompt) -> bool:
         """Whether `encode_prompt` would hold up an event loop for about a millisecond or more."""

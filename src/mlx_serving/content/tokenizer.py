@@ -43,6 +43,7 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.special_tokens = dict(special_tokens or {})
         self._texts: dict[int, tuple[str, bytes]] = {}
+        self._pieces: dict[frozenset[int], Pieces] = {}
         self.bos_token_id = self._named_id("bos_token")
         self.eos_token_id = self._named_id("eos_token")
 
@@ -131,14 +132,28 @@ class Tokenizer:
     def pieces(self) -> Pieces:
         from mlx_serving.content.detokenize import Pieces
 
-        return Pieces(self, skip_special_tokens=False)
+        return Pieces(self, skipped=frozenset())
 
     @functools.cached_property
     def spoken_pieces(self) -> Pieces:
         """As `pieces`, with special tokens as nothing."""
         from mlx_serving.content.detokenize import Pieces
 
-        return Pieces(self, skip_special_tokens=True)
+        return Pieces(self, skipped=self.special_ids)
+
+    def pieces_with(self, markup: frozenset[str]) -> Pieces:
+        """As `spoken_pieces`, with those special tokens spoken that `markup` names."""
+        from mlx_serving.content.detokenize import Pieces
+
+        skipped = self.special_ids - {self.token_id(text) for text in markup}
+        if skipped not in self._pieces:
+            self._pieces[skipped] = Pieces(self, skipped=skipped)
+        return self._pieces[skipped]
+
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token; None if the text is none."""
+        token_id = self.token_id(text)
+        return token_id if token_id in self.special_ids else None
 
     @functools.cached_property
     def _literal_backend(self) -> tokenizers.Tokenizer:

@@ -93,6 +93,16 @@ CHAT: dict[str, tuple[Any, Read, Any]] = {
         lambda r: chat_prompt(r).template_kwargs,
         {"enable_thinking": False},
     ),
+    "tools": (
+        [{"type": "function", "function": {"name": "f", "strict": True}}],
+        lambda r: (
+            [t["function"]["name"] for t in chat_prompt(r).tools],
+            chat_prompt(r).strict_tools,
+        ),
+        (["f"], ("f",)),
+    ),
+    "parallel_tool_calls": (False, lambda r: chat_prompt(r).parallel_tool_calls, False),
+    "reasoning_effort": ("high", lambda r: chat_prompt(r).reasoning_effort, "high"),
     "add_generation_prompt": (False, lambda r: chat_prompt(r).add_generation_prompt, False),
     "continue_final_message": (
         True,
@@ -115,6 +125,7 @@ ELSEWHERE = {
     "stream_options": "test_api_shapes",
     "echo": "test_api_shapes",
     "top_logprobs": "below, with logprobs",
+    "tool_choice": "test_definitions and test_tools_http, with tools",
 }
 
 
