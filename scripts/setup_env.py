@@ -80,8 +80,10 @@ def main():
     backend = os.environ.get("MLX_EXTRA", pick_extra(platform.system(), nvidia_driver()))
     extras = ",".join(filter(None, [backend, "dev" if args.dev else ""]))
     target = f".[{extras}]" if extras else "."
-    say(f"Installing {target}")
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    say(f"Installing {target}: a few hundred MB, and the CPU kernels are compiled; some minutes")
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
+    if not sys.stderr.isatty():
+        pip.append("--quiet")
     return subprocess.call([*pip, "--editable", target])
 
 

@@ -61,7 +61,7 @@ class Say:
         uds = address.removeprefix("unix:") if address.startswith("unix:") else None
         url = "http://localhost" if uds else address
         message = {"role": "user", "content": "What is the capital of France?"}
-        body = json.dumps({"model": model, "messages": [message]})
+        body = json.dumps({"model": model, "messages": [message], "temperature": 0})
         lines = [
             f"mlx-serving is listening on {uds or url}",
             f"  try      curl{f' --unix-socket {uds}' if uds else ''} {url}/v1/chat/completions \\",
@@ -69,6 +69,7 @@ class Say:
             f'  openai   OpenAI(base_url="{url}/v1", api_key="none")',
             f"  health   {url}/health",
             f"  metrics  {url}/metrics",
+            f"  docs     {url}/docs",
         ]
         if uds:
             transport = f'httpx.Client(transport=httpx.HTTPTransport(uds="{uds}"))'
@@ -80,7 +81,8 @@ class Say:
         self.event(
             "model_loaded",
             f"{info.model_id} is ready: {size(info.weight_bytes)} of weights"
-            f"{f' ({kind})' if kind else ''}, loaded in {info.load_s:.1f} s",
+            f"{f' ({kind})' if kind else ''}, "
+            f"kernels {info.kernels}, loaded in {info.load_s:.1f} s",
             model=info.model_id,
             architecture=info.architecture,
             weight_bytes=info.weight_bytes,
