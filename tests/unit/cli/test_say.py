@@ -81,7 +81,7 @@ def test_a_loaded_model_is_named_with_size_and_time() -> None:
     say, _, err = spoken()
     say.loaded(INFO)
     assert err.getvalue() == (
-        "smollm2-135m is ready: 84.0 MB of weights (4-bit), loaded in 1.2 s\n"
+        "smollm2-135m is ready: 84.0 MB of weights (4-bit), kernels mlx, loaded in 1.2 s\n"
     )
 
 
