@@ -62,12 +62,14 @@ class FusedDecoder:
         return out[0]
 
 
-def fuse(model: Module, mode: ops.Mode, pack_into: PackInto) -> str:
+def fuse(model: Module, mode: ops.Mode, pack_into: PackInto, keep: set[str]) -> str:
     """Give the model's inner stack a fused decoder. Returns its family, or `not fused: ` and why."""
     inner = getattr(model, "model", None)
     family = FAMILIES.get(type(inner))
     if inner is None or family is None:
         return f"not fused: no fused layers for {type(model).__module__.rpartition('.')[2]}"
+    if keep & {name.rpartition(".")[2] for name, _ in inner.named_modules()}:
+        return "not fused: the model file reads its layers' weights"
     try:
         decoder = _decoder(inner, family, mode, pack_into)
     except Unfusable as error:

@@ -23,10 +23,8 @@ from mlx_serving.runtime.native.fused import fuse
 GEMMA_NORMS = (gemma.RMSNorm, gemma2.RMSNorm, gemma3_text.RMSNorm)
 """RMSNorms that multiply by 1 + weight."""
 
-_READS_WEIGHTS = re.compile(
-    r"(_proj\w*|lm_head|embed\w*|wq_b|wkv_b|linear)\.(weight|scales|biases)\b"
-)
-"""A model file that matches uses a layer's arrays itself, so they have to stay."""
+_READS_WEIGHTS = re.compile(r"\b(\w+)\.(?:weight|scales|biases)\b")
+"""A layer whose own arrays a model file uses by name, so that they have to stay."""
 
 _READS_MASKS = re.compile(
     r"mask\.(dtype|shape|ndim|astype|reshape)|[-+*&|] *mask\b|mask *[-+*&|\[]|where\([^)]*mask"
@@ -62,10 +60,10 @@ def accelerate(model: Module, mode: ops.Mode = "exact", *, fused: bool = True) -
     if mx.default_device() != mx.Device(mx.cpu):
         raise RuntimeError("native kernels serve MLX's CPU backend only")
     report = Report(native.isa(), mode)
-    keep = _reads_weights(model)
+    keep = _read_by_name(model)
     # Fused layers first: they pack q, k and v together, and the single layers share that memory.
     if fused:
-        report.fused = fuse(model, mode, _pack_into) if not keep else "not fused: reads weights"
+        report.fused = fuse(model, mode, _pack_into, keep)
     for path, module in model.named_modules():
         _move(path, module, mode, keep, report)
     report.row_mask = _takes_row_mask(model)
@@ -78,7 +76,7 @@ def accelerate(model: Module, mode: ops.Mode = "exact", *, fused: bool = True) -
     return report
 
 
-def _move(path: str, module: Module, mode: ops.Mode, keep: bool, report: Report) -> None:
+def _move(path: str, module: Module, mode: ops.Mode, keep: set[str], report: Report) -> None:
     cls: type = type(module)
     target: type | None = None
     if cls in _LINEARS:
@@ -87,7 +85,7 @@ def _move(path: str, module: Module, mode: ops.Mode, keep: bool, report: Report)
             if packed is None:
                 report.left.append(path)
                 return
-            _pack_into(module, packed, keep)
+            _pack_into(module, packed, path.rpartition(".")[2] in keep)
         module._mode = mode
         target = _LINEARS[cls]
     elif cls is RMSNorm:
@@ -148,12 +146,15 @@ def _sources(model: Module) -> list[str]:
     ]
 
 
-def _reads_weights(model: Module) -> bool:
-    return any(
-        _READS_WEIGHTS.search(line) and "[" not in line and '"' not in line
+def _read_by_name(model: Module) -> set[str]:
+    """Names of layers whose arrays some model file reads itself."""
+    return {
+        match.group(1)
         for source in _sources(model)
         for line in source.splitlines()
-    )
+        if '"' not in line  # a quoted name is a key in a checkpoint
+        for match in _READS_WEIGHTS.finditer(line)
+    }
 
 
 def _takes_row_mask(model: Module) -> bool:

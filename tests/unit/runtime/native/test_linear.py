@@ -102,13 +102,13 @@ def test_what_is_not_finite_stays_in_its_row(isa: str, bad: float, mode: ops.Mod
     assert (got.view(np.uint32)[others] == clean[others]).all()
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38, 1e-30, 1e30, 3e38])
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38, 1e-30, 1e30])
 def test_extreme_magnitudes_stay_finite(isa: str, value: float) -> None:
     packed, w = quantized(16, 64, 32, 8)
     x = mx.full((1, 64), value)
     got = np.array(ops.linear(x, packed))
     bound = abs(value) * float(np.abs(w).sum(-1).max()) * 1.01 + 1e-37
-    assert (np.abs(got) <= bound).all() or value > 1e37
+    assert (np.abs(got) <= bound).all()
 
 
 def test_strided_input_bias_and_slices(isa: str) -> None:
