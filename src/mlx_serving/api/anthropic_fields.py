@@ -11,7 +11,7 @@ _PROMPT: dict[str, Row] = {
     "messages": "roles user, assistant and system; the last one, if the assistant's, is continued",
     "system": "a string or text blocks; Claude Code's x-anthropic-billing-header line is left out",
     "tools": "tools of the client's own, given to the chat template",
-    "tool_choice": "auto, or none: no tools are shown to the model",
+    "tool_choice": "auto, any, tool, or none: no tools are shown to the model",
     "thinking": "enabled, adaptive or disabled: the chat template's enable_thinking",
     "output_config": "effort: the chat template's reasoning_effort; format: a schema that the answer follows",
     "context_management": "edits that keep everything",
@@ -70,6 +70,7 @@ TOOL: Table = table(
             "name": "given to the chat template",
             "description": "given to the chat template",
             "input_schema": "given to the chat template",
+            "strict": "true: calls keep to the schema",
         },
     ),
     (
@@ -83,7 +84,6 @@ TOOL: Table = table(
         "refused",
         {
             "type": ("tools that Anthropic's servers run are not here", ("custom",)),
-            "strict": ("arguments are not constrained", (False,)),
             "defer_loading": ("every tool is shown to the model", (False,)),
             "allowed_callers": ("only the model calls tools", (["direct"],)),
             "input_examples": ("write them into the description", ([],)),
@@ -92,12 +92,12 @@ TOOL: Table = table(
 )
 
 TOOL_CHOICE: Table = table(
-    ("honoured", {"type": "auto or none"}),
     (
-        "refused",
+        "honoured",
         {
-            "name": "calls cannot be forced",
-            "disable_parallel_tool_use": ("calls are not counted", (False,)),
+            "type": "auto, any (at least one call), tool (calls of that tool only) or none",
+            "name": "the tool that has to be called",
+            "disable_parallel_tool_use": "true: one call at most, and the answer ends with it",
         },
     ),
 )

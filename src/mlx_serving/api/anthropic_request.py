@@ -10,8 +10,10 @@ import msgspec
 from msgspec import Meta
 
 from mlx_serving.api import anthropic_fields as fields
-from mlx_serving.api.body import convert, read_object, refuse, schema_grammar, stop_strings
+from mlx_serving.api.body import convert, read_object, refuse, spelled, stop_strings
 from mlx_serving.api.disposition import check
+from mlx_serving.content.structured import json_schema
+from mlx_serving.content.tools.definitions import ToolUse, tool_use
 from mlx_serving.errors import InvalidRequest
 from mlx_serving.types import ChatPrompt, GenerateRequest, Grammar, Message, SamplingParams
 
@@ -53,9 +55,10 @@ class _Body(_Prompt, kw_only=True):
 
 
 class _Tool(msgspec.Struct, kw_only=True):
-    name: Annotated[str, Meta(min_length=1, max_length=128)]
+    name: str
     input_schema: dict[str, Any]
     description: str | None = None
+    strict: bool | None = None
 
 
 class _Thinking(msgspec.Struct, kw_only=True):
@@ -75,6 +78,8 @@ class _OutputConfig(msgspec.Struct, kw_only=True):
 
 class _ToolChoice(msgspec.Struct, kw_only=True):
     type: Literal["auto", "none", "any", "tool"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
 
 
 class _Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -127,9 +132,7 @@ def _prompt(
     if thinking is not None:
         kwargs["enable_thinking"] = thinking.type != "disabled"
     _check_edits(body.context_management)
-    tools = tuple(_tool(tool, f"tools[{i}]", advisory) for i, tool in enumerate(body.tools or ()))
-    if _choice(body.tool_choice) == "none":
-        tools = ()
+    use = _offered(body, advisory)
     messages = [message for message in [_system(body.system)] if message is not None]
     for i, raw in enumerate(body.messages):
         messages += _turn(raw, f"messages[{i}]", advisory)
@@ -141,7 +144,10 @@ def _prompt(
         )
     return thinking, ChatPrompt(
         messages=tuple(messages),
-        tools=tools,
+        tools=use.tools,
+        tool_choice=use.tool_choice,
+        strict_tools=use.strict_tools,
+        parallel_tool_calls=use.parallel_tool_calls,
         template_kwargs=kwargs,
         add_generation_prompt=not continued,
         continue_final_message=continued,
@@ -163,7 +169,7 @@ def _output_config(raw: dict[str, Any] | None) -> _OutputConfig:
 def _grammar(output: _OutputConfig) -> Grammar | None:
     if output.format is None:
         return None
-    return schema_grammar(output.format.schema, "output_config.format.schema")
+    return json_schema(output.format.schema, param="output_config.format.schema")
 
 
 def _check_edits(raw: dict[str, Any] | None) -> None:
@@ -177,27 +183,31 @@ def _check_edits(raw: dict[str, Any] | None) -> None:
 
 
 def _tool(raw: dict[str, Any], at: str, advisory: list[str]) -> dict[str, Any]:
-    """A tool as chat templates expect it, which is OpenAI's shape."""
+    """A tool in OpenAI's shape."""
     kind = raw.get("type")
     if isinstance(kind, str) and kind != "custom":
         # What else such a tool has is not ours to know.
         raise refuse(f"{at}.type", "tools that Anthropic's servers run are not here")
     advisory += [name for name in check(fields.TOOL, raw, at=at + ".") if name not in advisory]
     tool = convert(raw, _Tool, at=at)
-    function: dict[str, Any] = {"name": tool.name}
-    if tool.description is not None:
-        function["description"] = tool.description
-    return {"type": "function", "function": function | {"parameters": tool.input_schema}}
+    function = {
+        "name": tool.name,
+        "description": tool.description,
+        "parameters": tool.input_schema,
+        "strict": tool.strict,
+    }
+    return {"type": "function", "function": function}
 
 
-def _choice(raw: dict[str, Any] | None) -> str:
-    if raw is None:
-        return "auto"
-    choice = convert(raw, _ToolChoice, at="tool_choice").type
-    if choice in ("any", "tool"):
-        raise refuse("tool_choice.type", "calls cannot be forced")
-    check(fields.TOOL_CHOICE, raw, at="tool_choice.")
-    return choice
+def _offered(body: _Prompt, advisory: list[str]) -> ToolUse:
+    tools = [_tool(tool, f"tools[{i}]", advisory) for i, tool in enumerate(body.tools or ())]
+    check(fields.TOOL_CHOICE, body.tool_choice or {}, at="tool_choice.")
+    choice = convert(body.tool_choice or {"type": "auto"}, _ToolChoice, at="tool_choice")
+    chosen: Any = {"any": "required"}.get(choice.type, choice.type)
+    if choice.type == "tool":
+        chosen = {"type": "function", "function": {"name": choice.name}}
+    with spelled((".function.parameters", ".input_schema"), (".function", "")):
+        return tool_use(tools, chosen, not choice.disable_parallel_tool_use)
 
 
 def _system(system: str | list[dict[str, Any]] | None) -> Message | None:

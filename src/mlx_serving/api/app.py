@@ -29,6 +29,7 @@ from mlx_serving.api.ollama import GREETING, OllamaRoutes
 from mlx_serving.api.ollama_response import error_json as ollama_error
 from mlx_serving.api.openai import OpenAIRoutes
 from mlx_serving.api.port import GatewayPort
+from mlx_serving.api.responses import ResponsesRoutes
 from mlx_serving.config import Config
 from mlx_serving.errors import InvalidRequest, MLXServingError, ModelNotFound
 from mlx_serving.types import ServedModel
@@ -53,6 +54,7 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
     """The application over `gateway`; it holds no state of its own."""
     openai, info = OpenAIRoutes(gateway, config), InfoRoutes(gateway)
     anthropic, ollama = AnthropicRoutes(gateway, config), OllamaRoutes(gateway, config)
+    responses = ResponsesRoutes(gateway, config)
     exact: Mapping[str, Methods] = {
         "/": {"GET": info.index},
         "/health": {"GET": info.health},
@@ -61,6 +63,7 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
         "/v1/models": {"GET": info.models},
         "/v1/chat/completions": {"POST": openai.chat_completions},
         "/v1/completions": {"POST": openai.completions},
+        "/v1/responses": {"POST": responses.create},
         "/v1/messages": {"POST": anthropic.messages},
         "/v1/messages/count_tokens": {"POST": anthropic.count_tokens},
         "/api/chat": {"POST": ollama.chat},
@@ -70,7 +73,10 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
         "/api/show": {"POST": ollama.show},
         "/api/version": {"GET": ollama.version},
     }
-    prefixes: Mapping[str, Methods] = {"/v1/models/": {"GET": info.model}}
+    prefixes: Mapping[str, Methods] = {
+        "/v1/models/": {"GET": info.model},
+        "/v1/responses/": {"GET": responses.retrieve, "DELETE": responses.delete},
+    }
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -190,6 +196,7 @@ _INDEX = {
     "endpoints": {
         "POST /v1/chat/completions": "OpenAI chat completions, streamed or not",
         "POST /v1/completions": "OpenAI completions, streamed or not",
+        "POST /v1/responses": "OpenAI responses, streamed or not; GET and DELETE /v1/responses/{id}",
         "POST /v1/messages": "Anthropic messages, streamed or not",
         "POST /v1/messages/count_tokens": "how many tokens a message's prompt has",
         "POST /api/chat": "Ollama chat, streamed unless asked otherwise",

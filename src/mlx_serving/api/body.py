@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import msgspec
 
 from mlx_serving.errors import InvalidRequest, UnsupportedParameter
-from mlx_serving.types import Grammar
 
 T = TypeVar("T")
 
@@ -82,12 +83,14 @@ def refuse(at: str, why: str) -> UnsupportedParameter:
     return UnsupportedParameter(f"'{at}' is not supported: {why}.", param=at)
 
 
-MAX_SCHEMA_BYTES = 256 * 1024
-
-
-def schema_grammar(schema: dict[str, Any], at: str) -> Grammar:
-    """A JSON schema that the answer has to follow; the worker refuses what it cannot enforce."""
-    text = msgspec.json.encode(schema)
-    if len(text) > MAX_SCHEMA_BYTES:
-        raise InvalidRequest(f"'{at}' is over {MAX_SCHEMA_BYTES} bytes.", param=at)
-    return Grammar(kind="json_schema", text=text.decode(), param=at)
+@contextmanager
+def spelled(*renames: tuple[str, str]) -> Iterator[None]:
+    """Errors raised inside name their field as this dialect spells it: each (theirs, ours)."""
+    try:
+        yield
+    except InvalidRequest as error:
+        for theirs, ours in renames:
+            if error.param is not None:
+                error.param = error.param.replace(theirs, ours)
+            error.message = error.message.replace(theirs, ours)
+        raise

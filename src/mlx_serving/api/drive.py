@@ -48,6 +48,7 @@ class Collected:
     logprobs: list[TextLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    reasoning_tokens: int = 0
     opened_s: float = field(default_factory=clock.monotonic)
     """When the request had been opened, on the monotonic clock."""
     first_s: float | None = None
@@ -105,7 +106,9 @@ async def collect(generation: Generation) -> Collected:
             if whole.first_s is None and event.token_ids:
                 whole.first_s = clock.monotonic()
             texts.append(event.text)
-            thoughts.append(event.reasoning)
+            if event.reasoning:
+                thoughts.append(event.reasoning)
+                whole.reasoning_tokens += len(event.token_ids)
             whole.logprobs += event.logprobs or ()
             add_calls(whole.calls, event)
             if event.finish_reason is not None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from mlx_serving.api import anthropic_fields, ollama_fields
+from mlx_serving.api import anthropic_fields, ollama_fields, responses_fields
 from mlx_serving.api.disposition import Disposition, Field, Row, Table, check
 from mlx_serving.api.disposition import table as _table
 
@@ -178,6 +178,7 @@ ROUTES: Mapping[str, Table] = {
     "/v1/completions": COMPLETIONS,
     "stream_options": STREAM_OPTIONS,
     "messages[]": MESSAGE,
+    **responses_fields.ROUTES,
     **anthropic_fields.ROUTES,
     **ollama_fields.ROUTES,
 }

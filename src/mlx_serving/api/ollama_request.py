@@ -10,8 +10,10 @@ import msgspec
 from msgspec import Meta
 
 from mlx_serving.api import ollama_fields as fields
-from mlx_serving.api.body import convert, read_object, refuse, schema_grammar, stop_strings
+from mlx_serving.api.body import convert, read_object, refuse, stop_strings
 from mlx_serving.api.disposition import Table, check
+from mlx_serving.content.structured import json_schema
+from mlx_serving.content.tools.definitions import tool_use
 from mlx_serving.errors import InvalidRequest
 from mlx_serving.types import (
     MAX_LOGPROBS,
@@ -97,26 +99,15 @@ class _Message(msgspec.Struct, kw_only=True):
     tool_call_id: str | None = None
 
 
-class _ToolFunction(msgspec.Struct, kw_only=True):
-    name: Annotated[str, Meta(min_length=1)]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-
-
-class _Tool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    function: _ToolFunction
-    type: Literal["function"] = "function"
-
-
 def parse_chat(data: bytes, *, default_model: str) -> OllamaCall:
     """The body of /api/chat. Raises InvalidRequest, UnsupportedParameter."""
     raw = read_object(data)
     body, advisory = _body(raw, fields.CHAT, _ChatBody)
-    tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or ())]
+    tools = tool_use(body.tools).tools
     prompt = None
     if body.messages:
         prompt = ChatPrompt(
-            messages=_messages(body.messages), tools=tuple(tools), template_kwargs=_think(body)
+            messages=_messages(body.messages), tools=tools, template_kwargs=_think(body)
         )
     return _call(body, prompt, advisory, default_model)
 
@@ -215,7 +206,7 @@ def _grammar(wanted: str | dict[str, Any] | None) -> Grammar | None:
     if not wanted:
         return None
     if isinstance(wanted, dict):
-        return schema_grammar(wanted, "format")
+        return json_schema(wanted, param="format")
     if wanted != "json":
         raise InvalidRequest("'format' must be json or a JSON schema.", param="format")
     return Grammar(kind="json_object", param="format")
@@ -227,15 +218,6 @@ def _think(body: _Body) -> dict[str, Any]:
     if isinstance(body.think, bool):
         return {"enable_thinking": body.think}
     return {"enable_thinking": True, "reasoning_effort": body.think}
-
-
-def _tool(raw: dict[str, Any], at: str) -> dict[str, Any]:
-    tool = convert(raw, _Tool, at=at)
-    function: dict[str, Any] = {"name": tool.function.name}
-    if tool.function.description is not None:
-        function["description"] = tool.function.description
-    function["parameters"] = tool.function.parameters or {"type": "object", "properties": {}}
-    return {"type": "function", "function": function}
 
 
 def _messages(raws: list[dict[str, Any]]) -> tuple[Message, ...]:

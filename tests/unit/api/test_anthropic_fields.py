@@ -56,7 +56,7 @@ HONOURED: dict[str, tuple[Any, Read, Any]] = {
 }
 ELSEWHERE = {
     "stream": "test_anthropic_shapes",
-    "tool_choice": "test_no_tools_are_shown",
+    "tool_choice": "test_choices_of_tools",
     "context_management": "test_edits_that_keep_everything",
 }
 
@@ -202,16 +202,15 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"system": 3}, "system"),
     ({"system": [{"type": "image"}]}, "system[0]"),
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
-    ({"tools": [TOOL | {"strict": True}]}, "tools[0].strict"),
+    ({"tools": [TOOL | {"strict": 1}]}, "tools[0].strict"),
+    ({"tools": [TOOL | {"name": "a b"}]}, "tools[0].name"),
+    ({"tools": [TOOL, TOOL]}, "tools[1].name"),
     ({"tools": [TOOL | {"defer_loading": True}]}, "tools[0].defer_loading"),
     ({"tools": [{"name": "x"}]}, "tools[0].input_schema"),
     ({"tools": [TOOL | {"mood": 1}]}, "tools[0].mood"),
-    ({"tool_choice": {"type": "any"}}, "tool_choice.type"),
-    ({"tool_choice": {"type": "tool", "name": "add"}}, "tool_choice.type"),
-    (
-        {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
-        "tool_choice.disable_parallel_tool_use",
-    ),
+    ({"tool_choice": {"type": "any"}}, "tool_choice"),
+    ({"tool_choice": {"type": "some"}}, "tool_choice.type"),
+    ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "sub"}}, "tool_choice.name"),
     ({"tool_choice": {"type": "auto", "x": 1}}, "tool_choice.x"),
     ({"thinking": {"type": "between_tools"}}, "thinking.type"),
     ({"thinking": {"type": "enabled", "x": 1}}, "thinking.x"),
@@ -294,10 +293,25 @@ async def test_an_assistants_last_turn_is_continued(
     assert (prompt.continue_final_message, prompt.add_generation_prompt) == (True, False)
 
 
-async def test_no_tools_are_shown(client: httpx.AsyncClient, gateway: Any) -> None:
-    for choice, shown in (("auto", 1), ("none", 0)):
-        request = await request_of(client, gateway, tools=[TOOL], tool_choice={"type": choice})
-        assert len(prompt_of(request).tools) == shown
+@pytest.mark.parametrize(
+    ("choice", "wanted"),
+    [
+        ({"type": "auto"}, (1, "auto", True)),
+        ({"type": "any", "disable_parallel_tool_use": True}, (1, "required", False)),
+        ({"type": "tool", "name": "add"}, (1, "=add", True)),
+        ({"type": "none"}, (0, "auto", True)),
+    ],
+)
+async def test_choices_of_tools(
+    client: httpx.AsyncClient, gateway: Any, choice: Any, wanted: Any
+) -> None:
+    prompt = prompt_of(await request_of(client, gateway, tools=[TOOL], tool_choice=choice))
+    assert (len(prompt.tools), prompt.tool_choice, prompt.parallel_tool_calls) == wanted
+
+
+async def test_strict_tools(client: httpx.AsyncClient, gateway: Any) -> None:
+    request = await request_of(client, gateway, tools=[TOOL | {"strict": True}])
+    assert prompt_of(request).strict_tools == ("add",)
 
 
 async def test_edits_that_keep_everything(client: httpx.AsyncClient, gateway: Any) -> None:

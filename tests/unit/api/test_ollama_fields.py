@@ -10,8 +10,6 @@ import ollama
 import pytest
 
 from mlx_serving.api import ollama_fields as fields
-from mlx_serving.api.body import MAX_SCHEMA_BYTES, schema_grammar
-from mlx_serving.errors import InvalidRequest
 from mlx_serving.types import ChatPrompt, GenerateRequest, Grammar, Message, TextPrompt
 
 Read = Callable[[GenerateRequest], Any]
@@ -256,12 +254,6 @@ async def test_names_may_have_a_tag(client: httpx.AsyncClient, gateway: Any) -> 
     for name in ("tiny:latest", "small:latest", "small"):
         response = await send(client, CHAT, model=name)
         assert (gateway.requests[-1].model, response.json()["model"]) == ("tiny", name)
-
-
-def test_a_schema_is_bounded() -> None:
-    with pytest.raises(InvalidRequest) as error:
-        schema_grammar({"enum": ["x" * MAX_SCHEMA_BYTES]}, "format")
-    assert error.value.param == "format"
 
 
 async def test_schemas_and_logprobs(client: httpx.AsyncClient, gateway: Any) -> None:

@@ -1,0 +1,69 @@
+"""OpenAI's /v1/responses: create, retrieve, delete."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from mlx_serving.api import drive
+from mlx_serving.api.exchange import Exchange
+from mlx_serving.api.port import GatewayPort
+from mlx_serving.api.responses_request import parse_response
+from mlx_serving.api.responses_response import ResponseWriter, whole
+from mlx_serving.api.responses_store import ResponseStore
+from mlx_serving.config import Config
+from mlx_serving.errors import RequestNotFound
+from mlx_serving.types import Message
+
+PREFIX = "/v1/responses/"
+
+
+class ResponsesRoutes:
+    def __init__(self, gateway: GatewayPort, config: Config) -> None:
+        self._gateway = gateway
+        self._config = config
+        self._store = ResponseStore()
+
+    async def create(self, exchange: Exchange) -> None:
+        body = await exchange.body(self._config.max_body_bytes)
+        call = parse_response(
+            body, default_model=self._gateway.default_model(), recall=self._recall
+        )
+
+        def keep(response_id: str, body: bytes, answer: Message) -> None:
+            self._store.put(response_id, body, (*call.messages, answer))
+
+        await drive.serve(
+            exchange,
+            self._gateway,
+            self._config,
+            call.request,
+            answer=lambda generation, collected: whole(generation, call, keep, collected),
+            writer=(lambda generation: ResponseWriter(generation, call, keep))
+            if call.stream
+            else None,
+            advisory=call.advisory,
+        )
+
+    async def retrieve(self, exchange: Exchange) -> None:
+        response_id = exchange.path.removeprefix(PREFIX)
+        stored = self._store.get(response_id)
+        if stored is None:
+            raise _unknown(response_id)
+        await exchange.respond(200, stored.body)
+
+    async def delete(self, exchange: Exchange) -> None:
+        response_id = exchange.path.removeprefix(PREFIX)
+        if not self._store.delete(response_id):
+            raise _unknown(response_id)
+        body = {"id": response_id, "object": "response.deleted", "deleted": True}
+        await exchange.respond(200, msgspec.json.encode(body))
+
+    def _recall(self, response_id: str) -> Sequence[Message] | None:
+        stored = self._store.get(response_id)
+        return None if stored is None else stored.messages
+
+
+def _unknown(response_id: str) -> RequestNotFound:
+    return RequestNotFound(f"Response '{response_id[:100]}' is not stored (any more).")

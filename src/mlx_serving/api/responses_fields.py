@@ -1,0 +1,111 @@
+"""What becomes of every field of OpenAI's /v1/responses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mlx_serving.api.disposition import Table, table
+
+RESPONSES: Table = table(
+    (
+        "honoured",
+        {
+            "input": "a string, or items: messages, function calls and their outputs, reasoning",
+            "model": "a served model's id or alias; default: the first served model",
+            "instructions": "a system message before the rest; not kept for the next response",
+            "previous_response_id": "the conversation so far, if it is still stored",
+            "store": "default true: kept in memory, within bounds, for previous_response_id",
+            "stream": "server-sent events with sequence numbers",
+            "max_output_tokens": "default: the server's, or what the context leaves",
+            "temperature": "0 to 2, default 1; 0 is greedy",
+            "top_p": "above 0, to 1",
+            "top_logprobs": "0 to 20; only with include of message.output_text.logprobs",
+            "include": "message.output_text.logprobs; what else it knows is never in an answer",
+            "tools": "functions of the client's own, given to the chat template",
+            "tool_choice": "auto, none, required, or a function",
+            "parallel_tool_calls": "false: one call at most, and the answer ends with it",
+            "text": "format: text, json_object or json_schema",
+            "reasoning": "effort: the chat template's reasoning_effort",
+            "metadata": "said again in the response",
+            "seed": "ours: -2^63 to 2^64-1; default: drawn, and said in x-mlx-serving-seed",
+        },
+    ),
+    (
+        "advisory",
+        {
+            "user": "an end user's identifier",
+            "safety_identifier": "an end user's identifier",
+            "service_tier": "there is one tier",
+            "prompt_cache_key": "prefixes are matched by content",
+            "prompt_cache_retention": "the prefix cache is bounded by memory",
+            "prompt_cache_options": "the prefix cache is bounded by memory",
+            "max_tool_calls": "the server runs no tools of its own",
+            "stream_options": "nothing is padded",
+        },
+    ),
+    (
+        "refused",
+        {
+            "background": ("stream it instead", (False,)),
+            "background_options": "stream it instead",
+            "conversation": "use previous_response_id",
+            "context_management": ("prompts are not edited", ([],)),
+            "truncation": ("a prompt over the context is a 400", ("disabled",)),
+            "prompt": "there are no stored prompts",
+            "moderation": "there is no moderation",
+            "access_programs": "there are none",
+            "image": "text only",
+        },
+    ),
+)
+
+TOOL: Table = table(
+    (
+        "honoured",
+        {
+            "type": "function",
+            "name": "given to the chat template",
+            "description": "given to the chat template",
+            "parameters": "given to the chat template",
+            "strict": "true: calls keep to the schema; default false",
+        },
+    ),
+    (
+        "refused",
+        {
+            "defer_loading": ("every tool is shown to the model", (False,)),
+            "allowed_callers": ("only the model calls tools", (["direct"],)),
+            "output_schema": "outputs are not checked",
+        },
+    ),
+)
+
+TEXT: Table = table(
+    ("honoured", {"format": "text, json_object or json_schema"}),
+    ("refused", {"verbosity": ("ask for it in the prompt", ("medium",))}),
+)
+
+REASONING: Table = table(
+    ("honoured", {"effort": "the chat template's reasoning_effort"}),
+    (
+        "advisory",
+        {
+            "summary": "reasoning is shown as it is",
+            "generate_summary": "reasoning is shown as it is",
+        },
+    ),
+    (
+        "refused",
+        {
+            "context": ("the chat template decides", ("auto",)),
+            "mode": ("there is one mode", ("standard",)),
+        },
+    ),
+)
+
+ROUTES: Mapping[str, Table] = {
+    "/v1/responses": RESPONSES,
+    "/v1/responses tools[]": TOOL,
+    "/v1/responses text": TEXT,
+    "/v1/responses reasoning": REASONING,
+}
