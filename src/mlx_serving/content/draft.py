@@ -29,7 +29,7 @@ class Draft:
     Attributes:
         calls: how many calls have begun.
         open: whether the last of them still takes arguments.
-        done: one call was allowed and is complete; whatever is written further is dropped.
+        done: one call was allowed and is complete.
     """
 
     def __init__(self, *, single: bool = False, new_id: Callable[[], str] = new_call_id) -> None:
@@ -44,12 +44,10 @@ class Draft:
         self._pieces: list[ToolCallDelta] = []
 
     def say(self, text: str) -> None:
-        if not self.done:
-            self._content.add(text)
+        self._content.add(text)
 
     def think(self, text: str) -> None:
-        if not self.done:
-            self._reasoning.add(text)
+        self._reasoning.add(text)
 
     def set_apart(self) -> None:
         """Markup stands here: content and reasoning begin anew after it."""
@@ -58,8 +56,6 @@ class Draft:
 
     def begin(self, name: str, call_id: str | None = None) -> None:
         assert not self.open, "calls do not nest"
-        if self.done:
-            return
         self.set_apart()
         if call_id is None or call_id in self._ids:
             call_id = self._new_id()
@@ -69,7 +65,7 @@ class Draft:
         self.open = True
 
     def arguments(self, text: str) -> None:
-        if self.done or not text:
+        if not text:
             return
         assert self.open, "arguments belong to a call"
         if not self._pieces:
@@ -77,9 +73,8 @@ class Draft:
         self._pieces[-1].arguments += text
 
     def end(self) -> None:
-        if not self.done:
-            self.open = False
-            self.done = self._single
+        self.open = False
+        self.done = self._single
 
     def take(self, *, last: bool = False) -> Parsed:
         """What was written since the last time; `last` gives out trailing white space, too."""

@@ -45,7 +45,7 @@ def copy_value(reader: Reader, emit: Emit, depth: int = 0) -> Steps[None]:
         case '"':
             yield from copy_string(reader, emit)
         case _:
-            emit((yield from read_scalar(reader)))
+            yield from copy_scalar(reader, emit)
 
 
 def _copy_items(reader: Reader, emit: Emit, depth: int, opening: str, closing: str) -> Steps[None]:
@@ -131,10 +131,10 @@ def read_value(reader: Reader) -> Steps[str]:
     return "".join(parts)
 
 
-def read_scalar(reader: Reader) -> Steps[str]:
-    """A number, true, false or null."""
+def copy_scalar(reader: Reader, emit: Emit) -> Steps[None]:
+    """A number, true, false or null; another word is given out before Malformed is raised."""
     word = yield from reader.run(_WORD, _MAX_WORD)
     literal = LITERALS.get(word) or (word if _NUMBER.fullmatch(word) else None)
+    emit(literal or word)
     if literal is None:
         raise Malformed("a JSON value is missing" if not word else "a value is not JSON")
-    return literal

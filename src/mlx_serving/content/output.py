@@ -10,7 +10,7 @@ from mlx_serving.content.draft import Draft, Parsed, new_call_id
 from mlx_serving.content.reading import SPACE, Reader, Steps, stops
 from mlx_serving.content.reasoning import TAGS, Tags, read_reasoning, reasoning_in
 from mlx_serving.content.tools import harmony, mistral
-from mlx_serving.content.tools.family import Calls, Family, Tools, attempt
+from mlx_serving.content.tools.family import Calls, Complete, Family, Tools, attempt
 from mlx_serving.content.tools.select import FAMILIES, family_in
 
 
@@ -103,7 +103,7 @@ class OutputParser:
         self._reader.feed(text, ended=ended)
         try:
             next(self._steps)
-        except StopIteration:
+        except (StopIteration, Complete):
             self._steps = None
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_serving.content.draft import Draft
-from mlx_serving.content.json_text import copy_value, read_scalar, read_string
+from mlx_serving.content.json_text import copy_scalar, copy_value, read_string
 from mlx_serving.content.reading import Malformed, Reader, Steps, Stops
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,10 @@ def _types(schema: Any, depth: int) -> set[str]:
     return {t for part in parts for s in part for t in _types(s, depth + 1)}
 
 
+class Complete(Exception):
+    """The answer is over, whatever text may come."""
+
+
 class Calls:
     """A reader's hands: the text, the draft, and the tools.
 
@@ -80,7 +84,10 @@ class Calls:
         self.draft.arguments(text)
 
     def end(self) -> None:
+        """Raises Complete when it was the only call allowed."""
         self.draft.end()
+        if self.draft.done:
+            raise Complete
         self.reader.mark()
 
     def whole(self, name: str, arguments: str) -> None:
@@ -155,6 +162,8 @@ def attempt(calls: Calls, steps: Steps[None], ends: Stops, *, opener: str = "") 
             log.warning("The arguments of a tool call are malformed: %s.", error)
             yield from reader.until(ends, draft.arguments)
             draft.end()
+            if draft.done:
+                raise Complete from None
         else:
             log.warning("What looked like a tool call is text: %s.", error)
             draft.say(reader.raw())
@@ -175,7 +184,9 @@ def check_name(name: str) -> str:
 def held_arguments(reader: Reader) -> Steps[str]:
     """Arguments that were written as the text of a JSON string, or as null; as JSON."""
     if (yield from reader.peek()) != '"':
-        if (yield from read_scalar(reader)) != "null":
+        parts: list[str] = []
+        yield from copy_scalar(reader, parts.append)
+        if parts != ["null"]:
             raise Malformed("arguments are not an object")
         return "{}"
     text = yield from read_string(reader)

@@ -84,7 +84,11 @@ def copy_literal(reader: Reader, emit: Emit, depth: int = 0) -> Steps[None]:
     elif first == "{":
         yield from _copy_items(reader, emit, "{", "}", depth)
     else:
-        emit(_scalar((yield from reader.run(_WORD, 512))))
+        word = yield from reader.run(_WORD, 512)
+        literal = _scalar(word)
+        emit(literal or word)
+        if literal is None:
+            raise Malformed("a value is no literal")
 
 
 def _copy_items(reader: Reader, emit: Emit, opening: str, closing: str, depth: int) -> Steps[None]:
@@ -152,14 +156,14 @@ def _escape_sequence(reader: Reader) -> Steps[str]:
     return escape(letter if letter in "\\'\"" else "\\" + letter)
 
 
-def _scalar(word: str) -> str:
+def _scalar(word: str) -> str | None:
     if word in LITERALS:
         return LITERALS[word]
     if _NUMBER.fullmatch(word):
         value = to_json(word, frozenset({"number"}))
         if not value.startswith('"'):
             return value
-    raise Malformed("a value is no literal")
+    return None
 
 
 def _bare(calls: Calls) -> Steps[None]:
