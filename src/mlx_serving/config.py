@@ -119,6 +119,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How long a model may take to load before its worker is taken for hung."""
     step_timeout_s: Annotated[float, Meta(gt=0)] = 300.0
     """How long one step may take before its worker is taken for hung and replaced."""
+    silence_timeout_s: Annotated[float, Meta(ge=5)] = 60.0
+    """How long a worker may give no sign of life, which it does every second or two."""
     resume_timeout_s: Annotated[float, Meta(ge=0)] = 300.0
     """How long streams whose worker died wait for the next one."""
     max_request_deaths: Annotated[int, Meta(ge=1)] = 3

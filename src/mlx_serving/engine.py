@@ -175,6 +175,12 @@ class Engine:
             await slot.close()
         await self._worker.stop()
 
+    def restart(self) -> None:
+        """Replace the worker; running streams go on in the next one. Tries again what failed."""
+        for slot in self._slots:
+            slot.forgive()
+        self._worker.restart()
+
     async def __aenter__(self) -> Self:
         try:
             await self.start()
@@ -274,7 +280,11 @@ class Engine:
 
             c = self.config
             worker = Supervisor(
-                deadlines=Deadlines(load_s=c.load_timeout_s, step_s=c.step_timeout_s),
+                deadlines=Deadlines(
+                    load_s=c.load_timeout_s,
+                    step_s=c.step_timeout_s,
+                    silence_s=c.silence_timeout_s,
+                ),
                 max_deaths=c.max_request_deaths,
                 resume_timeout_s=c.resume_timeout_s,
             )

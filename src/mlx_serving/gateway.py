@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -137,14 +138,20 @@ class Gateway:
 
     def models(self) -> list[ServedModel]:
         """Every configured model, the default first, whatever its state."""
-        return [_describe(slot) for slot in self._slots]
+        broken = self._worker.broken
+        return [_describe(slot, broken.get(slot.model_id)) for slot in self._slots]
 
     def health(self) -> dict[str, object]:
-        workers = self._worker.health()
+        workers, models = self._worker.health(), self.models()
         return {
             "status": self._status(all(w.state in ("ready", "loading") for w in workers)),
+            "reasons": [
+                *(w.cause for w in workers if w.cause),
+                *(m.reason for m in models if m.status == "failed" and m.reason),
+            ],
+            "pid": os.getpid(),
             "workers": [msgspec.to_builtins(w) for w in workers],
-            "models": [{"id": m.id, "status": m.status, "reason": m.reason} for m in self.models()],
+            "models": [{"id": m.id, "status": m.status, "reason": m.reason} for m in models],
             "open_requests": self._admission.open_requests,
         }
 
@@ -171,7 +178,7 @@ class Gateway:
         if self._admission.draining:
             return "draining"
         states = [slot.state for slot in self._slots]
-        if any(isinstance(state, Failed) for state in states):
+        if self._worker.broken or any(isinstance(state, Failed) for state in states):
             return "degraded"
         if not all(isinstance(state, Ready) for state in states):
             return "starting"
@@ -265,6 +272,14 @@ class Generation:
         return self._served.text.decode(self.prompt_token_ids)
 
     def start(self, worker: WorkerClient) -> None:
+        try:
+            self._submit(worker)
+        except MLXServingError:
+            for choice in self._choices:  # some may run already
+                choice.cancel()
+            raise
+
+    def _submit(self, worker: WorkerClient) -> None:
         for choice in self._choices:
             choice.stream = worker.submit(
                 self._served.info.model_id,
@@ -521,8 +536,9 @@ def _check_ids(param: str, ids: Sequence[int] | dict[int, float], vocab_size: in
             )
 
 
-def _describe(slot: ModelSlot[Served]) -> ServedModel:
-    status, reason = status_of(slot.state)
+def _describe(slot: ModelSlot[Served], broken: MLXServingError | None) -> ServedModel:
+    """`broken`: why the worker cannot serve it, whatever the slot believes."""
+    status, reason = status_of(slot.state) if broken is None else ("failed", broken.message)
     loaded = slot.state.loaded if isinstance(slot.state, Ready) else None
     return ServedModel(
         id=slot.model_id,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -120,6 +121,10 @@ class ModelSlot(Generic[T]):
                 raise error
             case _:
                 raise ModelBroken(f"Model '{self.model_id}' was unloaded while it was loading.")
+
+    def forgive(self) -> None:
+        """Try again at the next request, however recent the failure."""
+        self._failed_at = -math.inf
 
     async def close(self) -> None:
         if self._task is not None and not self._task.done():

@@ -34,7 +34,7 @@ from mlx_serving.worker import wire
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_S = 5.0
+HEARTBEAT_S = 2.0
 """How often an idle worker says that it is alive."""
 PULSE_S = 1.0
 """How often a busy worker does."""

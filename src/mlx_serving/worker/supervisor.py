@@ -21,7 +21,7 @@ from typing import Any
 
 from mlx_serving import clock, errors
 from mlx_serving.types import Grammar, ModelInfo, Priority, SamplingParams
-from mlx_serving.worker import blame, port, reconcile, wire
+from mlx_serving.worker import blame, port, reasons, reconcile, wire
 from mlx_serving.worker.backlog import Backlog
 from mlx_serving.worker.breaker import (
     Breaker,
@@ -34,6 +34,7 @@ from mlx_serving.worker.breaker import (
     after_wait,
 )
 from mlx_serving.worker.client import Connection, SequenceStream
+from mlx_serving.worker.models import Models
 from mlx_serving.worker.process import Process, WorkerProcess
 from mlx_serving.worker.watchdog import Deadlines, stuck
 
@@ -98,11 +99,7 @@ class Supervisor:
         self._replacing = False
         self._stuck: str | None = None
         """What the watchdog ended the present worker for."""
-        self._wanted: dict[str, tuple[str, wire.ModelOptions]] = {}
-        self._broken: dict[str, errors.MLXServingError] = {}
-        """Models that the present worker could not reload, and why."""
-        self._quarantined: dict[str, errors.ModelBroken] = {}
-        self._model_deaths: dict[str, int] = {}
+        self._models = Models(max_deaths)
         self._probing: str | None = None
         self._backlog = Backlog(self._expired)
         self._suspects: list[SequenceStream] = []
@@ -126,7 +123,7 @@ class Supervisor:
 
     @property
     def broken(self) -> dict[str, errors.MLXServingError]:
-        return {**self._broken, **self._quarantined}
+        return self._models.broken
 
     def health(self) -> list[port.WorkerHealth]:
         state, connection = self.state, self._connection
@@ -139,7 +136,7 @@ class Supervisor:
                 cause=getattr(state, "cause", None),
                 restarts=self._restarts,
                 breaker=_breaker_name(self._breaker),
-                retry_in_s=self._retry_after_s() if isinstance(state, port.CircuitOpen) else None,
+                retry_in_s=reasons.retry_in_s(state, self._now()),
                 broken={model_id: error.message for model_id, error in self.broken.items()},
                 streams_waiting=len(self._backlog) + len(self._suspects),
             )
@@ -176,8 +173,7 @@ class Supervisor:
         if not self._revive:
             log.warning("without a supervisor the worker cannot be replaced")
             return
-        self._quarantined.clear()
-        self._model_deaths.clear()
+        self._models.pardon()
         self._breaker = Closed()
         self._hurry.set()
         connection, process = self._connection, self._process
@@ -191,8 +187,7 @@ class Supervisor:
     ) -> ModelInfo:
         options = options or wire.ModelOptions()
         while True:
-            if model_id in self._quarantined:
-                raise self._quarantined[model_id].with_traceback(None)
+            self._models.check_quarantine(model_id)
             connection = await self._connected()
             try:
                 info = await connection.load_model(model_id, path, options)
@@ -204,15 +199,12 @@ class Supervisor:
             except errors.MLXServingError as error:
                 self.on_event(port.ModelLoadFailed(model_id, error.code, error.message))
                 raise
-        self._wanted[model_id] = (path, options)
-        self._broken.pop(model_id, None)
-        self._model_deaths.pop(model_id, None)
+        self._models.loaded(model_id, path, options)
         self.on_event(port.ModelReady(info))
         return info
 
     async def unload_model(self, model_id: str) -> None:
-        self._wanted.pop(model_id, None)
-        self._broken.pop(model_id, None)
+        self._models.unwant(model_id)
         connection = self._usable()
         if connection is not None and model_id in connection.models:
             await connection.unload_model(model_id)
@@ -345,12 +337,10 @@ class Supervisor:
             return
         self.on_event(port.WorkerStarted(process.pid, self._restarts))
         self._reconcile(connection, connection.hello.result())
-        if self._wanted:
-            self._set_state(port.Loading(process.pid, tuple(self._wanted)))
-        self._broken.clear()
-        for model_id, (path, options) in list(self._wanted.items()):
-            if model_id in self._quarantined:
-                continue
+        models = self._models.to_reload()
+        if models:
+            self._set_state(port.Loading(process.pid, tuple(model_id for model_id, _, _ in models)))
+        for model_id, path, options in models:
             if not await self._reload(connection, model_id, path, options):
                 return
         assert not isinstance(self._breaker, Open)
@@ -359,7 +349,7 @@ class Supervisor:
         self._resume(connection)
 
     def _reconcile(self, connection: Connection, hello: wire.Hello) -> None:
-        differences = reconcile.compare(self._wanted, hello.models, hello.sequences)
+        differences = reconcile.compare(self._models.wanted, hello.models, hello.sequences)
         for seq_id in differences.cancel:
             connection.send(wire.Cancel(seq_id))
         for model_id in differences.unload:
@@ -376,7 +366,7 @@ class Supervisor:
                 return False
             info = load.result()
         except errors.MLXServingError as error:
-            self._broken[model_id] = error
+            self._models.not_reloaded(model_id, error)
             self.on_event(port.ModelLoadFailed(model_id, error.code, error.message))
             return True
         finally:
@@ -384,7 +374,7 @@ class Supervisor:
         # It may survive its loads and none of its steps.
         if isinstance(self._breaker, HalfOpen) and not await self._probe(connection, model_id):
             return False
-        self._model_deaths.pop(model_id, None)
+        self._models.acquit(model_id)
         self.on_event(port.ModelReady(info))
         return True
 
@@ -415,7 +405,7 @@ class Supervisor:
 
     def _bury(self, connection: Connection, cause: str) -> None:
         """Whom to blame, and who goes on."""
-        cause = _brief(cause)
+        cause = reasons.brief(cause)
         died = errors.WorkerDied(cause)
         if not self._replacing:
             self._blame_model(connection, cause)
@@ -447,14 +437,10 @@ class Supervisor:
         phase = connection.phase.phase if connection.phase is not None else ""
         loading = connection.loading[:1] if phase in ("loading", "compiling") else ()
         for model_id in (self._probing,) if self._probing is not None else loading:
-            deaths = self._model_deaths[model_id] = self._model_deaths.get(model_id, 0) + 1
             # A load that hangs costs its whole deadline each time.
-            if deaths >= self._max_deaths or (self._stuck is not None and loading):
-                error = errors.ModelBroken(
-                    f"model {model_id!r} is quarantined until a restart: {deaths} worker(s) in a "
-                    f"row died over it; the last: {cause}"
-                )
-                self._quarantined[model_id] = error
+            hung = self._stuck is not None and bool(loading)
+            error = self._models.blame(model_id, cause, at_once=hung)
+            if error is not None:
                 log.error("%s", error.message)
                 self.on_event(port.ModelLoadFailed(model_id, error.code, error.message))
 
@@ -485,9 +471,7 @@ class Supervisor:
         return connection if not self._replacing else None
 
     def _send(self, stream: SequenceStream, connection: Connection) -> None:
-        broken = self.broken.get(stream.request.model_id)
-        if broken is not None:
-            raise errors.ModelBroken(broken.message)
+        self._models.check(stream.request.model_id)
         connection.submit(stream)
 
     def _send_or_fail(self, stream: SequenceStream, connection: Connection) -> None:
@@ -498,8 +482,7 @@ class Supervisor:
 
     def _park(self, stream: SequenceStream) -> None:
         """Keep until the next worker is ready; the timer and the bound say no in time."""
-        if (broken := self._quarantined.get(stream.request.model_id)) is not None:
-            raise errors.ModelBroken(broken.message)
+        self._models.check_quarantine(stream.request.model_id)
         self._refuse_if_down()
         if not self._backlog.has_room(MAX_PARKED):
             raise self._unavailable()
@@ -528,29 +511,11 @@ class Supervisor:
         if stream.resumption() is stream.request:
             return self._unavailable()
         return errors.WorkerDied(
-            f"no worker took this sequence over in time: {_brief(self._cause)}"
+            f"no worker took this sequence over in time: {reasons.brief(self._cause)}"
         )
 
     def _unavailable(self) -> errors.Overloaded:
-        retry_after_s = self._retry_after_s()
-        match self._state:
-            case port.Failed(cause):
-                return errors.Overloaded(f"the worker is down: {_brief(cause)}", retry_after_s=30.0)
-            case port.CircuitOpen(_, cause):
-                message = f"the worker keeps dying: {_brief(cause)}"
-                return errors.Overloaded(message, retry_after_s=retry_after_s)
-            case port.Restarting(_, _, cause):
-                message = f"the worker is restarting: {_brief(cause)}"
-                return errors.Overloaded(message, retry_after_s=retry_after_s)
-        return errors.Overloaded("the worker is starting", retry_after_s=retry_after_s)
-
-    def _retry_after_s(self) -> float:
-        match self._state:
-            case port.CircuitOpen(until_s, _):
-                return max(1.0, until_s - self._now())
-            case port.Restarting(_, in_s, _):
-                return max(1.0, in_s)
-        return 1.0
+        return reasons.unavailable(self._state, self._now())
 
     def _end_waiting(self, why: Callable[[SequenceStream], errors.MLXServingError]) -> None:
         streams, self._suspects = [*self._backlog.take(), *self._suspects], []
@@ -594,13 +559,6 @@ async def _end(process: Process, deadline_s: float) -> int:
             return await asyncio.shield(process.exited)
     process.kill()
     return await process.exited
-
-
-def _brief(cause: str) -> str:
-    """For clients: how it ended and the telling line of its last words. The log has them all."""
-    how, *words = cause.splitlines() or [""]
-    telling = words[-1:] if words and words[0].startswith("Traceback") else words[:1]
-    return "\n".join((how, *telling))
 
 
 def _tag(state: port.WorkerState) -> str:

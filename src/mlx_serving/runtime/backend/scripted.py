@@ -17,6 +17,7 @@ imported. Keys of that file, all optional but the first:
       token_ids      for "text" and "cycle"
       step_delay_ms  a step's tokens are there this long after its launch
       logprob        the log-probability of every token, default -0.5
+      die_on_load    loading it ends the process (SIGABRT)
       die_on         a prompt with this token ends the process (SIGABRT), as an accelerator fault does
       hang_on        a step that starts a prompt with this token never ends
       fail_on        launching a step that starts a prompt with this token raises RuntimeError
@@ -60,6 +61,7 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token_ids: tuple[int, ...] = ()
     step_delay_ms: float = 0.0
     logprob: float = -0.5
+    die_on_load: bool = False
     die_on: int | None = None
     hang_on: int | None = None
     fail_on: int | None = None
@@ -141,15 +143,15 @@ class ScriptedRunner:
     def _start(self, start: RowStart) -> bool:
         """Returns whether the step hangs."""
         tokens, params = start.token_ids, start.sampling
-        if self._script.die_on in tokens:
+        prompt, output = tokens[: start.prompt_len], tokens[start.prompt_len :]
+        if self._script.die_on in prompt:
             self._die()
-        if self._script.fail_on in tokens:
+        if self._script.fail_on in prompt:
             raise RuntimeError(f"scripted failure on token {self._script.fail_on}")
         salt = _mix(params.seed ^ _mix(params.choice)) if params.temperature > 0 else 0
-        prompt, output = tokens[: start.prompt_len], tokens[start.prompt_len :]
         matcher = None if start.constraint is None else start.constraint.matcher(output)
         self._rows[start.row] = _Row(params, prompt, salt, matcher)
-        return self._script.hang_on in tokens
+        return self._script.hang_on in prompt
 
     def _prefill(self, chunk: PrefillChunk) -> Sampled | None:
         row = self._rows[chunk.row]
@@ -216,6 +218,8 @@ def load(model_id: str, path: Path, config: dict[str, Any], options: ModelOption
         parsed = msgspec.convert(config, ScriptedConfig)
     except msgspec.ValidationError as e:
         raise ModelBroken(f"{path / 'config.json'}: {e}") from e
+    if parsed.script.die_on_load:
+        os.abort()
     if len(set(parsed.eos)) >= parsed.vocab_size:
         raise ModelBroken(f"{path / 'config.json'}: every token ends the sequence")
     context = min(parsed.max_position_embeddings, options.context_length or 1 << 30)
