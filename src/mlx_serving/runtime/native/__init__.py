@@ -20,6 +20,13 @@ def why() -> str:
     return _load.reason
 
 
+def describe() -> tuple[bool, str]:
+    """Whether the kernels can be used, and what they use or why not, for people to read."""
+    if not available():
+        return False, why()
+    return True, f"{isa()}, {threads()} threads"
+
+
 def isa() -> str:
     """The instruction set in use: avx512, avxvnni, avx2 or generic."""
     return str(_load.require().isa())
@@ -35,4 +42,4 @@ def set_threads(n: int) -> None:
     _load.require().set_threads(n)
 
 
-__all__ = ["available", "isa", "set_threads", "threads", "why"]
+__all__ = ["available", "describe", "isa", "set_threads", "threads", "why"]
