@@ -53,7 +53,8 @@ double cgroup_cpus() {
     for (;;) {
       cpus = std::min(cpus, limit(root + path));
       if (path.empty() || path == "/") break;
-      path.resize(path.find_last_of('/'));
+      const size_t slash = path.find_last_of('/');
+      path.resize(slash == std::string::npos ? 0 : slash);
     }
   };
   while (std::getline(lines, line)) {
