@@ -88,7 +88,7 @@ class Gateway:
             served = await slot.ready()
             token_ids = await self._tokenise(served, request.prompt)
             sampling = _settle(request, served.info, len(token_ids), self._config.max_tokens)
-            request = _force_calls(request, served.text, token_ids)
+            request = _constrain(request, served.text, token_ids)
             generation = Generation(
                 request, slot.model_id, served, token_ids, sampling, arrived_s, self._ended
             )
@@ -495,11 +495,16 @@ def _settle(
     )
 
 
-def _force_calls(request: GenerateRequest, text: TextSide, token_ids: list[int]) -> GenerateRequest:
-    """The request with the grammar that its `tool_choice` or strict functions mean."""
+def _constrain(request: GenerateRequest, text: TextSide, token_ids: list[int]) -> GenerateRequest:
+    """The request with the grammar that its `tool_choice` or strict functions mean, or with its own
+    after the model's reasoning."""
     prompt, grammar = request.prompt, request.grammar
-    if not isinstance(prompt, ChatPrompt) or not prompt.tools:
+    if not isinstance(prompt, ChatPrompt):
         return request
+    if grammar is not None and not prompt.tools:
+        before = text.reasoning_rules(prompt, token_ids)
+        grammar = msgspec.structs.replace(grammar, before=before)
+        return msgspec.structs.replace(request, grammar=grammar)
     if grammar is not None:
         raise InvalidRequest(
             f"'{grammar.param}' says what the whole answer looks like, so nothing could call 'tools'.",

@@ -160,6 +160,8 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True):
     white_space: str | None = None
     """Of JSON: what may stand between two of its tokens, an expression; "": nothing; None: the
     worker's own bound."""
+    before: str = ""
+    """Lark rules, `before` among them, for what precedes it: a model's reasoning. Set by the gateway."""
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):

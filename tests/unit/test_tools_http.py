@@ -268,6 +268,30 @@ async def test_strict_functions_hold_a_call_to_its_schema(serve: Serve) -> None:
     jsonschema.validate(json.loads(held[2][0][1]), WEATHER["function"]["parameters"])
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_reasoning_comes_before_a_constrained_answer(serve: Serve, seed: int) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    formats = [
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+        {"type": "json_object"},
+    ]
+    async with serve(text="Hm, ü.</think>No JSON", chat_template=THINKING) as client:
+        for form in formats:
+            answer = whole(await ask(client, response_format=form, seed=seed, max_tokens=400))
+            assert answer[1] == "Hm, ü."
+            if form is formats[0]:
+                jsonschema.validate(json.loads(answer[0]), schema)
+            assert answer[0].startswith("{")
+        extra = {"structured_outputs": {"choice": ["yes", "no"]}}
+        answer = whole(await ask(client, extra_body=extra, seed=seed))
+        assert answer[0] in ("yes", "no") and answer[1] == "Hm, ü."
+        extra = {"structured_outputs": {"grammar": 'start: "a" x\nx: "b"'}}
+        assert whole(await ask(client, extra_body=extra))[:2] == ("ab", "Hm, ü.")
+        impossible = {"type": "json_schema", "json_schema": {"name": "a", "schema": False}}
+        with pytest.raises(openai.BadRequestError):
+            await ask(client, response_format=impossible)
+
+
 def function(**fields: Any) -> list[Any]:
     return [{"type": "function", "function": {"name": "f", **fields}}]
 

@@ -77,6 +77,19 @@ def guarding_grammar(
     return rules.start(f"{_thoughts(form, rules, thinking)} (free calls | {ending})")
 
 
+def reasoning_grammar(form: Format, special_id: SpecialId, *, thinking: bool) -> str:
+    """Rules, `before` among them, for what a model writes before a constrained answer; "" for
+    nothing."""
+    if form.tags is None and not form.channels:
+        return ""
+    rules = _Rules(_Speller(form.markup, special_id))
+    body = _thoughts(form, rules, thinking)
+    if form.channels:
+        body += " " + rules.spell(f"{harmony.CHANNEL}final{harmony.MESSAGE}")
+    rules.add("before", body)
+    return "\n".join(rules.lines)
+
+
 def _calls(forced: Forced, spell: _Speller, first: str, call: str, parallel: bool) -> str:
     more = f"({spell(forced.between)} {call})*" if parallel else ""
     return f"{spell(forced.open)} {first} {more} {spell(forced.close)}"

@@ -8,7 +8,10 @@ a keyword that restricts and cannot be followed is an error that names it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -20,8 +23,14 @@ MAX_CHARS = 65_536
 """Of a schema as JSON, an expression, a grammar, a list of choices."""
 MAX_DEPTH = 32
 """Schemas within schemas."""
-MAX_PROPERTIES = 1_000
+MAX_PROPERTIES = 500
 """Of one object."""
+MAX_ALTERNATIVES = 1_000
+"""That `anyOf` and `oneOf` make when `allOf` multiplies them."""
+MAX_CONJUNCTION = 8
+"""Patterns and formats that one value must match at once, and `&` in a Lark grammar."""
+MAX_MODULUS = 1_000
+"""Of `multipleOf`, less its factors 2 and 5: the states that telling a multiple takes."""
 MAX_CHOICES = 2_000
 MAX_WHITE_SPACE_CHARS = 256
 
@@ -175,6 +184,7 @@ def json_schema(
         except (msgspec.DecodeError, RecursionError):
             raise InvalidRequest(f"'{param}' is not a JSON schema.", param=param) from None
     checked = _Checker(param).check(schema, "", MAX_DEPTH)
+    _Cost(checked, param).check()
     text = msgspec.json.encode(checked).decode()
     return Grammar(
         kind="json_schema", text=_bounded(text, param), param=param, white_space=white_space
@@ -187,7 +197,10 @@ def regex(expression: Any, *, param: str) -> Grammar:
 
 
 def lark(grammar: Any, *, param: str) -> Grammar:
-    return Grammar(kind="lark", text=_text(grammar, param), param=param)
+    text = _text(grammar, param)
+    if text.count("&") > MAX_CONJUNCTION:
+        raise InvalidRequest(f"'{param}' has over {MAX_CONJUNCTION} '&'.", param=param)
+    return Grammar(kind="lark", text=text, param=param)
 
 
 def choice(choices: Sequence[Any], *, param: str) -> Grammar:
@@ -250,6 +263,8 @@ class _Checker:
             if len(value) > MAX_PROPERTIES:
                 raise self._invalid(f"{self._place(at)} has over {MAX_PROPERTIES} members.")
             return {name: self.check(sub, f"{at}/{name}", depth) for name, sub in value.items()}
+        if keyword == "required" and isinstance(value, list) and len(value) > MAX_PROPERTIES:
+            raise self._invalid(f"{self._place(at)} has over {MAX_PROPERTIES} members.")
         if keyword in _LISTED or (keyword == "items" and isinstance(value, list)):
             if not isinstance(value, list):
                 raise self._invalid(f"{self._place(at)} must be a list of schemas.")
@@ -270,6 +285,110 @@ class _Checker:
             f"'{self._param}': the keyword '{keyword[:64]}'{where} is not supported.",
             param=self._param,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    alternatives: int = 1
+    conjunction: int = 0
+    modulus: int = 1
+
+    def beside(self, other: _Weight) -> _Weight:
+        """Of two schemas for different values."""
+        return _Weight(*map(max, astuple(self), astuple(other)))
+
+    def either(self, other: _Weight) -> _Weight:
+        return replace(self.beside(other), alternatives=self.alternatives + other.alternatives)
+
+    def both(self, other: _Weight) -> _Weight:
+        """Of two schemas for the same value, whose properties may be the same ones too."""
+        return _Weight(
+            self.alternatives * other.alternatives,
+            self.conjunction + other.conjunction,
+            self.modulus * other.modulus,
+        )
+
+
+class _Cost:
+    """Refuses what would take long to compile: combinations grow with the product of their parts.
+    An upper bound from the schema's shape, where each `$ref` counts as what it names."""
+
+    def __init__(self, schema: Any, param: str) -> None:
+        self._root = schema
+        self._param = param
+        self._known: dict[str, _Weight] = {}
+
+    def check(self) -> None:
+        try:
+            self._weigh(self._root)
+        except RecursionError:
+            raise InvalidRequest(
+                f"'{self._param}': its $refs lead too deep.", param=self._param
+            ) from None
+
+    def _weigh(self, schema: Any) -> _Weight:
+        if not isinstance(schema, dict):
+            return _Weight()
+        weight = self._own(schema)
+        for sub in _inner(schema):
+            weight = weight.beside(self._weigh(sub))
+        for word in ("anyOf", "oneOf"):
+            if branches := [self._weigh(sub) for sub in schema.get(word, ())]:
+                weight = weight.both(functools.reduce(_Weight.either, branches))
+        for sub in schema.get("allOf", ()):
+            weight = weight.both(self._weigh(sub))
+        if isinstance(ref := schema.get("$ref"), str):
+            weight = weight.both(self._named(ref))
+        return self._bounded(weight)
+
+    def _own(self, schema: dict[str, Any]) -> _Weight:
+        return _Weight(
+            conjunction=("pattern" in schema) + ("format" in schema),
+            modulus=_modulus(schema["multipleOf"]) if "multipleOf" in schema else 1,
+        )
+
+    def _named(self, ref: str) -> _Weight:
+        if ref not in self._known:
+            self._known[ref] = _Weight()  # where it names itself
+            target = self._root
+            for part in ref.split("/")[1:]:
+                key = part.replace("~1", "/").replace("~0", "~")
+                target = target.get(key) if isinstance(target, dict) else None
+            self._known[ref] = self._weigh(target)
+        return self._known[ref]
+
+    def _bounded(self, weight: _Weight) -> _Weight:
+        for value, limit, what in (
+            (weight.alternatives, MAX_ALTERNATIVES, "alternatives of anyOf and oneOf"),
+            (weight.conjunction, MAX_CONJUNCTION, "patterns and formats for one value"),
+            (weight.modulus, MAX_MODULUS, "as multipleOf (less its factors 2 and 5)"),
+        ):
+            if value > limit:
+                raise InvalidRequest(
+                    f"'{self._param}': the schema takes too long to compile: over {limit} {what}.",
+                    param=self._param,
+                )
+        return weight
+
+
+def _inner(schema: dict[str, Any]) -> Iterable[Any]:
+    """The schemas of what is in a value: its properties and items."""
+    for place in ("properties", "patternProperties"):
+        yield from schema.get(place, {}).values()
+    for place in ("prefixItems", *_SINGLE):
+        sub = schema.get(place)
+        yield from sub if isinstance(sub, list) else (sub,)
+
+
+def _modulus(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        return 1
+    _, digits, _ = Decimal(repr(value)).as_tuple()
+    modulus = int("".join(map(str, digits)))
+    for factor in (2, 5):
+        while modulus % factor == 0:
+            modulus //= factor
+    return modulus
 
 
 def _text(value: Any, param: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_serving.content.detokenize import open_detokenizer
-from mlx_serving.content.forced import forcing_grammar, guarding_grammar
+from mlx_serving.content.forced import forcing_grammar, guarding_grammar, reasoning_grammar
 from mlx_serving.content.output import Format, OutputParser, choose_format
 from mlx_serving.content.stop import compile_stops
 from mlx_serving.content.stream import ChoiceText
@@ -195,6 +195,12 @@ class TextSide:
                 f"this model's way to write calls cannot be held to {what}", param=param
             )
         return Grammar(kind="lark", text=text, param=param)
+
+    def reasoning_rules(self, prompt: ChatPrompt, token_ids: Sequence[int]) -> str:
+        """Lark rules for the reasoning that precedes a constrained answer; "" for none."""
+        form = self.format(prompt)
+        thinking = self._thinks(form, token_ids)
+        return reasoning_grammar(form, self.tokenizer.special_id, thinking=thinking)
 
     def _thinks(self, form: Format, token_ids: Sequence[int]) -> bool:
         """Whether the prompt's end has opened the reasoning, as some templates do."""

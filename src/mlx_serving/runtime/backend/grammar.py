@@ -16,6 +16,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from mlx_serving.errors import InvalidRequest, UnsupportedParameter
 from mlx_serving.types import Grammar
 from mlx_serving.worker.wire import ModelOptions
@@ -59,7 +61,7 @@ class Grammars:
         self._eos = list(eos_token_ids)
         self._tokenizer: Future[LLTokenizer] = Future()
         self._reading = threading.Lock()
-        self._compiled: OrderedDict[tuple[str, str, str | None], LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, str, str | None, str], LLMatcher] = OrderedDict()
 
     def warm(self) -> None:
         """Read the vocabulary (tenths of a second) on a thread, before the first grammar needs it."""
@@ -67,7 +69,7 @@ class Grammars:
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """Milliseconds, or nothing if it was compiled lately. Raises InvalidRequest."""
-        key = (grammar.kind, grammar.text, grammar.white_space)
+        key = (grammar.kind, grammar.text, grammar.white_space, grammar.before)
         compiled = self._compiled.get(key)
         if compiled is None:
             compiled = self._compiled[key] = self._compile(grammar)
@@ -82,6 +84,9 @@ class Grammars:
             raise UnsupportedParameter(
                 f"This model's output cannot be constrained: {broken}", param=grammar.param
             )
+        if grammar.before:
+            # By itself first: behind free text, what nothing satisfies would show too late.
+            self._compile(msgspec.structs.replace(grammar, before=""))
         from llguidance import LLMatcher
 
         try:
@@ -168,6 +173,15 @@ class GrammarMatcher:
 
 def _definition(grammar: Grammar) -> str:
     """What llguidance reads. Raises ValueError."""
+    answer = _answer(grammar)
+    if not grammar.before:
+        return answer
+    body = {"lark_grammar": answer} if grammar.kind == "lark" else json.loads(answer)["grammars"][0]
+    start = {"lark_grammar": f"start: before @answer\n{grammar.before}"}
+    return json.dumps({"grammars": [start, {**body, "name": "answer"}]})
+
+
+def _answer(grammar: Grammar) -> str:
     from llguidance import LLMatcher, regex_to_lark
 
     match grammar.kind:
