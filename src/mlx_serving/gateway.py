@@ -50,6 +50,10 @@ from mlx_serving.worker.port import WorkerClient
 from mlx_serving.worker.wire import TokenRow
 
 
+_THREAD_TOKENS = 4_096
+"""From here on token ids are better decoded off the event loop."""
+
+
 @dataclass(frozen=True, slots=True)
 class Served:
     """A model that can answer: what the worker says of it, and its text side."""
@@ -118,7 +122,9 @@ class Gateway:
         """Text of token ids, special tokens included. Raises InvalidRequest for an id too high."""
         served = await self._route(model).ready()
         _check_ids("tokens", token_ids, served.info.vocab_size)
-        return served.text.decode(token_ids, skip_special_tokens=False)
+        if len(token_ids) < _THREAD_TOKENS:
+            return served.text.decode(token_ids, skip_special_tokens=False)
+        return await asyncio.to_thread(served.text.decode, token_ids, skip_special_tokens=False)
 
     async def load(self, model: str) -> None:
         """Wait until a model can answer; raises why it cannot."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -85,6 +86,16 @@ class _ToolChoice(msgspec.Struct, kw_only=True):
 class _Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     role: Literal["user", "assistant", "system"]
     content: str | list[dict[str, Any]]
+
+
+SHAPES: Mapping[str, type[msgspec.Struct]] = {
+    "/v1/messages": _Body,
+    "/v1/messages/count_tokens": _Prompt,
+    "/v1/messages tools[]": _Tool,
+    "/v1/messages tool_choice": _ToolChoice,
+    "/v1/messages thinking": _Thinking,
+    "/v1/messages output_config": _OutputConfig,
+}
 
 
 def parse_messages(data: bytes, *, default_model: str) -> MessagesCall:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 import msgspec
 
 from mlx_serving import __version__, clock
+from mlx_serving.api import openapi
 from mlx_serving.api.anthropic import AnthropicRoutes
 from mlx_serving.api.anthropic_response import error_json as anthropic_error
 from mlx_serving.api.exchange import (
@@ -29,7 +30,9 @@ from mlx_serving.api.ollama import GREETING, OllamaRoutes
 from mlx_serving.api.ollama_response import error_json as ollama_error
 from mlx_serving.api.openai import OpenAIRoutes
 from mlx_serving.api.port import GatewayPort
+from mlx_serving.api.requests import RequestRoutes
 from mlx_serving.api.responses import ResponsesRoutes
+from mlx_serving.api.tokens import TokenRoutes
 from mlx_serving.config import Config
 from mlx_serving.errors import InvalidRequest, MLXServingError, ModelNotFound
 from mlx_serving.types import ServedModel
@@ -37,6 +40,7 @@ from mlx_serving.types import ServedModel
 Handler = Callable[[Exchange], Awaitable[None]]
 Methods = Mapping[str, Handler]
 
+HTML = b"text/html; charset=utf-8"
 PROMETHEUS = b"text/plain; version=0.0.4; charset=utf-8"
 
 log = logging.getLogger(__name__)
@@ -54,7 +58,8 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
     """The application over `gateway`; it holds no state of its own."""
     openai, info = OpenAIRoutes(gateway, config), InfoRoutes(gateway)
     anthropic, ollama = AnthropicRoutes(gateway, config), OllamaRoutes(gateway, config)
-    responses = ResponsesRoutes(gateway, config)
+    responses, tokens = ResponsesRoutes(gateway, config), TokenRoutes(gateway, config)
+    requests = RequestRoutes()
     exact: Mapping[str, Methods] = {
         "/": {"GET": info.index},
         "/health": {"GET": info.health},
@@ -66,6 +71,10 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
         "/v1/responses": {"POST": responses.create},
         "/v1/messages": {"POST": anthropic.messages},
         "/v1/messages/count_tokens": {"POST": anthropic.count_tokens},
+        "/tokenize": {"POST": tokens.tokenize},
+        "/detokenize": {"POST": tokens.detokenize},
+        "/openapi.json": {"GET": info.openapi},
+        "/docs": {"GET": info.docs},
         "/api/chat": {"POST": ollama.chat},
         "/api/generate": {"POST": ollama.generate},
         "/api/tags": {"GET": ollama.tags},
@@ -76,6 +85,7 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
     prefixes: Mapping[str, Methods] = {
         "/v1/models/": {"GET": info.model},
         "/v1/responses/": {"GET": responses.retrieve, "DELETE": responses.delete},
+        "/v1/requests/": {"POST": requests.cancel},
     }
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,7 +94,9 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1000})
         else:
-            await _answer(Exchange(scope, receive, send), exact, prefixes)
+            exchange = Exchange(scope, receive, send)
+            with requests.tracked(exchange):
+                await _answer(exchange, exact, prefixes)
 
     return app
 
@@ -173,6 +185,12 @@ class InfoRoutes:
     async def metrics(self, exchange: Exchange) -> None:
         await exchange.respond(200, self._gateway.metrics(), content_type=PROMETHEUS)
 
+    async def openapi(self, exchange: Exchange) -> None:
+        await exchange.respond(200, openapi.document(ENDPOINTS))
+
+    async def docs(self, exchange: Exchange) -> None:
+        await exchange.respond(200, openapi.page(ENDPOINTS), content_type=HTML)
+
     async def models(self, exchange: Exchange) -> None:
         data = [_model(served) for served in self._gateway.models()]
         await _json(exchange, 200, {"object": "list", "data": data})
@@ -186,27 +204,39 @@ class InfoRoutes:
         raise ModelNotFound(f"Model '{wanted[:200]}' is not served here.", param="model")
 
 
+ENDPOINTS = (
+    ("POST /v1/chat/completions", "OpenAI chat completions, streamed or not"),
+    ("POST /v1/completions", "OpenAI completions, streamed or not"),
+    ("POST /v1/responses", "OpenAI responses, streamed or not"),
+    ("GET /v1/responses/{id}", "a stored response"),
+    ("DELETE /v1/responses/{id}", "forget a stored response"),
+    ("POST /v1/messages", "Anthropic messages, streamed or not"),
+    ("POST /v1/messages/count_tokens", "how many tokens a message's prompt has"),
+    ("POST /api/chat", "Ollama chat, streamed unless asked otherwise"),
+    ("POST /api/generate", "Ollama generate, streamed unless asked otherwise"),
+    ("GET /api/tags", "the served models, as Ollama lists them"),
+    ("POST /api/show", "one model, as Ollama describes it"),
+    ("GET /api/ps", "the loaded models, as Ollama lists them"),
+    ("GET /api/version", "the version of Ollama's protocol"),
+    ("POST /tokenize", "the token ids of a text or a chat"),
+    ("POST /detokenize", "the text of token ids"),
+    ("POST /v1/requests/{id}/cancel", "cancel a running request by its id or x-request-id"),
+    ("GET /v1/models", "the served models, the default first"),
+    ("GET /v1/models/{id}", "one served model"),
+    ("GET /health", "what the server and its workers are doing; always 200"),
+    ("GET /ready", "200 when requests can be answered now, else 503"),
+    ("GET /metrics", "Prometheus metrics"),
+    ("GET /openapi.json", "this API as an OpenAPI document"),
+    ("GET /docs", "every endpoint and field, on one page"),
+)
 _INDEX = {
     "name": "mlx-serving",
     "version": __version__,
-    "about": "Language models served with MLX behind an OpenAI-compatible API.",
+    "about": "Language models served with MLX behind OpenAI's, Anthropic's and Ollama's APIs.",
     "ollama": GREETING,
     "openai_base_url": "/v1",
     "anthropic_base_url": "/",
-    "endpoints": {
-        "POST /v1/chat/completions": "OpenAI chat completions, streamed or not",
-        "POST /v1/completions": "OpenAI completions, streamed or not",
-        "POST /v1/responses": "OpenAI responses, streamed or not; GET and DELETE /v1/responses/{id}",
-        "POST /v1/messages": "Anthropic messages, streamed or not",
-        "POST /v1/messages/count_tokens": "how many tokens a message's prompt has",
-        "POST /api/chat": "Ollama chat, streamed unless asked otherwise",
-        "POST /api/generate": "Ollama generate, streamed unless asked otherwise",
-        "GET /api/tags": "the served models, as Ollama lists them; also /api/ps, /api/show, /api/version",
-        "GET /v1/models": "the served models, the default first",
-        "GET /health": "what the server and its workers are doing; always 200",
-        "GET /ready": "200 when requests can be answered now, else 503",
-        "GET /metrics": "Prometheus metrics",
-    },
+    "endpoints": dict(ENDPOINTS),
 }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from mlx_serving.api import anthropic_fields, ollama_fields, responses_fields
+from mlx_serving.api import anthropic_fields, ollama_fields, responses_fields, tokens_fields
 from mlx_serving.api.disposition import Disposition, Field, Row, Table, check
 from mlx_serving.api.disposition import table as _table
 
@@ -181,6 +181,7 @@ ROUTES: Mapping[str, Table] = {
     **responses_fields.ROUTES,
     **anthropic_fields.ROUTES,
     **ollama_fields.ROUTES,
+    **tokens_fields.ROUTES,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -99,6 +100,14 @@ class _Message(msgspec.Struct, kw_only=True):
     tool_call_id: str | None = None
 
 
+SHAPES: Mapping[str, type[msgspec.Struct]] = {
+    "/api/chat": _ChatBody,
+    "/api/generate": _GenerateBody,
+    "/api/chat and /api/generate options": _Options,
+    "/api/chat messages[]": _Message,
+}
+
+
 def parse_chat(data: bytes, *, default_model: str) -> OllamaCall:
     """The body of /api/chat. Raises InvalidRequest, UnsupportedParameter."""
     raw = read_object(data)
@@ -147,7 +156,8 @@ def _call(
     body: _Body, prompt: Prompt | None, advisory: list[str], default_model: str
 ) -> OllamaCall:
     model = body.model or default_model
-    request = None if prompt is None else _request(body, prompt, model)
+    options = convert(body.options or {}, _Options, at="options")
+    request = None if prompt is None else _request(body, options, prompt, model)
     if request is None and body.keep_alive in (0, "0", "0s", "0m"):
         raise refuse("keep_alive", "served models are not unloaded on request")
     return OllamaCall(
@@ -158,8 +168,7 @@ def _call(
     )
 
 
-def _request(body: _Body, prompt: Prompt, model: str) -> GenerateRequest:
-    options = convert(body.options or {}, _Options, at="options")
+def _request(body: _Body, options: _Options, prompt: Prompt, model: str) -> GenerateRequest:
     max_tokens = options.num_predict
     if max_tokens == 0:
         raise InvalidRequest(
@@ -203,7 +212,7 @@ def _seed(seed: int | None) -> int | None:
 
 
 def _grammar(wanted: str | dict[str, Any] | None) -> Grammar | None:
-    if not wanted:
+    if wanted is None or wanted == "":
         return None
     if isinstance(wanted, dict):
         return json_schema(wanted, param="format")

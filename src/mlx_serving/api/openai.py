@@ -48,6 +48,7 @@ class OpenAIRoutes:
         call = parse(await exchange.body(self._config.max_body_bytes))
         async with ClientWatch(exchange, self._config.ping_interval_s) as watch:
             generations = await self._open(call)
+            exchange.call_id, exchange.generations = call.id, generations
             try:
                 headers = _headers(call, generations)
                 echoes = _echoes(call, generations)

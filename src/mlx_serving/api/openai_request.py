@@ -145,6 +145,14 @@ class _Message(msgspec.Struct, kw_only=True):
     reasoning_content: str | None = None
 
 
+SHAPES: Mapping[str, type[msgspec.Struct]] = {
+    "/v1/chat/completions": _ChatBody,
+    "/v1/completions": _CompletionBody,
+    "stream_options": _StreamOptions,
+    "messages[]": _Message,
+}
+
+
 def parse_chat(data: bytes, *, default_model: str) -> Call:
     """The body of /v1/chat/completions. Raises InvalidRequest, UnsupportedParameter."""
     raw = _object(data)

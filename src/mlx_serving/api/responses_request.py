@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -76,6 +76,11 @@ class _Body(msgspec.Struct, kw_only=True):
 class _Reasoning(msgspec.Struct):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
+
+SHAPES: Mapping[str, type[msgspec.Struct]] = {
+    "/v1/responses": _Body,
+    "/v1/responses reasoning": _Reasoning,
+}
 
 Recall = Callable[[str], Sequence[Message] | None]
 """The messages of a stored response."""

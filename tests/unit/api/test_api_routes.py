@@ -73,6 +73,8 @@ async def test_metrics_and_index(client: httpx.AsyncClient) -> None:
     assert index["name"] == "mlx-serving"
     for endpoint in index["endpoints"]:
         method, path = endpoint.split()
+        if "{" in path:  # test_openapi asks them
+            continue
         assert (await client.request(method, path)).status_code != 404
     assert (await client.head("/health")).status_code == 200
 
