@@ -24,9 +24,10 @@ MAX_CHARS = 65_536
 MAX_DEPTH = 32
 """Schemas within schemas."""
 MAX_PROPERTIES = 500
-"""Of one object."""
-MAX_ALTERNATIVES = 1_000
-"""That `anyOf` and `oneOf` make when `allOf` multiplies them."""
+"""Of one object; twice as many in all."""
+MAX_PATTERN_PROPERTIES = 32
+MAX_ALTERNATIVES = 200
+"""That `anyOf` and `oneOf` make for one value; `allOf` multiplies them."""
 MAX_CONJUNCTION = 8
 """Patterns and formats that one value must match at once, and `&` in a Lark grammar."""
 MAX_MODULUS = 1_000
@@ -220,6 +221,7 @@ class _Checker:
 
     def __init__(self, param: str) -> None:
         self._param = param
+        self._members = 0
 
     def check(self, schema: Any, at: str, depth: int) -> Any:
         if isinstance(schema, bool):
@@ -260,8 +262,12 @@ class _Checker:
         if keyword in _NAMED:
             if not isinstance(value, Mapping):
                 raise self._invalid(f"{self._place(at)} must be an object.")
-            if len(value) > MAX_PROPERTIES:
-                raise self._invalid(f"{self._place(at)} has over {MAX_PROPERTIES} members.")
+            limit = MAX_PATTERN_PROPERTIES if keyword == "patternProperties" else MAX_PROPERTIES
+            if len(value) > limit:
+                raise self._invalid(f"{self._place(at)} has over {limit} members.")
+            self._members += len(value)
+            if self._members > 2 * MAX_PROPERTIES:
+                raise self._invalid(f"the schema has over {2 * MAX_PROPERTIES} properties.")
             return {name: self.check(sub, f"{at}/{name}", depth) for name, sub in value.items()}
         if keyword == "required" and isinstance(value, list) and len(value) > MAX_PROPERTIES:
             raise self._invalid(f"{self._place(at)} has over {MAX_PROPERTIES} members.")

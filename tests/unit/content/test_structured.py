@@ -90,11 +90,64 @@ def test_bounds() -> None:
     assert str(structured.MAX_CHARS) in refusal(long).message
     many = {f"p{i}": True for i in range(structured.MAX_PROPERTIES + 1)}
     assert str(structured.MAX_PROPERTIES) in refusal({"properties": many}).message
+    halves = {f"p{i}": {"properties": dict.fromkeys(many, True)} for i in range(2)}
+    halves["p0"]["properties"].popitem()
+    halves["p1"]["properties"].popitem()
+    assert "1000 properties" in refusal({"properties": halves}).message
+    assert "500" in refusal({"required": list(many)}).message
+    names = dict.fromkeys(list(many)[: structured.MAX_PATTERN_PROPERTIES + 1], True)
+    assert "32" in refusal({"patternProperties": names}).message
+    with pytest.raises(InvalidRequest, match="'&'"):
+        structured.lark("start: A\nA: " + "&".join(["/a/"] * 10), param="p")
     for call in (structured.regex, structured.lark):
         with pytest.raises(InvalidRequest, match=str(structured.MAX_CHARS)):
             call("x" * (structured.MAX_CHARS + 1), param="p")
     with pytest.raises(InvalidRequest, match=str(structured.MAX_CHOICES)):
         structured.choice(["x"] * (structured.MAX_CHOICES + 1), param="p")
+
+
+PATTERN = {"type": "string", "pattern": "a.*b"}
+CHAIN = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}", "pattern": "a"} for i in range(9)}
+DOUBLING = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(30)}
+
+
+@pytest.mark.parametrize(
+    ("schema", "what"),
+    [
+        ({"allOf": [PATTERN] * 9}, "patterns"),
+        ({"allOf": [{"properties": {"a": {"items": PATTERN}}}] * 9}, "patterns"),
+        ({"$defs": CHAIN, "$ref": "#/$defs/d0"}, "patterns"),
+        ({"pattern": "a", "anyOf": [{"allOf": [PATTERN] * 8}]}, "patterns"),
+        ({"allOf": [{"anyOf": [{"type": "null"}] * 3}] * 5}, "alternatives"),
+        ({"$defs": DOUBLING, "$ref": "#/$defs/d0"}, "alternatives"),
+        ({"multipleOf": 1009}, "multipleOf"),
+        ({"allOf": [{"multipleOf": 0.7}, {"multipleOf": 11}, {"multipleOf": 26}]}, "multipleOf"),
+    ],
+)
+def test_combinations_that_would_take_long_are_refused(schema: Any, what: str) -> None:
+    assert what in refusal(schema).message
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {f"p{i}": PATTERN for i in range(50)}},
+        {"anyOf": [PATTERN] * 100},
+        {"allOf": [{"anyOf": [{"type": "null"}] * 3}] * 4},
+        {"$defs": {"a": {"properties": {"a": {"$ref": "#/$defs/a"}}}}, "$ref": "#/$defs/a"},
+        {"$ref": "#/nowhere/at/all"},
+        {"multipleOf": 86_400},
+        {"multipleOf": 0.001},
+        {"multipleOf": "x"},
+    ],
+)
+def test_others_are_not(schema: Any) -> None:
+    assert structured.json_schema(schema, param="p").kind == "json_schema"
+
+
+def test_a_chain_of_refs_is_no_crash() -> None:
+    links = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(499)}
+    refusal({"$defs": links, "$ref": "#/$defs/d0"})
 
 
 @pytest.mark.parametrize(
