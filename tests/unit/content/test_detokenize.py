@@ -161,6 +161,21 @@ DECODERS: dict[str, decoders.Decoder | None] = {
 }
 
 
+@pytest.mark.parametrize("name", ["byte_level", "llama", "gemma", "word_piece"])
+def test_markup_is_spoken_and_other_special_tokens_are_not(
+    backends: dict[str, hf.Tokenizer], name: str
+) -> None:
+    backend = hf.Tokenizer.from_str(backends[name].to_str())
+    backend.add_special_tokens(["<|call|>", "<|other|>"])
+    tokenizer = Tokenizer(backend)
+    ids = [i for t in ("<|other|>", "<|call|>") if (i := tokenizer.token_id(t)) is not None]
+    text = tokenizer.encode("the", add_special_tokens=False)
+    decoder = open_detokenizer(tokenizer, markup=frozenset({"<|call|>", "not a token"}))
+    said = "".join([*map(decoder.push, [*text, *ids, *text]), decoder.finish()])
+    assert "<|call|>" in said and "<|other|>" not in said
+    assert said.count("the") == 2
+
+
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("text", ["the fox", "   the  eel", "x", "the <0xZZ> eel"])
 def test_other_decoders(backends: dict[str, hf.Tokenizer], name: str, text: str) -> None:

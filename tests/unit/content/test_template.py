@@ -12,12 +12,15 @@ import pytest
 import tokenizers as hf
 from transformers import PreTrainedTokenizerFast
 
+from mlx_serving.content.reasoning import reasoning_in
 from mlx_serving.content.template import (
     CHATML,
+    CHATML_TOOLS,
     ChatTemplate,
     load_templates,
     template_message,
 )
+from mlx_serving.content.tools.select import family_in
 from mlx_serving.errors import InvalidRequest, ModelBroken
 from mlx_serving.types import ChatPrompt, Message
 
@@ -446,6 +449,63 @@ def test_requests_that_no_template_renders() -> None:
         messages=(USER,), continue_final_message=True, add_generation_prompt=False
     )
     assert param(left_out) == "continue_final_message"
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "reasoning"),
+    [
+        ("smollm2", None, None),
+        ("llama3", "llama3_json", None),
+        ("mistral", "mistral", None),
+        ("qwen3", "hermes", "think"),
+    ],
+)
+def test_whole_templates_tell_their_format(
+    name: str, family: str | None, reasoning: str | None
+) -> None:
+    found = family_in(TEMPLATES[name])
+    assert (found and found.name, reasoning_in(TEMPLATES[name])) == (family, reasoning)
+
+
+def test_what_a_template_reads() -> None:
+    template = ChatTemplate({"default": "{{ messages }}", "tool_use": "{{ tools }}"})
+    assert not template.reads("tools") and template.reads("tools", tools=True)
+
+
+def test_reasoning_effort_needs_a_place() -> None:
+    def render(source: str, effort: str) -> str:
+        prompt = ChatPrompt(messages=(USER,), reasoning_effort=effort)
+        return ChatTemplate({"default": source}).render(prompt)
+
+    assert render("{{ reasoning_effort }}", "low") == "low"
+    assert render("{{ enable_thinking }}", "none") == "False"
+    for source, effort in (("{{ enable_thinking }}", "low"), ("x", "none")):
+        with pytest.raises(InvalidRequest) as error:
+            render(source, effort)
+        assert error.value.param == "reasoning_effort"
+
+
+def test_chatml_models_get_tools_in_hermes_words() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": "é"}'}}
+    prompt = ChatPrompt(
+        messages=(
+            Message(role="system", content="Be brief."),
+            USER,
+            Message(role="assistant", content="Hm", tool_calls=(call, call)),
+            Message(role="tool", content="1"),
+            Message(role="tool", content="2"),
+        ),
+        tools=({"type": "function", "function": {"name": "f"}},),
+    )
+    text = ChatTemplate({"default": "x", "tool_use": CHATML_TOOLS}).render(prompt)
+    assert text.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n\n")
+    assert '<tools>\n{"type": "function", "function": {"name": "f"}}\n</tools>' in text
+    written = '<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call>'
+    assert f"<|im_start|>assistant\nHm\n{written}\n{written}<|im_end|>\n" in text
+    assert text.endswith(
+        "<|im_start|>user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>"
+        "<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_a_template_that_does_not_parse_is_the_models_fault() -> None:

@@ -112,3 +112,15 @@ def test_the_gateways_process_stays_light(folder: Path) -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_tools_need_a_place_in_the_template(
+    backends: dict[str, hf.Tokenizer], write_folder: Callable[..., Path]
+) -> None:
+    prompt = ChatPrompt(messages=(USER,), tools=({"function": {"name": "f"}},))
+    folder = write_folder(backends["byte_level"], {"chat_template": "x"})
+    assert '"name": "f"' in TextSide.load(folder).render(prompt), "ChatML's vocabulary has one"
+    folder = write_folder(backends["word_piece"], {"chat_template": "x"})
+    with pytest.raises(InvalidRequest) as error:
+        TextSide.load(folder).encode_prompt(prompt)
+    assert error.value.param == "tools"

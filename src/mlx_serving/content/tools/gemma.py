@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from mlx_serving.content.json_text import MAX_DEPTH, escape
+from mlx_serving.content.json_text import MAX_DEPTH, copy_string, escape
 from mlx_serving.content.reading import Emit, Malformed, Reader, Steps, stops
 from mlx_serving.content.tools.family import MAX_NAME, Calls, Family, check_name
 from mlx_serving.content.tools.xml_call import to_json
@@ -23,6 +23,7 @@ def family(name: str, open_: str, close: str, quote: str) -> Family:
         reader = calls.reader
         yield from reader.space()
         while (yield from reader.accept("call:")):
+            yield from reader.space()
             function = yield from reader.run(_KEY, MAX_NAME)
             function = check_name(function)
             if (yield from reader.peek()) != "{":
@@ -48,6 +49,8 @@ def _copy_value(reader: Reader, emit: Emit, quote: str, depth: int) -> Steps[Non
             yield from _copy_object(reader, emit, quote, depth)
         case "[":
             yield from _copy_array(reader, emit, quote, depth)
+        case '"':
+            yield from copy_string(reader, emit)
         case _:
             word = yield from reader.run(_WORD)
             if not (yield from reader.peek()):

@@ -60,6 +60,7 @@ _IN_TEMPLATES = (
     (("<|python_tag|>",), "llama3_json"),
     (('"parameters": dictionary',), "llama3_json"),
     (('{"name": function name, "parameters"',), "llama3_json"),
+    (("<|start_header_id|>", "tool_call", '"parameters"'), "llama3_json"),
 )
 
 

@@ -454,6 +454,12 @@ def test_reasoning_tags_within_an_answer_are_text() -> None:
     assert parse(HERMES, list(text)) == Message(content=text)
 
 
+def test_gemmas_other_quotes() -> None:
+    text = '<|tool_call>call: now{a:"x, \\"y\\"",<|"|>b<|"|>:[]}<tool_call|>'
+    message = parse(choose_format("", "gemma4", "none"), list(text))
+    assert message.called == [("now", {"a": 'x, "y"', "b": []})]
+
+
 def test_one_call_at_most() -> None:
     call = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
     message = parse(HERMES, list("a" + call + call + "b"), single=True)
