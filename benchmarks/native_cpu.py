@@ -120,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--mode", default="exact", choices=["exact", "fast", "f32"])
+    parser.add_argument("--kv", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--unfused", action="store_true")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--stock", action="store_true")
@@ -133,7 +134,7 @@ def main() -> None:
         report("mlx-lm", measure(model, ids, lambda _rows, _capacity: make_prompt_cache(model), 8))
     if args.threads:
         native.set_threads(args.threads)
-    done = accelerate(model, args.mode, fused=not args.unfused)
+    done = accelerate(model, args.mode, fused=not args.unfused, kv_dtype=getattr(mx, args.kv))
     print(f"{done.isa}, {native.threads()} threads, {args.mode}, fused: {done.fused or 'no'}")
 
     def slabs(rows: int, capacity: int) -> list[Any]:

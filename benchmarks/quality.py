@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--modes", nargs="+", default=["exact", "fast"])
+    parser.add_argument("--kv", default="float32", choices=["float32", "float16", "bfloat16"])
     args = parser.parse_args()
     mx.set_default_device(mx.Device(mx.cpu))
 
@@ -87,7 +88,8 @@ def main() -> None:
     for mode in ["f32", *args.modes]:
         models[mode], _ = load(str(args.model))
         models[mode].set_dtype(mx.float32)
-        accelerate(models[mode], mode)
+        kv_dtype = mx.float32 if mode == "f32" else getattr(mx, args.kv)
+        accelerate(models[mode], mode, kv_dtype=kv_dtype)
     kl, same = compare(plain, logits(models["f32"], first))
     print(
         f"f32 mode against mlx-lm, {len(first)} tokens: KL {kl.mean():.1e}, top-1 {same.mean():.2%}"
@@ -108,6 +110,7 @@ def main() -> None:
             json.dumps(
                 {
                     "mode": mode,
+                    "kv": args.kv,
                     "tokens": len(kl),
                     "mean_kl": float(kl.mean()),
                     "p99_kl": float(np.quantile(kl, 0.99)),

@@ -62,7 +62,13 @@ class FusedDecoder:
         return out[0]
 
 
-def fuse(model: Module, mode: ops.Mode, pack_into: PackInto, keep: set[str]) -> str:
+def fuse(
+    model: Module,
+    mode: ops.Mode,
+    pack_into: PackInto,
+    keep: set[str],
+    kv_dtype: mx.Dtype | None = None,
+) -> str:
     """Give the model's inner stack a fused decoder. Returns its family, or `not fused: ` and why."""
     inner = getattr(model, "model", None)
     family = FAMILIES.get(type(inner))
@@ -74,6 +80,7 @@ def fuse(model: Module, mode: ops.Mode, pack_into: PackInto, keep: set[str]) -> 
         decoder = _decoder(inner, family, mode, pack_into)
     except Unfusable as error:
         return f"not fused: {error}"
+    decoder.dtype = kv_dtype or decoder.dtype
     object.__setattr__(inner, "_fused", decoder)
     inner.__class__ = _FUSED[type(inner)]
     return family

@@ -51,10 +51,18 @@ class Report:
     """Memory of the packed weights, which replace the model's own."""
 
 
-def accelerate(model: Module, mode: ops.Mode = "exact", *, fused: bool = True) -> Report:
+def accelerate(
+    model: Module,
+    mode: ops.Mode = "exact",
+    *,
+    fused: bool = True,
+    kv_dtype: mx.Dtype | None = None,
+) -> Report:
     """Move the model's layers to the kernels, in place. Adapters must have been applied before.
 
-    Raises RuntimeError if the kernels are not available or MLX's device is not the CPU.
+    `kv_dtype` (float32, float16, bfloat16) is what a fused decoder asks its slabs to be; by default
+    the type of the embedding's scales. Raises RuntimeError if the kernels are not available or MLX's
+    device is not the CPU.
     """
     native = _load.require()
     if mx.default_device() != mx.Device(mx.cpu):
@@ -63,7 +71,7 @@ def accelerate(model: Module, mode: ops.Mode = "exact", *, fused: bool = True) -
     keep = _read_by_name(model)
     # Fused layers first: they pack q, k and v together, and the single layers share that memory.
     if fused:
-        report.fused = fuse(model, mode, _pack_into, keep)
+        report.fused = fuse(model, mode, _pack_into, keep, kv_dtype)
     for path, module in model.named_modules():
         _move(path, module, mode, keep, report)
     report.row_mask = _takes_row_mask(model)

@@ -205,3 +205,16 @@ def test_bfloat16_model_keeps_its_cache_type() -> None:
     got = forward(model, caches, [[1, 2, 3]], [0], [0], True)
     assert caches[0].keys is not None and caches[0].keys.dtype == mx.bfloat16
     assert np.isfinite(got).all()
+
+
+def test_slabs_of_a_chosen_type() -> None:
+    from mlx_serving.runtime.native.install import accelerate
+
+    full, half = build("qwen3"), build("qwen3")
+    accelerate(full)
+    accelerate(half, kv_dtype=mx.float16)
+    caches = slabs_of(half)
+    tokens = [[4, 9, 2, 77, 31]]
+    got = forward(half, caches, tokens, [0], [0], True)
+    assert caches[0].keys is not None and caches[0].keys.dtype == mx.float16
+    assert np.abs(got - forward(full, slabs_of(full), tokens, [0], [0], True)).max() < 0.02
