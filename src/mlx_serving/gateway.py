@@ -150,7 +150,9 @@ class Gateway:
     def health(self) -> dict[str, object]:
         workers, models = self._worker.health(), self.models()
         return {
-            "status": self._status(all(w.state in ("ready", "loading") for w in workers)),
+            "status": self._status(
+                all(w.state in ("ready", "loading") and w.cause is None for w in workers)
+            ),
             "reasons": [
                 *(w.cause for w in workers if w.cause),
                 *(m.reason for m in models if m.status == "failed" and m.reason),

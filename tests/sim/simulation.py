@@ -44,6 +44,9 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     endings: list[tuple[FinishReason, int | None]] = field(default_factory=list)
+    starting: bool = False
+    deaths: int = 0
+    """These two are `worker.blame`'s."""
 
     @property
     def live(self) -> bool:

@@ -109,6 +109,21 @@ def doctor(json: Json = False) -> None:
 
 
 @app.command()
+def restart(
+    url: Annotated[str, typer.Option("--url", help="The server.")] = "http://127.0.0.1:8000",
+    uds: Annotated[
+        str | None, typer.Option("--uds", help="The server's Unix domain socket.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Have a running server on this machine replace its worker; no stream is dropped."""
+    from mlx_serving.cli import restart as command
+    from mlx_serving.cli.say import Say
+
+    raise typer.Exit(command.run(url, uds, Say(json)))
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from mlx_serving import __version__

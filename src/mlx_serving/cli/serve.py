@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
+import signal
 import sys
+from collections.abc import Callable
 
 from mlx_serving import config as settings
 from mlx_serving import host
@@ -72,9 +75,27 @@ async def _serve(config: Config, say: Say) -> int:
         starting.append(asyncio.create_task(engine.start(wait_ready=False)))
 
     app = create_app(engine.gateway, config)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, _hung_up, engine.restart, _has_terminal())
     try:
         code = await serve(app, engine.gateway, config, on_started=on_started, should_stop=give_up)
     finally:
         await asyncio.gather(*starting)
         await engine.stop()
     return Exit.NO_MODEL if give_up.is_set() else code
+
+
+def _hung_up(restart: Callable[[], None], had_terminal: bool) -> None:
+    """SIGHUP asks for a new worker, unless it says that the terminal was closed."""
+    if had_terminal and not _has_terminal():
+        os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        restart()
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

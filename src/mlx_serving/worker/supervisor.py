@@ -127,13 +127,15 @@ class Supervisor:
 
     def health(self) -> list[port.WorkerHealth]:
         state, connection = self.state, self._connection
+        serves = isinstance(state, port.Ready) or self._usable() is not None
+        cause = getattr(state, "cause", self._cause)
         return [
             port.WorkerHealth(
                 pid=self._process.pid if self._process is not None else None,
                 state=_tag(state),
                 phase=connection.phase.phase if connection is not None and connection.phase else "",
                 models=tuple(info.model_id for info in self.models),
-                cause=getattr(state, "cause", None),
+                cause=None if serves else reasons.brief(cause) or None,
                 restarts=self._restarts,
                 breaker=_breaker_name(self._breaker),
                 retry_in_s=reasons.retry_in_s(state, self._now()),
