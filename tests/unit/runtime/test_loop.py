@@ -13,11 +13,11 @@ from mlx_serving import errors
 from mlx_serving.runtime.backend.model import LoadedModel
 from mlx_serving.runtime.core.plan import Limits, Sampled, StepPlan, StepResult
 from mlx_serving.runtime.loop import Collector, Link, Loop, NoCollector
-from mlx_serving.types import ModelInfo, SamplingParams
+from mlx_serving.types import Grammar, ModelInfo, SamplingParams
 from mlx_serving.worker import wire
 
 HELLO = wire.Hello(pid=1, device="cpu", mlx_version="", memory_bytes=0)
-FAIL_LAUNCH, FAIL_WAIT = 901, 902
+FAIL_LAUNCH, FAIL_WAIT, GIVES_UP = 901, 902, 903
 
 
 @dataclass
@@ -61,7 +61,10 @@ class Runner:
         sampling = [c.seq_id for c in plan.prefill if c.samples] + [r.seq_id for r in plan.decode]
         for seq_id in sampling:
             self.last[seq_id] += 1
-            pending.result.sampled.append(Sampled(seq_id, [self.last[seq_id]]))
+            sampled = Sampled(seq_id, [self.last[seq_id]])
+            if sampled.token_ids == [GIVES_UP + 1]:
+                sampled.error = errors.InvalidRequest("too much", param="guided_regex")
+            pending.result.sampled.append(sampled)
         return pending
 
     def reset(self) -> None:
@@ -261,6 +264,24 @@ def test_errors_of_a_load_and_of_a_submission(parent):
     rows = parent.rows(1)
     assert rows[2].error is not None
     assert rows[2].error[0] == errors.ContextOverflow.code
+
+
+def test_a_grammar_for_a_model_without_them_is_refused(parent):
+    grammar = Grammar(kind="json_object", param="guided_json")
+    parent.send(load(), msgspec.structs.replace(submit(1, 10), grammar=grammar), submit(2, 20))
+    rows = parent.rows(2)
+    assert rows[1].error is not None
+    assert rows[1].error[0] == errors.UnsupportedParameter.code
+    assert rows[1].error_param == "guided_json"
+    assert rows[2].token_ids == [21, 22, 23, 24]
+
+
+def test_a_sequence_that_cannot_go_on_ends_alone(parent):
+    parent.send(load(), submit(1, GIVES_UP), submit(2, 20))
+    rows = parent.rows(2)
+    assert rows[1].error == (errors.InvalidRequest.code, "too much")
+    assert rows[1].error_param == "guided_regex" and rows[1].token_ids == []
+    assert rows[2].token_ids == [21, 22, 23, 24]
 
 
 def test_loading_twice_is_loading_once(parent):
