@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,41 +47,48 @@ def spell(text: str, specials: tuple[str, ...] = ()) -> list[int]:
     ]
 
 
+def _write_scripted(
+    parent: Path,
+    name: str = "scripted",
+    text: str | None = None,
+    *,
+    context: int = 512,
+    specials: tuple[str, ...] = (),
+    chat_template: str | None = None,
+    **script: Any,
+) -> Path:
+    folder = parent / name
+    folder.mkdir()
+    if text is not None:
+        script |= {"mode": "text", "token_ids": spell(text, specials)}
+    config = {
+        "model_type": "scripted",
+        "vocab_size": VOCAB + len(specials),
+        "max_position_embeddings": context,
+        "eos_token_id": EOS,
+        "script": script,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text(_byte_tokenizer(*specials))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    if chat_template is not None:
+        (folder / "chat_template.jinja").write_text(chat_template)
+    return folder
+
+
 @pytest.fixture
 def scripted(tmp_path: Path) -> ScriptedModel:
     """A factory of model folders: `scripted(text="Hi.")`, `scripted(mode="echo", vocab=…)`.
 
     `specials` are control tokens with ids from VOCAB on; in `text` they become those tokens.
     """
+    return partial(_write_scripted, tmp_path)
 
-    def make(
-        name: str = "scripted",
-        text: str | None = None,
-        *,
-        context: int = 512,
-        specials: tuple[str, ...] = (),
-        chat_template: str | None = None,
-        **script: Any,
-    ) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        if text is not None:
-            script |= {"mode": "text", "token_ids": spell(text, specials)}
-        config = {
-            "model_type": "scripted",
-            "vocab_size": VOCAB + len(specials),
-            "max_position_embeddings": context,
-            "eos_token_id": EOS,
-            "script": script,
-        }
-        (folder / "config.json").write_text(json.dumps(config))
-        (folder / "tokenizer.json").write_text(_byte_tokenizer(*specials))
-        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
-        if chat_template is not None:
-            (folder / "chat_template.jinja").write_text(chat_template)
-        return folder
 
-    return make
+@pytest.fixture(scope="module")
+def scripted_once(tmp_path_factory: pytest.TempPathFactory) -> ScriptedModel:
+    """`scripted` for what a module's tests share."""
+    return partial(_write_scripted, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
