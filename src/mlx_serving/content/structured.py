@@ -9,6 +9,7 @@ a keyword that restricts and cannot be followed is an error that names it.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from decimal import Decimal
@@ -186,9 +187,8 @@ def json_schema(
             raise InvalidRequest(f"'{param}' is not a JSON schema.", param=param) from None
     checked = _Checker(param).check(schema, "", MAX_DEPTH)
     _Cost(checked, param).check()
-    text = msgspec.json.encode(checked).decode()
     return Grammar(
-        kind="json_schema", text=_bounded(text, param), param=param, white_space=white_space
+        kind="json_schema", text=_encode(checked, param), param=param, white_space=white_space
     )
 
 
@@ -212,8 +212,7 @@ def choice(choices: Sequence[Any], *, param: str) -> Grammar:
         raise InvalidRequest(
             f"'{param}' has {len(choices)} choices; from 1 to {MAX_CHOICES}.", param=param
         )
-    text = msgspec.json.encode(list(choices)).decode()
-    return Grammar(kind="choice", text=_bounded(text, param), param=param)
+    return Grammar(kind="choice", text=_encode(list(choices), param), param=param)
 
 
 class _Checker:
@@ -238,6 +237,8 @@ class _Checker:
 
     def _followed(self, keyword: str, value: Any, schema: Mapping[str, Any], at: str) -> bool:
         """False: it asks for nothing."""
+        if not isinstance(keyword, str):
+            raise self._invalid(f"{keyword!r} is not a keyword.")
         if keyword in _ANNOTATIONS or keyword.startswith("x-") or keyword in _NEUTRAL:
             if keyword in _NEUTRAL and value is not _NEUTRAL[keyword]:
                 raise self._unsupported(keyword, at)
@@ -401,6 +402,16 @@ def _text(value: Any, param: str) -> str:
     if not isinstance(value, str) or not value:
         raise InvalidRequest(f"'{param}' must be a text.", param=param)
     return _bounded(value, param)
+
+
+def _encode(value: Any, param: str) -> str:
+    """As JSON; what JSON cannot say may come from Python only."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"'{param}' is not JSON: {error}.", param=param) from None
+    return _bounded(text, param)
 
 
 def _bounded(text: str, param: str) -> str:

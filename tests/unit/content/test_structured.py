@@ -161,6 +161,10 @@ def test_a_chain_of_refs_is_no_crash() -> None:
         {"properties": {"a": 1}},
         {"items": "x"},
         {"anyOf": {}},
+        {1: 2},
+        {"const": float("nan")},
+        {"const": "\ud800"},
+        {"const": {1, 2}},
     ],
 )
 def test_what_is_no_schema(schema: Any) -> None:
