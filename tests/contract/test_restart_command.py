@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -83,6 +86,24 @@ def test_a_restart_replaces_the_worker_under_a_stream(scripted, serve: Serve, ho
     assert after["workers"][0]["restarts"] == 1
     assert after["workers"][0]["pid"] != before["workers"][0]["pid"]
     assert (after["status"], after["reasons"]) == ("ready", [])
+
+
+def test_a_closed_terminal_stops_the_server(scripted) -> None:
+    """The kernel tells both by SIGHUP; only a server that still has its terminal restarts."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "mlx_serving", "serve", str(scripted(text="x")), "--json"]
+    server = subprocess.Popen(
+        [*command, "--port", "0"],
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    assert server.stdout is not None and "listening" in server.stdout.readline()
+    os.close(ours)
+    assert server.wait(30) == 0
 
 
 def test_restart_says_when_nobody_is_there() -> None:

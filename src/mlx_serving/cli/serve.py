@@ -76,7 +76,9 @@ async def _serve(config: Config, say: Say) -> int:
 
     app = create_app(engine.gateway, config)
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGHUP, _hung_up, engine.restart, _has_terminal())
+    # nohup has it ignored: then a closed terminal is none of our business.
+    minds = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal()
+    loop.add_signal_handler(signal.SIGHUP, _hung_up, engine.restart, minds)
     try:
         code = await serve(app, engine.gateway, config, on_started=on_started, should_stop=give_up)
     finally:
@@ -85,9 +87,9 @@ async def _serve(config: Config, say: Say) -> int:
     return Exit.NO_MODEL if give_up.is_set() else code
 
 
-def _hung_up(restart: Callable[[], None], had_terminal: bool) -> None:
+def _hung_up(restart: Callable[[], None], minds_terminal: bool) -> None:
     """SIGHUP asks for a new worker, unless it says that the terminal was closed."""
-    if had_terminal and not _has_terminal():
+    if minds_terminal and not _has_terminal():
         os.kill(os.getpid(), signal.SIGTERM)
     else:
         restart()
