@@ -339,7 +339,7 @@ async def test_refusals_name_the_field(serve: Serve) -> None:
 
 
 async def test_what_a_model_cannot_do_is_refused(serve: Serve) -> None:
-    async with serve(text="x", chat_template="{{ messages }}{{ tools }}<arg_key>") as client:
+    async with serve(text="x", chat_template="{{ messages }}{{ tools }}<|tool_call><tool_call|>") as client:
         for fields, param in (
             ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
             ({"tools": function(strict=True)}, "tools"),

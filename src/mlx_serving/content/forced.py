@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mlx_serving.content.output import Format
@@ -38,6 +39,8 @@ def forcing_grammar(
     spell = _Speller(form.markup, special_id)
     rules = _Rules(spell)
     call = rules.functions("f", forced, functions)
+    if call is None:
+        return None
     rules.add("calls", _calls(forced, spell, call, call, parallel))
     return rules.start(f"{_thoughts(form, rules, thinking)} calls")
 
@@ -64,11 +67,12 @@ def guarding_grammar(
     call = rules.functions("f", forced, functions)
     rest = text.removeprefix(marker)
     if forced.open:
-        begun = Forced(forced.before, forced.after, rest, forced.between, forced.close)
-        first = call
+        begun, first = replace(forced, open=rest), call
     else:
         begun = forced
-        first = rules.functions("g", Forced(rest, forced.after), functions)
+        first = rules.functions("g", replace(forced, before=rest), functions)
+    if first is None or call is None:
+        return None
     rules.add("calls", _calls(begun, spell, first, call, parallel))
     rules.up_to("free", marker)
     if (special := spell.special(marker)) is None:
@@ -121,22 +125,73 @@ class _Rules:
 
     def up_to(self, name: str, end: str) -> None:
         """Any text and the first `end` after it."""
-        if self.spell.special(end) is None:
-            self.lines.append(f"{name}[suffix={_quoted(end)}]: {_ANY}")
-        else:
+        if self.spell.begins_special(end):
             self.add(name, f"{_ANY} {self.spell(end)}")
+        else:
+            self.lines.append(f"{name}[suffix={_quoted(end)}]: {_ANY}")
 
-    def functions(self, prefix: str, forced: Forced, functions: Functions) -> str:
-        """A rule for a call of any of `functions`; returns its name."""
+    def functions(self, prefix: str, forced: Forced, functions: Functions) -> str | None:
+        """A rule for a call of any of `functions`; returns its name. None: the format cannot say
+        what a schema wants."""
         for i, (name, parameters) in enumerate(functions.items()):
             before = self.spell(forced.before.replace("{name}", name))
-            # Closed unless it says otherwise, as OpenAI's strict mode has it.
-            closed = {"additionalProperties": False} if "properties" in parameters else {}
-            schema = {**closed, **parameters, "x-guidance": _JSON_OPTIONS}
-            self.add(f"{prefix}{i}", f"{before} {prefix}a{i} {self.spell(forced.after)}")
-            self.add(f"{prefix}a{i}", f"%json {json.dumps(schema)}")
+            rest, own = f"{prefix}r{i}", f"{prefix}{i}"
+            if forced.element is None:
+                # Closed unless it says otherwise, as OpenAI's strict mode has it.
+                closed = {"additionalProperties": False} if "properties" in parameters else {}
+                self.json(f"{rest}a", {**closed, **parameters})
+                self.add(rest, f"{rest}a {self.spell(forced.after)}")
+            elif not self._elements(rest, forced.element, forced.after, parameters):
+                return None
+            self.add(own, f"{before} {rest}")
         self.add(f"{prefix}s", " | ".join(f"{prefix}{i}" for i in range(len(functions))))
         return f"{prefix}s"
+
+    def json(self, name: str, schema: Mapping[str, Any]) -> None:
+        self.add(name, f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}")
+
+    def _elements(
+        self, name: str, element: tuple[str, str], after: str, parameters: Mapping[str, Any]
+    ) -> bool:
+        """A rule for a call's arguments and its end, in the order of their schema."""
+        if "properties" not in parameters:
+            self.up_to(name, after)
+            return parameters.keys() <= {"type"}
+        if not parameters.keys() <= {"type", "properties", "required", "additionalProperties"}:
+            return False
+        required = parameters.get("required", ())
+        body = ""
+        for i, (key, schema) in enumerate(parameters["properties"].items()):
+            rule = f"{name}e{i}"
+            if not self._element(rule, key, element, schema):
+                return False
+            body += f"{rule} " if key in required else f"{rule}? "
+        self.add(name, f"{body}{self.spell(after)}")
+        return all(key in parameters["properties"] for key in required)
+
+    def _element(self, name: str, key: str, element: tuple[str, str], schema: Any) -> bool:
+        """One argument: a text as it is, one of some texts, or JSON. False: a schema of text that says
+        more, or of text or something else."""
+        if not isinstance(schema, Mapping) or '"$ref"' in json.dumps(schema):
+            return False
+        choices = schema.get("enum", [schema["const"]] if "const" in schema else None)
+        texts = choices is not None and all(isinstance(c, str) for c in choices)
+        plain = schema == {"type": "string"}
+        before, after = (part.replace("{key}", key) for part in element)
+        before = self.spell(before.replace("{string}", "true" if plain or texts else "false"))
+        value = f"{name}v"
+        if plain:
+            self.up_to(value, after)
+            self.add(name, f"{before} {value}")
+            return True
+        if texts:
+            self.add(value, " | ".join(self.spell(str(choice)) or '""' for choice in choices))
+        elif schema.get("type") in ("integer", "number", "boolean", "null", "array", "object"):
+            self.json(value, schema)
+        else:
+            return False
+        self.add(name, f"{before} {value} {self.spell(after)}")
+        return True
 
     def start(self, body: str) -> str:
         return "\n".join([f"start: {body}", *self.lines])
@@ -153,6 +208,9 @@ class _Speller:
     def __call__(self, text: str) -> str:
         parts = [part for part in self._cut.split(text) if part]
         return " ".join(f"<[{self._ids[p]}]>" if p in self._ids else _quoted(p) for p in parts)
+
+    def begins_special(self, text: str) -> bool:
+        return any(text.startswith(special) for special in self._ids)
 
     def special(self, text: str) -> int | None:
         return self._ids.get(text)

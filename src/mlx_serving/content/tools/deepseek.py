@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from mlx_serving.content.reading import Steps, stops
 from mlx_serving.content.tools.family import MAX_NAME, Calls, Family, Forced, check_name
-from mlx_serving.content.tools.minimax import reader_of
+from mlx_serving.content.tools.minimax import forced_by, reader_of
 
 CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, END_CALL = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
@@ -79,4 +79,5 @@ DSML = Family(
     read=reader_of("｜DSML｜", _END_DSML),
     ends=("</｜DSML｜invoke>", _END_DSML),
     inner=("｜DSML｜",),
+    forced=lambda _: forced_by("｜DSML｜", _DSML, _END_DSML, ' string="{string}"'),
 )

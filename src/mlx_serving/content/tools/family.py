@@ -114,13 +114,15 @@ Read = Callable[[Calls, str], Steps[None]]
 @dataclass(frozen=True, slots=True)
 class Forced:
     """A family's format spelt out, so that a grammar can force it. `{name}` is the function's name;
-    its JSON arguments stand between `before` and `after`."""
+    its arguments stand between `before` and `after`: one JSON object, or an `element` each."""
 
     before: str
     after: str
     open: str = ""
     between: str = ""
     close: str = ""
+    element: tuple[str, str] | None = None
+    """What stands around one argument's value; `{key}` is its name, `{string}` says true for text."""
 
 
 @dataclass(frozen=True, slots=True)

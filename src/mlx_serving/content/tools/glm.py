@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from mlx_serving.content.reading import Steps, stops
-from mlx_serving.content.tools.family import MAX_NAME, Calls, Family, check_name
+from mlx_serving.content.tools.family import MAX_NAME, Calls, Family, Forced, check_name
 from mlx_serving.content.tools.xml_call import Arguments
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -34,6 +34,22 @@ def read(calls: Calls, _opener: str) -> Steps[None]:
     arguments.end()
 
 
+def forced(template: str) -> Forced:
+    # 4.7 writes no line breaks.
+    line = "" if END_KEY + VALUE in template else "\n"
+    return Forced(
+        before=f"{OPEN}{{name}}{line}",
+        after=CLOSE,
+        between=line,
+        element=(f"{KEY}{{key}}{END_KEY}{line}{VALUE}", f"{END_VALUE}{line}"),
+    )
+
+
 FAMILY = Family(
-    "glm", opens=(OPEN,), read=read, ends=(CLOSE,), inner=(KEY, END_KEY, VALUE, END_VALUE)
+    "glm",
+    opens=(OPEN,),
+    read=read,
+    ends=(CLOSE,),
+    inner=(KEY, END_KEY, VALUE, END_VALUE),
+    forced=forced,
 )

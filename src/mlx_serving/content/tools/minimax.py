@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 
 from mlx_serving.content.reading import Malformed, Steps, stops
-from mlx_serving.content.tools.family import MAX_NAME, Calls, Family, Read, check_name
+from mlx_serving.content.tools.family import MAX_NAME, Calls, Family, Forced, Read, check_name
 from mlx_serving.content.tools.xml_call import Arguments
 
 _ATTRIBUTES = re.compile(r"""\s*["']?(?P<name>[^"'>]+?)["']?(?:\s+string="(?P<string>\w+)")?\s*""")
@@ -62,5 +62,25 @@ def _attributes(head: str) -> tuple[str, bool | None]:
     return found["name"], None if string is None else string == "true"
 
 
+def forced_by(prefix: str, open_: str, close: str, attributes: str = "") -> Forced:
+    """The same, spelt out."""
+    return Forced(
+        before=f'<{prefix}invoke name="{{name}}">\n',
+        after=f"</{prefix}invoke>\n",
+        open=open_ + "\n",
+        close=close,
+        element=(
+            f'<{prefix}parameter name="{{key}}"{attributes}>',
+            f"</{prefix}parameter>\n",
+        ),
+    )
+
+
 OPEN, CLOSE = "<minimax:tool_call>", "</minimax:tool_call>"
-FAMILY = Family("minimax", opens=(OPEN,), read=reader_of("", CLOSE), ends=("</invoke>", CLOSE))
+FAMILY = Family(
+    "minimax",
+    opens=(OPEN,),
+    read=reader_of("", CLOSE),
+    ends=("</invoke>", CLOSE),
+    forced=lambda _: forced_by("", OPEN, CLOSE),
+)

@@ -14,7 +14,7 @@ The outer tag is forgotten now and then.
 from __future__ import annotations
 
 from mlx_serving.content.reading import Steps, stops
-from mlx_serving.content.tools.family import MAX_NAME, Calls, Family, check_name
+from mlx_serving.content.tools.family import MAX_NAME, Calls, Family, Forced, check_name
 from mlx_serving.content.tools.xml_call import Arguments
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -54,10 +54,20 @@ def _function(calls: Calls) -> Steps[None]:
     arguments.end()
 
 
+def forced(_template: str) -> Forced:
+    return Forced(
+        before=f"{OPEN}\n{FUNCTION}{{name}}>\n",
+        after=f"{END_FUNCTION}\n{CLOSE}",
+        between="\n",
+        element=(f"{PARAMETER}{{key}}>\n", f"\n{END_PARAMETER}\n"),
+    )
+
+
 FAMILY = Family(
     "qwen3_coder",
     opens=(OPEN, FUNCTION),
     read=read,
     ends=(END_FUNCTION, CLOSE),
     inner=(PARAMETER, END_PARAMETER),
+    forced=forced,
 )

@@ -14,7 +14,7 @@ from mlx_serving.content.output import OutputParser, choose_format
 
 GET: dict[str, Any] = {
     "type": "object",
-    "properties": {"a": {"type": "integer"}, "unit": {"enum": ["C", "F"]}},
+    "properties": {"a": {"type": "integer"}, "unit": {"enum": ["C", "F"]}, "c": {"type": "string"}},
     "required": ["a"],
 }
 FUNCTIONS = {"get": GET, "nop": {"type": "object", "properties": {}}}
@@ -54,6 +54,10 @@ def accepts(tokenizer: llguidance.LLTokenizer, grammar: str | None, ids: list[in
 
 CALL = '<tool_call>\n{"name": "get", "arguments": {"a": 1, "unit": "C"}}\n</tool_call>'
 NOP = '<tool_call>\n{"name": "nop", "arguments": {}}\n</tool_call>'
+QWEN = (
+    "<tool_call>\n<function=get>\n<parameter=a>\n{a}\n</parameter>\n<parameter=unit>\nC\n</parameter>\n"
+    "<parameter=c>\n{c}\n</parameter>\n</function>\n</tool_call>"
+)
 KIMI = (
     "<|tool_calls_section_begin|><|tool_call_begin|>functions.get:0<|tool_call_argument_begin|>"
     '{"a": 1}<|tool_call_end|><|tool_calls_section_end|>'
@@ -83,6 +87,41 @@ FORCED = [
         "none",
         "```json",
         DEEPSEEK.replace("{head}", 'function<｜tool▁sep｜>get\n```json\n{"a": 1}\n```'),
+        True,
+    ),
+    ("qwen3_coder", "none", "", QWEN.format(a=1, c="text with </ <parameter> in\n it"), True),
+    ("qwen3_coder", "none", "", QWEN.format(a='"1"', c="x"), False),
+    ("qwen3_coder", "none", "", QWEN.format(a=1, c="x").replace("C\n", "K\n"), False),
+    (
+        "glm",
+        "none",
+        "</arg_key><arg_value>",
+        "<tool_call>get<arg_key>a</arg_key><arg_value>1</arg_value></tool_call><tool_call>nop</tool_call>",
+        True,
+    ),
+    (
+        "glm",
+        "think",
+        "",
+        "</think><tool_call>get\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
+        False,
+    ),
+    (
+        "minimax",
+        "none",
+        "",
+        '<minimax:tool_call>\n<invoke name="get">\n<parameter name="a">1</parameter>\n'
+        '</invoke>\n<invoke name="nop">\n</invoke>\n</minimax:tool_call>',
+        True,
+    ),
+    (
+        "deepseek_v32",
+        "none",
+        "",
+        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="get">\n'
+        '<｜DSML｜parameter name="a" string="false">1</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="c" string="true">x</｜DSML｜parameter>\n'
+        "</｜DSML｜invoke>\n</｜DSML｜function_calls>",
         True,
     ),
     (
@@ -133,6 +172,8 @@ def test_one_call_when_not_parallel(tokenizer: llguidance.LLTokenizer) -> None:
         ("hermes", "Hm. <tool_call>x", False),
         ("kimi", "Hm. " + KIMI, True),
         ("kimi", "Hm. " + KIMI.replace("1", '"1"'), False),
+        ("qwen3_coder", "Hm. " + QWEN.format(a=1, c="x"), True),
+        ("qwen3_coder", "Hm. " + QWEN.format(a="x", c="x"), False),
         ("mistral", 'Hm[.[TOOL_CALLS][{"name": "get", "arguments": {"a": 1}}]', True),
         ("mistral", 'Hm[.[TOOL_CALLS][{"name": "get", "arguments": {"a": "1"}}]', False),
     ],
@@ -144,9 +185,26 @@ def test_guarded(tokenizer: llguidance.LLTokenizer, family: str, text: str, acce
 
 
 def test_formats_that_cannot_be_forced() -> None:
-    for family in ("qwen3_coder", "glm", "minimax", "gemma4", "llama_pythonic", "none"):
+    for family in ("gemma4", "function_gemma", "lfm_pythonic", "llama_pythonic", "none"):
         form = choose_format("", family, "none")
         for grammar in (forcing_grammar, guarding_grammar):
             assert grammar(form, "", FUNCTIONS, SPECIAL.get, parallel=True, thinking=False) is None
     bare = choose_format("", "llama3_json", "none")
     assert guarding_grammar(bare, "", FUNCTIONS, SPECIAL.get, parallel=True, thinking=False) is None
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "maxLength": 3},
+        {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        {},
+        {"type": "array", "items": {"$ref": "#/$defs/x"}},
+    ],
+)
+def test_elements_that_cannot_say_what_a_schema_wants(schema: dict[str, Any]) -> None:
+    """Text between tags has no length, and no type."""
+    form = choose_format("", "qwen3_coder", "none")
+    functions = {"f": {"type": "object", "properties": {"a": schema}}}
+    for grammar in (forcing_grammar, guarding_grammar):
+        assert grammar(form, "", functions, SPECIAL.get, parallel=True, thinking=False) is None
