@@ -278,6 +278,8 @@ class _Checker:
             return [self.check(sub, f"{at}/{i}", depth) for i, sub in enumerate(value)]
         if keyword in _SINGLE:
             return self.check(value, at, depth)
+        if not _exact(value):
+            raise self._invalid(f"{self._place(at)} has an integer beyond 2^53, or is too deep.")
         return value
 
     def _place(self, at: str) -> str:
@@ -385,6 +387,15 @@ def _inner(schema: dict[str, Any]) -> Iterable[Any]:
     for place in ("prefixItems", *_SINGLE):
         sub = schema.get(place)
         yield from sub if isinstance(sub, list) else (sub,)
+
+
+def _exact(value: Any, depth: int = MAX_DEPTH) -> bool:
+    """Whether a float, as which numbers are compiled, holds its integers. False if it is deeper
+    than schemas may be."""
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return depth > 0 and all(_exact(v, depth - 1) for v in inner)
+    return not isinstance(value, int) or abs(value) <= 2**53
 
 
 def _modulus(value: Any) -> int:

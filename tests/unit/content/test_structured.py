@@ -165,6 +165,9 @@ def test_a_chain_of_refs_is_no_crash() -> None:
         {"const": float("nan")},
         {"const": "\ud800"},
         {"const": {1, 2}},
+        {"const": [{"a": 2**53 + 1}]},
+        {"maximum": -(2**60)},
+        '{"const":' + "[" * 99 + "]" * 99 + "}",
     ],
 )
 def test_what_is_no_schema(schema: Any) -> None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 MAX_CACHED = 64
 """Compiled grammars kept for a model: clients send the same few over and over."""
 MAX_ERROR_CHARS = 400
+MAX_DIGIT_TOKENS = 40
+"""In a row in a JSON number: one third, greedily written, would else never end."""
 WHITE_SPACE = r"[ \n\t]{1,20}"
 """Between two tokens of JSON: a line's end and its indentation, and no more."""
 _JSON_OPTIONS: dict[str, Any] = {
@@ -60,6 +62,7 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos = list(eos_token_ids)
         self._tokenizer: Future[LLTokenizer] = Future()
+        self._digits: _Digits | None = None
         self._reading = threading.Lock()
         self._compiled: OrderedDict[tuple[str, str, str | None, str], LLMatcher] = OrderedDict()
 
@@ -76,7 +79,8 @@ class Grammars:
             if len(self._compiled) > MAX_CACHED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
-        return CompiledGrammar(compiled, frozenset(self._eos), grammar.param)
+        digits = self._digits if grammar.kind in ("json_schema", "json_object") else None
+        return CompiledGrammar(compiled, frozenset(self._eos), grammar.param, digits)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         self._read()
@@ -123,37 +127,79 @@ class Grammars:
         if not self._eos:
             raise ValueError("it has no token that ends a sequence")
         text = self._path.read_text(encoding="utf-8")
-        return LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos)
+        tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos)
+        self._digits = _Digits.of(json.loads(text)["model"]["vocab"])
+        return tokenizer
+
+
+class _Digits:
+    """Ends a JSON number whose digits run away, where the grammar lets it end."""
+
+    def __init__(self, ids: frozenset[int], letter: int) -> None:
+        self.ids = ids
+        self._mask = sum(1 << i for i in ids)
+        self._letter = 1 << letter
+
+    @classmethod
+    def of(cls, vocab: dict[str, int] | list[tuple[str, float]]) -> _Digits | None:
+        """From a tokenizer's vocabulary; None where it has no token for `a`."""
+        named = (
+            vocab.items() if isinstance(vocab, dict) else ((t, i) for i, (t, _) in enumerate(vocab))
+        )
+        known = {text: i for text, i in named if text == "a" or (text.isascii() and text.isdigit())}
+        letter = known.pop("a", None)
+        return None if letter is None else cls(frozenset(known.values()), letter)
+
+    def end(self, mask: bytes) -> bytes:
+        """The mask without digits; as it was inside a string (a letter may come), or where nothing
+        but a digit may come."""
+        allowed = int.from_bytes(mask, "little")
+        rest = allowed & ~self._mask
+        return mask if allowed & self._letter or not rest else rest.to_bytes(len(mask), "little")
 
 
 class CompiledGrammar:
     """Implements `core.plan.Constraint`."""
 
-    def __init__(self, prototype: LLMatcher, eos: frozenset[int], param: str) -> None:
+    def __init__(
+        self,
+        prototype: LLMatcher,
+        eos: frozenset[int],
+        param: str,
+        digits: _Digits | None = None,
+    ) -> None:
         self._prototype = prototype
         self._eos = eos
         self._param = param
+        self._digits = digits
 
     def matcher(self, output: Sequence[int]) -> GrammarMatcher:
-        return GrammarMatcher(self._prototype.deep_copy(), self._eos, self._param, output)
+        matcher = GrammarMatcher(self._prototype.deep_copy(), self._eos, self._param, self._digits)
+        for token_id in output:
+            matcher.accept(token_id)
+        return matcher
 
 
 class GrammarMatcher:
     """Implements `core.plan.Matcher`."""
 
     def __init__(
-        self, matcher: LLMatcher, eos: frozenset[int], param: str, output: Sequence[int]
+        self, matcher: LLMatcher, eos: frozenset[int], param: str, digits: _Digits | None
     ) -> None:
         self._matcher = matcher
         self._eos = eos
         self._param = param
-        self._accepted = list(output)
+        self._digits = digits
+        self._digit_run = 0
+        self._accepted: list[int] = []
         """Not yet told to the matcher."""
         self._ended = False
 
     def accept(self, token_id: int) -> None:
         self._ended = self._ended or token_id in self._eos
         self._accepted.append(token_id)
+        is_digit = self._digits is not None and token_id in self._digits.ids
+        self._digit_run = self._digit_run + 1 if is_digit else 0
 
     def mask(self) -> bytes | None:
         if self._ended:
@@ -168,6 +214,8 @@ class GrammarMatcher:
                 f"'{self._param}' cannot be followed any further: {_reason(self._matcher)}",
                 param=self._param,
             )
+        if self._digits is not None and self._digit_run >= MAX_DIGIT_TOKENS:
+            bits = self._digits.end(bits)
         return bits
 
 

@@ -14,7 +14,7 @@ import pytest
 import byte_vocabulary
 from mlx_serving.content import structured
 from mlx_serving.errors import InvalidRequest
-from mlx_serving.runtime.backend.grammar import MAX_CACHED, Grammars
+from mlx_serving.runtime.backend.grammar import MAX_CACHED, MAX_DIGIT_TOKENS, Grammars
 from mlx_serving.runtime.core.plan import Constraint, Matcher
 from mlx_serving.types import Grammar
 
@@ -156,6 +156,33 @@ def test_white_space_cannot_run_away(grammars: Grammars) -> None:
     own = structured.json_schema(closed(a=INTEGER), param="p", white_space=" ")
     assert accepts(grammars.compile(own), '{"a": 1}')
     assert not accepts(grammars.compile(own), '{"a":  1}')
+
+
+def test_digits_cannot_run_away(grammars: Grammars) -> None:
+    def longest(schema: Any, begun: str) -> str:
+        """Digits only, for as long as one may come."""
+        matcher = grammars.compile(structured.json_schema(schema, param="p")).matcher(
+            begun.encode()
+        )
+        run = ""
+        while ord("3") in allowed(matcher) and len(run) < 200:
+            matcher.accept(ord("3"))
+            run += "3"
+        return run
+
+    assert len(longest(NUMBER, "0.")) == len(longest(INTEGER, "1") + "1") == MAX_DIGIT_TOKENS
+    assert len(longest(INTEGER, "-")) == MAX_DIGIT_TOKENS
+    # Where they mean something else, or nothing but a digit may come, they are left alone.
+    assert len(longest(STRING, '"')) == 200
+    fixed = {"type": "string", "pattern": "^[0-9]{100}$"}
+    assert len(longest(fixed, '"')) == 100
+
+
+@pytest.mark.parametrize("number", [2**53, -(2**53), 0.1, 1e21, 1e-7, 0.30000000000000004, 1.0])
+def test_numbers_are_written_exactly(number: float, grammars: Grammars) -> None:
+    constraint = grammars.compile(structured.json_schema({"const": number}, param="p"))
+    output = wander(constraint, random.Random(0))
+    assert output is not None and json.loads(output) == number
 
 
 def test_expressions_match_as_a_whole(grammars: Grammars) -> None:
