@@ -257,6 +257,38 @@ async def test_required_and_named_calls_are_forced(serve: Serve, seed: int) -> N
     assert [name for name, _ in forced[2]] == ["get_weather"] and forced[3] == "tool_calls"
 
 
+@pytest.mark.parametrize(
+    "parser",
+    [
+        "deepseek",
+        "deepseek_v32",
+        "glm",
+        "harmony",
+        "kimi",
+        "llama3_json",
+        "minimax",
+        "mistral",
+        "qwen3_coder",
+    ],
+)
+async def test_forced_calls_are_read_again(serve: Serve, parser: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"unit": {"enum": ["C", "F"]}, "days": {"enum": [1, 2]}},
+        "required": ["unit"],
+    }
+    tools = [NOW, {"type": "function", "function": {"name": "get", "parameters": schema}}]
+    named = {"type": "function", "function": {"name": "get"}}
+    async with serve(mode="hash", settings={"tool_parser": parser}) as client:
+        for choice in ("required", named):
+            text, _, calls, _ = whole(
+                await ask(client, tools=tools, tool_choice=choice, seed=3, max_tokens=1500)
+            )
+            assert text == "" and calls
+            for name, arguments in calls[:-1] if choice == "required" else calls:
+                jsonschema.validate(json.loads(arguments), schema if name == "get" else {})
+
+
 async def test_strict_functions_hold_a_call_to_its_schema(serve: Serve) -> None:
     strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
     wrong = '<tool_call>\n{"name": "get_weather", "arguments": {"city": 5}}\n</tool_call>'
@@ -339,7 +371,9 @@ async def test_refusals_name_the_field(serve: Serve) -> None:
 
 
 async def test_what_a_model_cannot_do_is_refused(serve: Serve) -> None:
-    async with serve(text="x", chat_template="{{ messages }}{{ tools }}<|tool_call><tool_call|>") as client:
+    async with serve(
+        text="x", chat_template="{{ messages }}{{ tools }}<|tool_call><tool_call|>"
+    ) as client:
         for fields, param in (
             ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
             ({"tools": function(strict=True)}, "tools"),

@@ -14,6 +14,7 @@ from mlx_serving.content.tools.family import Forced
 
 _JSON_OPTIONS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 """As templates write arguments; white space cannot run away."""
+_NOT_TEXT = ("integer", "number", "boolean", "null", "array", "object")
 _ANY = "/(?s:.*)/"
 
 SpecialId = Callable[[str], int | None]
@@ -159,7 +160,9 @@ class _Rules:
             return parameters.keys() <= {"type"}
         if not parameters.keys() <= {"type", "properties", "required", "additionalProperties"}:
             return False
-        required = parameters.get("required", ())
+        required = parameters.get("required", [])
+        if not isinstance(required, list):
+            return False
         body = ""
         for i, (key, schema) in enumerate(parameters["properties"].items()):
             rule = f"{name}e{i}"
@@ -174,8 +177,11 @@ class _Rules:
         more, or of text or something else."""
         if not isinstance(schema, Mapping) or '"$ref"' in json.dumps(schema):
             return False
-        choices = schema.get("enum", [schema["const"]] if "const" in schema else None)
-        texts = choices is not None and all(isinstance(c, str) for c in choices)
+        choices = schema.get("enum", [schema["const"]] if "const" in schema else [])
+        if not isinstance(choices, list):
+            return False
+        of_text = [isinstance(choice, str) for choice in choices]
+        texts = bool(choices) and all(of_text)
         plain = schema == {"type": "string"}
         before, after = (part.replace("{key}", key) for part in element)
         before = self.spell(before.replace("{string}", "true" if plain or texts else "false"))
@@ -186,7 +192,7 @@ class _Rules:
             return True
         if texts:
             self.add(value, " | ".join(self.spell(str(choice)) or '""' for choice in choices))
-        elif schema.get("type") in ("integer", "number", "boolean", "null", "array", "object"):
+        elif schema.get("type") in _NOT_TEXT or (choices and not any(of_text)):
             self.json(value, schema)
         else:
             return False
