@@ -36,6 +36,10 @@ async def until(condition) -> None:
         await asyncio.sleep(0.01)
 
 
+SCHEMA = {
+    "name": "numbers",
+    "schema": {"type": "array", "items": {"type": "integer"}, "minItems": 30},
+}
 REQUESTS = [
     {"prompt": f"request {i}", "max_tokens": 60 + i, **how}
     for i, how in enumerate(
@@ -44,8 +48,12 @@ REQUESTS = [
             {"temperature": 1.0, "seed": 7},
             {"temperature": 0.7, "seed": 8, "n": 3},
             {"temperature": 1.0, "seed": 9, "logprobs": 2, "stop": ("zz",)},
+            {"temperature": 0, "response_format": {"type": "json_schema", "json_schema": SCHEMA}},
+            {"temperature": 1.0, "seed": 10, "grammar": "start: /[a-z]{50,200}/"},
+            {"temperature": 1.0, "seed": 11, "frequency_penalty": 0.5, "min_tokens": 9},
+            {"temperature": 0, "n": 2},
         ]
-        * 4
+        * 2
     )
 ]
 
@@ -108,6 +116,7 @@ async def test_sixteen_streams_survive_kills_and_a_stop(scripted, seed):
         health = engine.gateway.health()
         assert (health["status"], health["open_requests"]) == ("ready", 0)
         outcomes = engine.metrics.render().decode()
+    assert all(ord("a") <= token <= ord("z") for token in calm[5].got[0][:50])  # its grammar
     for one, other in zip(calm, stormy, strict=True):
         assert one.got == other.got
         assert (one.finished, one.logprobs) == (other.finished, other.logprobs)

@@ -26,6 +26,7 @@ TO_WORKER = [
 FROM_WORKER = [
     wire.Phase("loading", "weights", 1.5),
     wire.ModelFailed("m", "model_unavailable", "why"),
+    wire.Started([7, 8]),
     wire.Step(
         [wire.TokenRow(7, [1], [TokenLogprob(-0.5, (1, 2), (-0.5, -1.0))], "stop", 1)],
         wire.StepStats("m", decode_rows=1, step_ms=0.25),
