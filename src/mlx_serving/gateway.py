@@ -49,7 +49,6 @@ from mlx_serving.worker.client import SequenceStream
 from mlx_serving.worker.port import WorkerClient
 from mlx_serving.worker.wire import TokenRow
 
-
 _THREAD_TOKENS = 4_096
 """From here on token ids are better decoded off the event loop."""
 
@@ -134,6 +133,11 @@ class Gateway:
         """What is known of a loaded model; None while it is not. Raises ModelNotFound."""
         state = self._route(model).state
         return state.loaded.info if isinstance(state, Ready) else None
+
+    def abilities(self, model: str) -> tuple[str, ...]:
+        """Of `tools` and `thinking`, those that a loaded model's chat template knows."""
+        state = self._route(model).state
+        return state.loaded.text.abilities() if isinstance(state, Ready) else ()
 
     async def wait_ready(self) -> None:
         """Wait until every configured model is loaded; raises the first failure."""

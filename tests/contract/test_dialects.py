@@ -186,6 +186,7 @@ def test_ollamas_client(url: str) -> None:
     names = {"agent:latest", "echo:latest", "endless:latest"}
     assert {m.model for m in sdk.list().models} == names == {m.model for m in sdk.ps().models}
     assert sdk.show("echo").modelinfo["scripted.context_length"] == 200_000
+    assert sdk.show("agent").capabilities == ["completion", "tools", "thinking"]
     with pytest.raises(ollama.ResponseError, match=r"options\.mirostat"):
         sdk.generate("echo", "x", options={"mirostat": 2})
 

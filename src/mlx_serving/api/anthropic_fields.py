@@ -12,8 +12,8 @@ _PROMPT: dict[str, Row] = {
     "system": "a string or text blocks; Claude Code's x-anthropic-billing-header line is left out",
     "tools": "tools of the client's own, given to the chat template",
     "tool_choice": "auto, any, tool, or none: no tools are shown to the model",
-    "thinking": "enabled, adaptive or disabled: the chat template's enable_thinking",
-    "output_config": "effort: the chat template's reasoning_effort; format: a schema that the answer follows",
+    "thinking": "enabled, adaptive or disabled: the chat template's enable_thinking, if it has one",
+    "output_config": "effort: the chat template's reasoning_effort, if it has one; format: a schema that the answer follows",
     "context_management": "edits that keep everything",
 }
 _PROMPT_ADVISORY: dict[str, Row] = {

@@ -6,6 +6,8 @@ block's, or by the end.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import msgspec
@@ -15,7 +17,7 @@ from mlx_serving.api.openai_response import escape
 from mlx_serving.api.port import Generation
 from mlx_serving.api.sse import EVENT_STREAM, Framing
 from mlx_serving.errors import MLXServingError
-from mlx_serving.types import FinishReason, TokenEvent, Usage
+from mlx_serving.types import FinishReason, ServedModel, TokenEvent, Usage
 
 FRAMING = Framing(EVENT_STREAM, b'event: ping\ndata: {"type": "ping"}\n\n')
 SIGNATURE = "mlx-serving"
@@ -143,6 +145,26 @@ class MessageWriter:
             b'"delta":{"type":"%s","%s":%s}}\n\n'
             % (self._index, kind.encode(), key.encode(), escape(text))
         )
+
+
+def model_list(models: Sequence[ServedModel]) -> dict[str, Any]:
+    """The served models as Anthropic's /v1/models lists them."""
+    data = [
+        {
+            "type": "model",
+            "id": served.id,
+            "display_name": served.id,
+            "created_at": datetime.fromtimestamp(served.created, UTC).isoformat(),
+            "max_input_tokens": served.context_length,
+        }
+        for served in models
+    ]
+    return {
+        "data": data,
+        "has_more": False,
+        "first_id": models[0].id,
+        "last_id": models[-1].id,
+    }
 
 
 def _event(name: str, fields: dict[str, Any]) -> bytes:

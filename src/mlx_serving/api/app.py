@@ -16,6 +16,7 @@ from mlx_serving import __version__, clock
 from mlx_serving.api import openapi
 from mlx_serving.api.anthropic import AnthropicRoutes
 from mlx_serving.api.anthropic_response import error_json as anthropic_error
+from mlx_serving.api.anthropic_response import model_list
 from mlx_serving.api.exchange import (
     ASGIApp,
     ClientGone,
@@ -192,6 +193,9 @@ class InfoRoutes:
         await exchange.respond(200, openapi.page(ENDPOINTS), content_type=HTML)
 
     async def models(self, exchange: Exchange) -> None:
+        if exchange.header(b"anthropic-version") is not None:
+            await _json(exchange, 200, model_list(self._gateway.models()))
+            return
         data = [_model(served) for served in self._gateway.models()]
         await _json(exchange, 200, {"object": "list", "data": data})
 

@@ -89,8 +89,10 @@ def spelled(*renames: tuple[str, str]) -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
-        for theirs, ours in renames:
-            if error.param is not None:
-                error.param = error.param.replace(theirs, ours)
-            error.message = error.message.replace(theirs, ours)
+        if (param := error.param) is not None:
+            named = param
+            for theirs, ours in renames:
+                named = named.replace(theirs, ours, 1)
+            error.param = named
+            error.message = error.message.replace(f"'{param}", f"'{named}")
         raise

@@ -10,7 +10,7 @@ import msgspec
 from mlx_serving import __version__, clock
 from mlx_serving.api import drive
 from mlx_serving.api import ollama_response as response
-from mlx_serving.api.body import read_object
+from mlx_serving.api.body import read_object, spelled
 from mlx_serving.api.exchange import Exchange
 from mlx_serving.api.ollama_request import OllamaCall, parse_chat, parse_generate
 from mlx_serving.api.port import GatewayPort
@@ -52,7 +52,8 @@ class OllamaRoutes:
         served = self._find(name)
         if served is None:
             raise ModelNotFound(f"model '{name[:200]}' not found", param="model")
-        await _json(exchange, response.shown(served, self._gateway.model_info(served.id)))
+        info, abilities = self._gateway.model_info(served.id), self._gateway.abilities(served.id)
+        await _json(exchange, response.shown(served, info, abilities))
 
     async def version(self, exchange: Exchange) -> None:
         await _json(exchange, {"version": PROTOCOL, "mlx_serving": __version__})
@@ -70,16 +71,17 @@ class OllamaRoutes:
             await self._gateway.load(model)
             await exchange.respond(200, reply.loaded(), drive.advised(call.advisory))
             return
-        await drive.serve(
-            exchange,
-            self._gateway,
-            self._config,
-            msgspec.structs.replace(call.request, model=model),
-            answer=reply.whole,
-            writer=reply.writer if call.stream else None,
-            framing=NDJSON,
-            advisory=call.advisory,
-        )
+        with spelled(("messages", "messages" if route == "chat" else "prompt")):
+            await drive.serve(
+                exchange,
+                self._gateway,
+                self._config,
+                msgspec.structs.replace(call.request, model=model),
+                answer=reply.whole,
+                writer=reply.writer if call.stream else None,
+                framing=NDJSON,
+                advisory=call.advisory,
+            )
 
     def _find(self, name: str) -> ServedModel | None:
         """The model of that name, or of that name without `:latest`."""

@@ -11,7 +11,7 @@ _HONOURED: dict[str, Row] = {
     "stream": "default true: lines of JSON",
     "format": "json, or a JSON schema that the answer follows",
     "options": "see options below",
-    "think": "true, false: the chat template's enable_thinking; low, medium, high: its reasoning_effort too",
+    "think": "true, false: the chat template's enable_thinking, if it has one; low, medium, high: its reasoning_effort too",
     "logprobs": "true: the chosen tokens' log-probabilities",
     "top_logprobs": "0 to 20; only with logprobs",
 }

@@ -192,7 +192,7 @@ def details(info: ModelInfo | None) -> dict[str, Any]:
     }
 
 
-def shown(served: ServedModel, info: ModelInfo | None) -> dict[str, Any]:
+def shown(served: ServedModel, info: ModelInfo | None, abilities: Sequence[str]) -> dict[str, Any]:
     """A model as /api/show describes it."""
     facts: dict[str, Any] = {"general.architecture": info.architecture if info else ""}
     if info is not None:
@@ -206,6 +206,6 @@ def shown(served: ServedModel, info: ModelInfo | None) -> dict[str, Any]:
         "template": "",
         "details": details(info),
         "model_info": facts,
-        "capabilities": ["completion"],
+        "capabilities": ["completion", *abilities],
         "modified_at": timestamp(served.created),
     }

@@ -72,6 +72,10 @@ class GatewayPort(Protocol):
         """What is known of a loaded model; None while it is not. Raises ModelNotFound."""
         ...
 
+    def abilities(self, model: str) -> tuple[str, ...]:
+        """Of `tools` and `thinking`, those that a loaded model's chat template knows."""
+        ...
+
     def metrics(self) -> bytes:
         """Prometheus text."""
         ...

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import msgspec
 
 from mlx_serving.api import drive
+from mlx_serving.api.body import spelled
 from mlx_serving.api.exchange import Exchange
-from mlx_serving.api.port import GatewayPort
+from mlx_serving.api.port import GatewayPort, Generation
 from mlx_serving.api.responses_request import parse_response
 from mlx_serving.api.responses_response import ResponseWriter, whole
 from mlx_serving.api.responses_store import ResponseStore
@@ -34,17 +35,19 @@ class ResponsesRoutes:
         def keep(response_id: str, body: bytes, answer: Message) -> None:
             self._store.put(response_id, body, (*call.messages, answer))
 
-        await drive.serve(
-            exchange,
-            self._gateway,
-            self._config,
-            call.request,
-            answer=lambda generation, collected: whole(generation, call, keep, collected),
-            writer=(lambda generation: ResponseWriter(generation, call, keep))
-            if call.stream
-            else None,
-            advisory=call.advisory,
-        )
+        def writer(generation: Generation) -> ResponseWriter:
+            return ResponseWriter(generation, call, keep)
+
+        with spelled(("reasoning_effort", "reasoning.effort"), ("messages", "input")):
+            await drive.serve(
+                exchange,
+                self._gateway,
+                self._config,
+                call.request,
+                answer=lambda generation, collected: whole(generation, call, keep, collected),
+                writer=writer if call.stream else None,
+                advisory=call.advisory,
+            )
 
     async def retrieve(self, exchange: Exchange) -> None:
         response_id = exchange.path.removeprefix(PREFIX)

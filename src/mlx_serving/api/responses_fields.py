@@ -25,7 +25,7 @@ RESPONSES: Table = table(
             "tool_choice": "auto, none, required, or a function",
             "parallel_tool_calls": "false: one call at most, and the answer ends with it",
             "text": "format: text, json_object or json_schema",
-            "reasoning": "effort: the chat template's reasoning_effort",
+            "reasoning": "effort, where the chat template has a place for it",
             "metadata": "said again in the response",
             "seed": "ours: -2^63 to 2^64-1; default: drawn, and said in x-mlx-serving-seed",
         },
@@ -86,7 +86,7 @@ TEXT: Table = table(
 )
 
 REASONING: Table = table(
-    ("honoured", {"effort": "the chat template's reasoning_effort"}),
+    ("honoured", {"effort": "for the chat template; a 400 where it has no place for it"}),
     (
         "advisory",
         {

@@ -109,7 +109,7 @@ def parse_response(data: bytes, *, default_model: str, recall: Recall) -> Respon
             tool_choice=use.tool_choice,
             strict_tools=use.strict_tools,
             parallel_tool_calls=use.parallel_tool_calls,
-            template_kwargs={"reasoning_effort": effort} if effort else {},
+            reasoning_effort=effort,
         ),
         sampling=SamplingParams(
             temperature=1.0 if body.temperature is None else body.temperature,

@@ -137,6 +137,15 @@ class TextSide:
             self._formats[source] = choose_format(source, *self._parsers)
         return self._formats[source]
 
+    def abilities(self) -> tuple[str, ...]:
+        """Of `tools` and `thinking`, those that the chat template knows."""
+        try:
+            form = self.format(ChatPrompt(messages=(), tools=({},)))
+        except InvalidRequest:  # its templates have other names
+            return ()
+        calls, thinks = form.family is not None, form.tags is not None or form.channels
+        return ("tools",) * calls + ("thinking",) * thinks
+
     def open_parser(self, prompt: Prompt, token_ids: Sequence[int]) -> OutputParser | None:
         """A parser of one answer to a chat; None where there is nothing to look for.
 

@@ -16,7 +16,7 @@ import uvloop
 from mlx_serving.api.app import create_app
 from mlx_serving.api.server import serve
 from mlx_serving.config import Config
-from mlx_serving.errors import Cancelled, Draining, ModelNotFound
+from mlx_serving.errors import Cancelled, Draining, InvalidRequest, ModelNotFound
 from mlx_serving.types import (
     ChatPrompt,
     GenerateRequest,
@@ -155,7 +155,9 @@ class FakeGateway:
                 return list("".join(m.content or "" for m in prompt.messages).encode())
 
     async def detokenise(self, model: str, token_ids: Sequence[int]) -> str:
-        return bytes(token_ids).decode()
+        if any(token_id > 255 for token_id in token_ids):
+            raise InvalidRequest("Not in the vocabulary.", param="tokens")
+        return bytes(token_ids).decode(errors="replace")
 
     async def load(self, model: str) -> None:
         self.model_info(model)
@@ -166,6 +168,9 @@ class FakeGateway:
         if model == "org/big:4bit":
             return None
         raise ModelNotFound(f"Model '{model}' is not served here.", param="model")
+
+    def abilities(self, model: str) -> tuple[str, ...]:
+        return ("tools",) if model == "tiny" else ()
 
     def metrics(self) -> bytes:
         return b"# HELP x X\nx 1\n"

@@ -263,6 +263,7 @@ def test_the_sdk(start_server: Any, gateway: Any) -> None:
     assert sdk.messages.count_tokens(model="tiny", messages=BODY["messages"]).input_tokens == 2
     again = [*BODY["messages"], whole.to_param(), {"role": "user", "content": "Go on."}]
     assert sdk.messages.create(**(asked | {"messages": again})).stop_reason == "tool_use"
+    assert [model.id for model in sdk.models.list()] == ["tiny", "org/big:4bit"]
     with pytest.raises(anthropic.BadRequestError) as bad:
         sdk.messages.create(**asked, extra_body={"temperature": 9})
     assert "temperature" in str(bad.value)

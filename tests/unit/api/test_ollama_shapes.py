@@ -169,6 +169,7 @@ async def test_the_models(client: httpx.AsyncClient) -> None:
     for name in ("tiny", "tiny:latest", "small"):
         shown = (await client.post("/api/show", json={"model": name})).json()
         assert shown["model_info"]["llama.context_length"] == 8192
+        assert shown["capabilities"] == ["completion", "tools"]
     missing = await client.post("/api/show", json={"model": "nope"})
     assert (missing.status_code, missing.json()["error"]) == (404, "model 'nope' not found")
     assert (await client.post("/api/show", json={})).status_code == 400

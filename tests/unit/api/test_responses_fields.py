@@ -11,6 +11,7 @@ import openai.types.shared_params
 import pytest
 
 from mlx_serving.api import responses_fields as fields
+from mlx_serving.errors import InvalidRequest
 from mlx_serving.types import ChatPrompt, GenerateRequest, Grammar, Message
 
 Read = Callable[[GenerateRequest], Any]
@@ -46,8 +47,8 @@ HONOURED: dict[str, tuple[Any, Read, Any]] = {
     ),
     "reasoning": (
         {"effort": "low"},
-        lambda r: prompt_of(r).template_kwargs,
-        {"reasoning_effort": "low"},
+        lambda r: prompt_of(r).reasoning_effort,
+        "low",
     ),
     "seed": (-1, lambda r: r.seed, 2**64 - 1),
 }
@@ -221,6 +222,18 @@ async def test_strict_tools(client: httpx.AsyncClient, gateway: Any) -> None:
 async def test_top_logprobs(client: httpx.AsyncClient, gateway: Any) -> None:
     request = await request_of(client, gateway, include=LOGPROBS, top_logprobs=3)
     assert request.sampling.logprobs == 3
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("messages", "input"), ("reasoning_effort", "reasoning.effort")]
+)
+async def test_what_the_gateway_refuses_is_named_as_here(
+    client: httpx.AsyncClient, gateway: Any, theirs: str, ours: str
+) -> None:
+    gateway.refuse = lambda request: InvalidRequest(f"'{theirs}' is wrong.", param=theirs)
+    response = await send(client)
+    assert response.json()["error"]["message"] == f"'{ours}' is wrong."
+    await refused(send(client), ours)
 
 
 async def test_a_schema_is_a_grammar(client: httpx.AsyncClient, gateway: Any) -> None:
