@@ -1,24 +1,36 @@
 """Streams that have no worker: new ones that came while there was none, and those of a worker
-that died. Each waits a bounded time; then it is told why."""
+that died. Each waits a bounded time; then it is told why.
+
+    park ─────▶ ┌─────────┐             ┌─ free: at once ───────────▶ worker
+                │ waiting │ ─hand_over──┤
+    orphaned ─▶ └─────────┘             └─ suspects: one at a time ─▶ worker
+       └── who is to blame too often fails
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from mlx_serving.errors import MLXServingError
+from mlx_serving.errors import MLXServingError, WorkerDied
+from mlx_serving.worker import blame
 from mlx_serving.worker.client import SequenceStream
 
 
 class Backlog:
-    """`give_up(stream)`: the error for one whose time is over."""
+    """`give_up(stream)`: the error for one whose time is over; `max_deaths`: `blame`'s limit."""
 
-    def __init__(self, give_up: Callable[[SequenceStream], MLXServingError]) -> None:
+    def __init__(
+        self, give_up: Callable[[SequenceStream], MLXServingError], max_deaths: int
+    ) -> None:
         self._give_up = give_up
+        self._max_deaths = max_deaths
         self._timers: dict[SequenceStream, asyncio.TimerHandle] = {}
+        self._suspects: list[SequenceStream] = []
+        self._send: Callable[[SequenceStream], bool] | None = None
 
     def __len__(self) -> int:
-        return sum(not stream.ended for stream in self._timers)
+        return sum(not stream.ended for stream in (*self._timers, *self._suspects))
 
     def has_room(self, limit: int) -> bool:
         """Those that were cancelled while they waited do not count."""
@@ -27,12 +39,48 @@ class Backlog:
                 self._timers.pop(stream).cancel()
         return len(self._timers) < limit
 
-    def add(self, stream: SequenceStream, timeout_s: float) -> None:
+    def park(self, stream: SequenceStream, timeout_s: float) -> None:
         loop = asyncio.get_running_loop()
         self._timers[stream] = loop.call_later(timeout_s, self._expire, stream)
 
-    def take(self) -> list[SequenceStream]:
-        """All that still wait, in the order in which they came."""
+    def orphaned(self, streams: Iterable[SequenceStream], timeout_s: float, cause: str) -> None:
+        """Their worker has died of `cause`."""
+        verdict = blame.judge(
+            [stream for stream in (*streams, *self._suspects) if not stream.ended], self._max_deaths
+        )
+        self._suspects, self._send = [], None
+        for stream in (*verdict.free, *verdict.suspects):
+            self.park(stream, timeout_s)
+        for stream in verdict.guilty:
+            stream.fail(
+                WorkerDied(
+                    f"given up: {stream.deaths} workers in a row died as they began this "
+                    f"sequence; the last: {cause}"
+                )
+            )
+
+    def hand_over(self, send: Callable[[SequenceStream], bool]) -> None:
+        """Everybody goes to a new worker. `send` says whether it went; if not, the stream failed."""
+        verdict = blame.judge(self._take(), self._max_deaths)
+        for stream in verdict.free:
+            send(stream)
+        self._suspects, self._send = verdict.suspects, send
+        self._try_next()
+
+    def end(self, why: Callable[[SequenceStream], MLXServingError]) -> None:
+        """Nobody waits any longer."""
+        streams, self._suspects = [*self._take(), *self._suspects], []
+        for stream in streams:
+            stream.fail(why(stream))
+
+    def _try_next(self) -> None:
+        while self._send is not None and self._suspects:
+            stream = self._suspects.pop(0)
+            if not stream.ended and self._send(stream):
+                stream.on_progress = self._try_next
+                return
+
+    def _take(self) -> list[SequenceStream]:
         timers, self._timers = self._timers, {}
         for timer in timers.values():
             timer.cancel()

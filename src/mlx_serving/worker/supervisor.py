@@ -21,7 +21,7 @@ from typing import Any
 
 from mlx_serving import clock, errors
 from mlx_serving.types import Grammar, ModelInfo, Priority, SamplingParams
-from mlx_serving.worker import blame, port, reasons, reconcile, wire
+from mlx_serving.worker import port, reasons, reconcile, wire
 from mlx_serving.worker.backlog import Backlog
 from mlx_serving.worker.breaker import (
     Breaker,
@@ -79,7 +79,6 @@ class Supervisor:
         self.on_stats: Callable[[wire.StepStats], None] = port.ignore
         self._policy = policy or BreakerPolicy()
         self._deadlines = deadlines or Deadlines()
-        self._max_deaths = max_deaths
         self._park_timeout_s = park_timeout_s
         self._resume_timeout_s = resume_timeout_s
         self._replace_timeout_s = replace_timeout_s
@@ -101,9 +100,7 @@ class Supervisor:
         """What the watchdog ended the present worker for."""
         self._models = Models(max_deaths)
         self._probing: str | None = None
-        self._backlog = Backlog(self._expired)
-        self._suspects: list[SequenceStream] = []
-        """Sent one at a time: `blame`."""
+        self._backlog = Backlog(self._expired, max_deaths)
         self._seq_ids = itertools.count(1)
         self._restarts = 0
         self._cause = ""
@@ -140,7 +137,7 @@ class Supervisor:
                 breaker=_breaker_name(self._breaker),
                 retry_in_s=reasons.retry_in_s(state, self._now()),
                 broken={model_id: error.message for model_id, error in self.broken.items()},
-                streams_waiting=len(self._backlog) + len(self._suspects),
+                streams_waiting=len(self._backlog),
             )
         ]
 
@@ -158,7 +155,7 @@ class Supervisor:
             task.cancel()
             await asyncio.wait([task])
         stopped = errors.Draining("the server is shutting down")
-        self._end_waiting(lambda _: stopped)
+        self._backlog.end(lambda _: stopped)
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.send(wire.Shutdown())
@@ -348,7 +345,7 @@ class Supervisor:
         assert not isinstance(self._breaker, Open)
         self._breaker = after_probe(self._breaker)
         self._set_state(port.Ready(process.pid))
-        self._resume(connection)
+        self._backlog.hand_over(lambda stream: self._send_or_fail(stream, connection))
 
     def _reconcile(self, connection: Connection, hello: wire.Hello) -> None:
         differences = reconcile.compare(self._models.wanted, hello.models, hello.sequences)
@@ -412,8 +409,7 @@ class Supervisor:
         if not self._replacing:
             self._blame_model(connection, cause)
         self._probing = None
-        streams = [s for s in (*connection.release(), *self._suspects) if not s.ended]
-        self._suspects = []
+        streams = connection.release()
         connection.close()
         connection.abandon(died)
         if not self._revive:
@@ -423,16 +419,7 @@ class Supervisor:
         if self._replacing:
             for stream in streams:
                 stream.starting = False
-        verdict = blame.judge(streams, self._max_deaths)
-        for stream in (*verdict.free, *verdict.suspects):
-            self._backlog.add(stream, self._resume_timeout_s)
-        for stream in verdict.guilty:
-            stream.fail(
-                errors.WorkerDied(
-                    f"given up: {stream.deaths} workers in a row died as they began this "
-                    f"sequence; the last: {cause}"
-                )
-            )
+        self._backlog.orphaned(streams, self._resume_timeout_s, cause)
 
     def _blame_model(self, connection: Connection, cause: str) -> None:
         """A model whose load, or whose probe, the worker died over."""
@@ -445,23 +432,6 @@ class Supervisor:
             if error is not None:
                 log.error("%s", error.message)
                 self.on_event(port.ModelLoadFailed(model_id, error.code, error.message))
-
-    def _resume(self, connection: Connection) -> None:
-        """Everybody who waits goes to the new worker; suspects one at a time, after the others."""
-        verdict = blame.judge(self._backlog.take(), self._max_deaths)
-        for stream in verdict.free:
-            self._send_or_fail(stream, connection)
-        self._suspects = verdict.suspects
-        self._try_next()
-
-    def _try_next(self) -> None:
-        connection = self._usable()
-        while connection is not None and self._suspects:
-            stream = self._suspects.pop(0)
-            if not stream.ended:
-                stream.on_progress = self._try_next
-                self._send_or_fail(stream, connection)
-                return
 
     # Sending and parking
 
@@ -476,11 +446,13 @@ class Supervisor:
         self._models.check(stream.request.model_id)
         connection.submit(stream)
 
-    def _send_or_fail(self, stream: SequenceStream, connection: Connection) -> None:
+    def _send_or_fail(self, stream: SequenceStream, connection: Connection) -> bool:
         try:
             self._send(stream, connection)
         except errors.MLXServingError as error:
             stream.fail(error)
+            return False
+        return True
 
     def _park(self, stream: SequenceStream) -> None:
         """Keep until the next worker is ready; the timer and the bound say no in time."""
@@ -488,7 +460,7 @@ class Supervisor:
         self._refuse_if_down()
         if not self._backlog.has_room(MAX_PARKED):
             raise self._unavailable()
-        self._backlog.add(stream, self._park_timeout_s)
+        self._backlog.park(stream, self._park_timeout_s)
 
     async def _connected(self) -> Connection:
         """Wait, a bounded time, for a worker that can be spoken to."""
@@ -519,14 +491,9 @@ class Supervisor:
     def _unavailable(self) -> errors.Overloaded:
         return reasons.unavailable(self._state, self._now())
 
-    def _end_waiting(self, why: Callable[[SequenceStream], errors.MLXServingError]) -> None:
-        streams, self._suspects = [*self._backlog.take(), *self._suspects], []
-        for stream in streams:
-            stream.fail(why(stream))
-
     def _fail(self, failed: port.Failed) -> None:
         self._set_state(failed)
-        self._end_waiting(self._expired)
+        self._backlog.end(self._expired)
         if self._connection is not None:
             self._connection.abandon(self._unavailable())
 
