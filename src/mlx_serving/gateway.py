@@ -535,7 +535,9 @@ def _patterns(
         pattern, _, name = alias.partition("=")
         slot = next((s for s in slots if not name or s.answers_to(name)), None)
         if not pattern or slot is None:
-            raise ConfigError(f"'{alias}' names no served model", param="model_aliases")
+            raise ConfigError(
+                f"model_aliases: '{alias}' names no served model", param="model_aliases"
+            )
         found.append((pattern, slot))
     return found
 
