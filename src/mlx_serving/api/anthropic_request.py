@@ -253,7 +253,7 @@ def _block_kind(block: dict[str, Any], at: str) -> str:
     if not isinstance(kind, str):
         raise InvalidRequest(f"'{at}.type' must be a string.", param=f"{at}.type")
     if kind not in _BLOCK_FIELDS:
-        raise refuse(at, f"blocks of type '{kind[:64]}' are not read, only text and tools'")
+        raise refuse(at, f"blocks of type '{kind[:64]}' are not read, only text and tools")
     if extra := block.keys() - _BLOCK_FIELDS[kind]:
         where = f"{at}.{min(extra)[:64]}"
         raise InvalidRequest(f"Unknown field '{where}'.", param=where, code="unknown_parameter")
