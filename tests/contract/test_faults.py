@@ -132,7 +132,9 @@ async def test_a_poison_request_fails_alone(scripted):
         with pytest.raises(errors.WorkerDied, match="given up: 3 workers in a row died"):
             await poison
         assert [r.got for r in calm] == [r.got for r in stormy]
-        assert worker_of(engine)["restarts"] == 3
+        # A death noticed by a failed write may lose the worker's last words about who had begun: it
+        # then has no suspect, and one more is needed.
+        assert worker_of(engine)["restarts"] in (3, 4)
         assert (await engine.complete("next", max_tokens=3)).usage.completion_tokens == 3
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
-import os
 import platform
 import warnings
 from typing import Any
@@ -16,8 +15,6 @@ so it is compared before the module is loaded."""
 
 
 def _find() -> tuple[Any, str]:
-    if os.environ.get("MLX_SERVING_NATIVE", "1") == "0":
-        return None, "switched off by MLX_SERVING_NATIVE=0"
     if platform.system() != "Linux":
         return None, "built on Linux only; elsewhere MLX has a faster backend"
     try:
