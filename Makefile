@@ -36,7 +36,8 @@ check: $(VENV)/.dev
 	$(PYTEST) tests/test_tidy.py
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m mlx_serving.bench
+	$(BIN)/python -m mlx_serving.bench --write benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/llamacpp.py --append benchmarks/RESULTS.md
 
 sim: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m sim $(SEED)

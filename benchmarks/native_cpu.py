@@ -9,6 +9,7 @@ kernels, the median about the machine. `--stock` measures mlx-lm as installed in
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--stock", action="store_true")
     parser.add_argument("--rounds", type=int, default=48)
+    parser.add_argument("--json", action="store_true", help="tokens per second over all rounds")
     args = parser.parse_args()
     mx.set_default_device(mx.Device(mx.cpu))
     model: nn.Module
@@ -135,12 +137,18 @@ def main() -> None:
     if args.threads:
         native.set_threads(args.threads)
     done = accelerate(model, args.mode, fused=not args.unfused, kv_dtype=getattr(mx, args.kv))
-    print(f"{done.isa}, {native.threads()} threads, {args.mode}, fused: {done.fused or 'no'}")
+    if not args.json:
+        print(f"{done.isa}, {native.threads()} threads, {args.mode}, fused: {done.fused or 'no'}")
 
     def slabs(rows: int, capacity: int) -> list[Any]:
         return [Slab(rows, capacity, not args.unfused) for _ in model.layers]
 
-    report(f"native {args.mode}", measure(model, ids, slabs, args.rounds))
+    seconds = measure(model, ids, slabs, args.rounds)
+    if args.json:
+        rates = {k: int(k.split()[1]) * len(v) / sum(v) for k, v in seconds.items()}
+        print(json.dumps(rates))
+    else:
+        report(f"native {args.mode}", seconds)
 
 
 if __name__ == "__main__":
