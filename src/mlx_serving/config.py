@@ -110,6 +110,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Steps in flight; 1 waits for each step's tokens before it plans the next."""
     kernels: Literal["auto", "exact", "fast", "f32", "off"] = "auto"
     """CPU only: which native kernels replace MLX's own; off is stock MLX."""
+    prefix_cache_bytes: Annotated[int, Meta(ge=0)] | None = None
+    """Memory for prompts' common beginnings, in bytes; 0: off; default: a quarter of what KV may take."""
     exact_batch: bool = False
     """Always decode max-num-seqs rows, so that logits are bit-equal whatever the batch."""
 

@@ -357,6 +357,7 @@ class Engine:
             dtype=c.dtype,
             kernels=c.kernels,
             exact_batch=c.exact_batch,
+            prefix_cache_bytes=c.prefix_cache_bytes,
             tokenizer_path=str(tokenizer_path),
         )
 

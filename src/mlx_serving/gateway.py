@@ -299,6 +299,7 @@ class Generation:
                 msgspec.structs.replace(self._sampling, choice=choice.index),
                 priority=self.request.priority,
                 grammar=self.request.grammar,
+                cache_salt=self.request.cache_salt,
             )
 
     def usage(self) -> Usage:

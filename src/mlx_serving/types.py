@@ -19,6 +19,7 @@ import msgspec
 
 from mlx_serving.errors import InvalidRequest
 
+PrefixReuse = Literal["blocks", "snapshots", "none"]
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
 
 MAX_LOGPROBS = 20
@@ -279,6 +280,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     kernels: str = "mlx"
     """Which arithmetic runs: `mlx`, or the native kernels' mode."""
     batch_invariant: bool = True
+    prefix_reuse: PrefixReuse = "none"
+    """How prompts share a beginning: at block boundaries, or where recurrent state was kept."""
+    prefix_reuse_why: str = ""
 
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,12 +1,13 @@
 """A runner whose next token is a pure function of its row's real prefix.
 
-It keeps what a device would keep (each row's KV and the token it sampled last), obeys plans to
-the letter and asserts everything that the real runner takes for granted.
+It keeps what a device would keep (each row's KV, the token it sampled last, and prefix blocks), obeys
+plans to the letter and asserts everything that the real runner takes for granted.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from mlx_serving.runtime.core.plan import (
     DecodeRow,
     Limits,
     PrefillChunk,
+    Publish,
     RowStart,
     Sampled,
     StepPlan,
@@ -44,6 +46,8 @@ class _Row:
     start: RowStart
     kv: list[int] = field(default_factory=list)
     last_sampled: int | None = None
+    whole_chunk: bool = False
+    """What it computed last was one whole prefill chunk."""
 
 
 @dataclass(slots=True)
@@ -55,15 +59,25 @@ class _Done:
 
 
 class FakeRunner:
-    """`rng` only shuffles the order of a result's rows, which means nothing."""
+    """`rng` only shuffles the order of a result's rows, which means nothing. `salts`: by seq_id, where
+    it is not None."""
 
-    def __init__(self, limits: Limits, rng: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        rng: random.Random | None = None,
+        salts: Mapping[int, str | None] | None = None,
+    ) -> None:
         self.limits = limits
         self.rows: dict[int, _Row] = {}
+        self.blocks: dict[int, tuple[str | None, tuple[int, ...]]] = {}
+        """Salt and whole prefix: KV depends on every token before it."""
         self._rng = rng or random.Random(0)
+        self._salts = salts or {}
 
     def reset(self) -> None:
         self.rows.clear()
+        self.blocks.clear()
 
     def launch(self, plan: StepPlan) -> _Done:
         self._arrange(plan)
@@ -79,6 +93,8 @@ class FakeRunner:
             assert decode.row not in busy, "a row works twice in one step"
             busy.add(decode.row)
             self._decode(decode, result)
+        for publish in plan.publish:
+            self._publish(publish)
         longest = max((len(row.kv) for row in self.rows.values()), default=0)
         held = rectangle(len(self.rows), longest, self.limits.kv_bucket_tokens)
         assert held <= self.limits.kv_capacity_tokens, "KV memory overdrawn"
@@ -93,18 +109,42 @@ class FakeRunner:
             self.rows[to] = self.rows.pop(source)
         for start in plan.starts:
             assert start.row not in self.rows, "a start over a row in use"
-            self.rows[start.row] = _Row(start)
+            self.rows[start.row] = self._begin(start)
         assert sorted(self.rows) == list(range(len(self.rows))), "rows are not dense"
         assert len(self.rows) <= self.limits.max_num_seqs
+
+    def _begin(self, start: RowStart) -> _Row:
+        size, salt = self.limits.prefix_block_tokens, self._salts.get(start.seq_id)
+        assert start.reused == len(start.blocks) * size < len(start.token_ids)
+        for i, block in enumerate(start.blocks):
+            prefix = start.token_ids[: (i + 1) * size]
+            assert self.blocks[block] == (salt, prefix), f"block {block} holds something else"
+        return _Row(start, list(start.token_ids[: start.reused]))
+
+    def _publish(self, publish: Publish) -> None:
+        row, size = self.rows[publish.row], self.limits.prefix_block_tokens
+        assert row.start.seq_id == publish.seq_id and publish.blocks
+        end = publish.start + len(publish.blocks) * size
+        assert publish.start % size == 0 and end <= len(row.kv), "published before it is computed"
+        if self.limits.prefix_whole_chunks:
+            assert row.whole_chunk and end == len(row.kv) == publish.start + size
+        for i, block in enumerate(publish.blocks):
+            assert block < self.limits.prefix_blocks
+            prefix = tuple(row.kv[: publish.start + (i + 1) * size])
+            self.blocks[block] = self._salts.get(publish.seq_id), prefix
 
     def _prefill(self, chunk: PrefillChunk, result: StepResult) -> None:
         row, step_size = self.rows[chunk.row], self.limits.prefill_step_size
         known = row.start.token_ids
         end = chunk.start + len(chunk.token_ids)
         assert row.start.seq_id == chunk.seq_id and row.last_sampled is None
-        assert chunk.start == len(row.kv) and chunk.start % step_size == 0
+        assert chunk.start == len(row.kv)
+        assert chunk.start % step_size == 0 or chunk.start == row.start.reused, "cut elsewhere"
         assert len(chunk.token_ids) > 0 and chunk.token_ids == known[chunk.start : end]
-        assert end == len(known) or end - chunk.start == step_size, "cut elsewhere"
+        assert end == len(known) or end % step_size == 0, "cut elsewhere"
+        if self.limits.prefix_whole_chunks:
+            assert chunk.start % step_size == 0, "a reused prefix has shifted the cuts"
+        row.whole_chunk = len(chunk.token_ids) == step_size
         assert chunk.samples == (end == len(known))
         row.kv += chunk.token_ids
         if chunk.samples:
@@ -121,6 +161,7 @@ class FakeRunner:
             assert decode.token_id is not None
         assert decode.token_id in (None, on_device), "the host has another token than the device"
         row.kv.append(on_device)
+        row.whole_chunk = False
         self._sample(row, result)
 
     def _sample(self, row: _Row, result: StepResult) -> None:

@@ -7,6 +7,7 @@ token is compared, as it arrives, with what the request generates alone.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import random
 from collections import deque
@@ -36,6 +37,7 @@ class Request:
     cancels_s: float | None
     pauses_s: list[tuple[float, float]]
     """When its reader stalls, and when it goes on."""
+    salt: str | None = None
 
     submitted: bool = False
     rejected: bool = False
@@ -105,13 +107,38 @@ def scenario(seed: int) -> Scenario:
     )
     horizon_s = rng.choice([1.0, 30.0, 100.0])
     count = rng.choice([rng.randint(1, 4), rng.randint(10, 30)])
-    return Scenario(
+    plain = Scenario(
         limits,
         depth=rng.randint(1, 3),
         requests=[_request(rng, i, context, horizon_s) for i in range(count)],
         deaths_s=[rng.uniform(0, 2 * horizon_s) for _ in range(rng.choice([0, 0, 1, 2]))],
         failures_s=[rng.uniform(0, 2 * horizon_s) for _ in range(rng.choice([0, 0, 1]))],
     )
+    return _sharing(plain, random.Random(~seed))
+
+
+def _sharing(plain: Scenario, rng: random.Random) -> Scenario:
+    """The same with prefix blocks, few or many, and prompts that begin alike and branch anywhere."""
+    limits = plain.limits
+    whole_chunks = limits.prefill_step_size <= 8 and rng.random() < 0.6
+    size = limits.prefill_step_size if whole_chunks else rng.choice([1, 2, 4, 5, 16])
+    limits = dataclasses.replace(
+        limits,
+        prefix_blocks=rng.choice([0, 1, 4, 10, 40, 40, 1000, 1000]),
+        prefix_block_tokens=size,
+        prefix_whole_chunks=whole_chunks,
+    )
+    trunks = [
+        [rng.randrange(VOCAB) for _ in range(limits.context_length)]
+        for _ in range(rng.choice([1, 2]))
+    ]
+    alike = rng.choice([0.5, 1.0])
+    for request in plain.requests:
+        if rng.random() < alike:
+            shared = rng.choice([len(request.prompt), rng.randint(0, len(request.prompt))])
+            request.prompt[:shared] = rng.choice(trunks)[:shared]
+        request.salt = rng.choice([None, None, None, None, "a"])
+    return dataclasses.replace(plain, limits=limits)
 
 
 def _request(rng: random.Random, seq_id: int, context: int, horizon_s: float) -> Request:
@@ -159,6 +186,13 @@ class Report:
     deaths: int = 0
     cancelled: int = 0
     rejected: int = 0
+    reused: int = 0
+    """Tokens copied from prefix blocks."""
+    published: int = 0
+    dropped: int = 0
+    """Prefix blocks evicted."""
+    awaited: int = 0
+    """Steps in which a sequence waited for a prefix that another computed."""
     work: int = 0
     """Steps the requests would take one after another, alone and undisturbed."""
     disturbances: int = 0
@@ -175,7 +209,10 @@ class Simulation:
         self._rng = random.Random(seed ^ 0x5EED)
         self._now_s = 0.0
         self._scheduler = Scheduler(self.limits)
-        self._runner = FakeRunner(self.limits, self._rng)
+        self._salts = {r.seq_id: r.salt for r in self.scenario.requests}
+        self._runner = FakeRunner(self.limits, self._rng, self._salts)
+        self._cached: dict[int, int] = {}
+        """Prompt tokens copied at first: what its first tokens have to tell."""
         self._pending: deque[PendingStep] = deque()
         self._last_admission = -(10**9)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -240,6 +277,7 @@ class Simulation:
         worked = {work.seq_id for work in (*plan.prefill, *plan.decode)}
         assert not any(scheduler.sequences[i].paused for i in worked), "a paused row works"
         assert worked.issuperset(s.seq_id for s in plan.starts), "a row is taken to stay idle"
+        self._observe_sharing(plan)
         if plan.starts:
             self._last_admission = report.steps
             admitted = [_order(scheduler.sequences[start.seq_id]) for start in plan.starts]
@@ -247,6 +285,15 @@ class Simulation:
             head = scheduler.queue.peek()
             assert head is None or admitted[-1] < _order(head), "somebody was overtaken"
         report.steps += 1
+
+    def _observe_sharing(self, plan: StepPlan) -> None:
+        report, scheduler = self.report, self._scheduler
+        for start in plan.starts:
+            report.reused += start.reused
+            self._cached.setdefault(start.seq_id, min(start.reused, start.prompt_len))
+        report.published += sum(len(publish.blocks) for publish in plan.publish)
+        head = scheduler.queue.peek()
+        report.awaited += head is not None and scheduler.sharing.find(head) is None
 
     def _deliver(self) -> None:
         result = self._pending.popleft().wait()
@@ -262,6 +309,8 @@ class Simulation:
         )
         assert request.live, f"{got.seq_id} has ended or was cancelled, and is sent more"
         assert got.token_ids
+        assert got.cached_tokens == self._cached[got.seq_id], f"{got.seq_id} was not told"
+        self._cached[got.seq_id] = 0
         assert (got.logprobs is None) == (request.sampling.logprobs is None)
         request.tokens += got.token_ids
         request.logprobs += got.logprobs or []
@@ -311,6 +360,7 @@ class Simulation:
                 prompt_len=len(request.prompt),
                 sampling=request.sampling,
                 priority=request.priority,
+                salt=request.salt,
             )
         )
 
@@ -333,15 +383,20 @@ class Simulation:
         self._log(f"{self._now_s:8.1f} worker dies")
         self.report.deaths += 1
         self.report.disturbances += 1
-        self._pending.clear()
-        self._scheduler = Scheduler(self.limits)
-        self._runner = FakeRunner(self.limits, self._rng)
-        self._last_admission = -(10**9)
+        self._begin_anew()
         for request in sorted(self._requests.values(), key=lambda r: r.arrives_s):
             if request.live:
                 self._add(request)
                 if request.paused:
                     self._scheduler.pause(request.seq_id)
+
+    def _begin_anew(self) -> None:
+        self._pending.clear()
+        self._cached.clear()
+        self.report.dropped += self._scheduler.sharing.index.evictions
+        self._scheduler = Scheduler(self.limits)
+        self._runner = FakeRunner(self.limits, self._rng, self._salts)
+        self._last_admission = -(10**9)
 
     def _fail(self) -> None:
         self._log(f"{self._now_s:8.1f} step fails")
@@ -354,6 +409,8 @@ class Simulation:
 
     def _check_end(self) -> None:
         assert not self._scheduler.sequences, "somebody was left behind"
+        assert not any(b.holders for b in self._scheduler.sharing.index.blocks.values())
+        self.report.dropped += self._scheduler.sharing.index.evictions
         assert not self._scheduler.rows.slots and not self._runner.rows, "a row leaked"
         for request in self._requests.values():
             if request.rejected or request.cancelled:
@@ -379,7 +436,10 @@ def _brief(plan: StepPlan) -> str:
     if plan.moves:
         parts.append("move " + " ".join(f"{a}>{b}" for a, b in plan.moves))
     if plan.starts:
-        parts.append("start " + " ".join(f"{s.seq_id}@{s.row}" for s in plan.starts))
+        copied = {s.seq_id: f"+{s.reused}" if s.reused else "" for s in plan.starts}
+        parts.append(
+            "start " + " ".join(f"{s.seq_id}@{s.row}{copied[s.seq_id]}" for s in plan.starts)
+        )
     if plan.prefill:
         parts.append(
             "prefill "
@@ -387,4 +447,8 @@ def _brief(plan: StepPlan) -> str:
         )
     if plan.decode:
         parts.append("decode " + " ".join(f"{d.seq_id}[{d.position}]" for d in plan.decode))
+    if plan.publish:
+        parts.append(
+            "publish " + " ".join(f"{p.seq_id}[{p.start}:]>{list(p.blocks)}" for p in plan.publish)
+        )
     return " ".join(parts)

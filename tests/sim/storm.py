@@ -10,10 +10,9 @@ import random
 from collections.abc import Callable, Iterable
 
 from mlx_serving.runtime.core.plan import StepPlan
-from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
+from mlx_serving.runtime.core.scheduler import Emitted
 from mlx_serving.runtime.core.sequence import Sequence
 from mlx_serving.worker import blame
-from sim.fake_runner import FakeRunner
 from sim.simulation import Request, Simulation
 
 LIMIT = 3
@@ -96,10 +95,7 @@ class Storm(Simulation):
     def _die(self) -> None:
         self.report.deaths += 1
         self.report.disturbances += 1
-        self._pending.clear()
-        self._scheduler = Scheduler(self.limits)
-        self._runner = FakeRunner(self.limits, self._rng)
-        self._last_admission = -(10**9)
+        self._begin_anew()
         verdict = blame.judge(self._living(), self._limit)
         self._log(
             f"{self._now_s:8.1f} worker dies; suspects {[r.seq_id for r in verdict.suspects]}"

@@ -30,7 +30,8 @@ def run(seed: int) -> Report:
 
 def test_a_few_seeds_and_everything_is_injected() -> None:
     reports = [run(seed) for seed in FAST]
-    for what in ("preemptions", "evictions", "discarded", "deaths", "cancelled", "rejected"):
+    injected = ("preemptions", "evictions", "discarded", "deaths", "cancelled", "rejected")
+    for what in (*injected, "reused", "published", "dropped", "awaited"):
         assert sum(getattr(report, what) for report in reports) > 0, f"no seed shows {what}"
     assert {report.deepest for report in reports} >= {1, 2, 3}
 

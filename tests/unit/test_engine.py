@@ -67,6 +67,22 @@ async def test_length_is_clamped_to_the_context(scripted):
     assert overflow.value.param == "prompt"
 
 
+async def test_a_prompt_is_computed_once_for_each_salt(scripted):
+    folder = str(scripted(mode="hash"))
+    async with Engine(folder) as engine:
+        cached, texts = [], set()
+        for salt in (None, None, "a", "a", None):
+            done = await engine.complete("x" * 40, max_tokens=4, temperature=0, cache_salt=salt)
+            cached.append(done.usage.cached_tokens)
+            texts.add(done.text)
+    assert cached == [0, 32, 0, 32, 32]
+    assert len(texts) == 1
+    async with Engine(folder, prefix_cache_bytes=0) as engine:
+        for _ in range(2):
+            done = await engine.complete("x" * 40, max_tokens=4, temperature=0)
+            assert done.usage.cached_tokens == 0
+
+
 async def test_choices_differ_by_their_key_and_repeat_by_seed(scripted):
     async with Engine(str(scripted(mode="hash"))) as engine:
         kwargs = {"n": 4, "max_tokens": 12, "temperature": 1.0}

@@ -87,6 +87,7 @@ class Model:
                 sampling=request.sampling,
                 priority=request.priority,
                 constraint=self._compile(request.grammar),
+                salt=request.cache_salt,
             )
         )
         self.sequences.add(request.seq_id)
@@ -149,7 +150,12 @@ class Model:
             elif e.seq_id in self.sequences:
                 rows.append(
                     wire.TokenRow(
-                        e.seq_id, e.token_ids, e.logprobs, e.finish_reason, e.stop_token_id
+                        e.seq_id,
+                        e.token_ids,
+                        e.logprobs,
+                        e.finish_reason,
+                        e.stop_token_id,
+                        cached_tokens=e.cached_tokens,
                     )
                 )
                 if e.finish_reason is not None:

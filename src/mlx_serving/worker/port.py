@@ -172,6 +172,7 @@ class WorkerClient(Protocol):
         prompt_len: int | None = None,
         priority: Priority = Priority.NORMAL,
         grammar: Grammar | None = None,
+        cache_salt: str | None = None,
     ) -> SequenceStream:
         """Start a sequence. Tokens past `prompt_len` are output that an earlier stream delivered.
 

@@ -218,6 +218,7 @@ class Supervisor:
         prompt_len: int | None = None,
         priority: Priority = Priority.NORMAL,
         grammar: Grammar | None = None,
+        cache_salt: str | None = None,
     ) -> SequenceStream:
         request = wire.Submit(
             seq_id=next(self._seq_ids),
@@ -227,6 +228,7 @@ class Supervisor:
             sampling=sampling,
             priority=priority,
             grammar=grammar,
+            cache_salt=cache_salt,
         )
         stream = SequenceStream(request)
         connection = self._usable()

@@ -48,6 +48,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """Always decode with `max_num_seqs` rows, so that logits are bit-equal whatever the batch."""
     tokenizer_path: str | None = None
     """Folder of tokenizer.json, where it is not the model's."""
+    prefix_cache_bytes: int | None = None
+    """Memory for prefix blocks; 0: none are kept; None: a share of what KV may take."""
 
 
 class LoadModel(msgspec.Struct, frozen=True, tag="load"):
@@ -74,6 +76,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True):
     sampling: SamplingParams
     priority: Priority = Priority.NORMAL
     grammar: Grammar | None = None
+    cache_salt: str | None = None
+    """Cached prefixes are shared only between sequences of equal salts."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

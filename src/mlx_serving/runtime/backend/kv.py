@@ -30,7 +30,9 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+from mlx_serving.runtime.backend.blocks import BlockPool, place
 from mlx_serving.runtime.backend.views import BatchView, Mask, Rows, RowView, View
+from mlx_serving.types import PrefixReuse
 
 
 class UnsupportedCache(TypeError):
@@ -99,6 +101,28 @@ class KVLayer:
 
     def restore(self, _row: int, state: list[mx.array | None]) -> None:
         assert not state
+
+    def to_blocks(self, row: int, start: int, count: int, size: int) -> list[mx.array | None]:
+        return [
+            slab[row, :, start : start + count * size]
+            .reshape(slab.shape[1], count, size, slab.shape[3])
+            .transpose(1, 0, 2, 3)
+            for slab in self.arrays
+        ]
+
+    def from_blocks(self, row: int, parts: Sequence[mx.array | None]) -> None:
+        if parts:
+            keys, values = parts
+            self.keys = self._begun(self.keys, row, keys)
+            self.values = self._begun(self.values, row, values)
+
+    def _begun(self, slab: mx.array | None, row: int, blocks: mx.array | None) -> mx.array:
+        assert blocks is not None
+        count, heads, size, dim = blocks.shape
+        history = blocks.transpose(1, 0, 2, 3).reshape(1, heads, count * size, dim)
+        slab = self._fitted(slab, heads, dim, blocks.dtype)
+        index = (slice(row, row + 1), slice(None), slice(count * size))
+        return place(slab, index, history)
 
     def native_view(self) -> tuple[mx.array, mx.array]:
         """Rows and offsets of the next forward pass, int32 `[batch]` each."""
@@ -179,8 +203,15 @@ class StateLayer(ArraysCache):
                 slab = self._fitted(i)
                 if slab is None:
                     slab = mx.zeros((self.rows.slots, *value.shape[1:]), value.dtype)
-                slab[row : row + 1] = value
-                self.cache[i] = slab
+                self.cache[i] = place(slab, slice(row, row + 1), value)
+
+    def to_blocks(self, row: int, _start: int, count: int, _size: int) -> list[mx.array | None]:
+        assert count == 1, "state is there after the last position only"
+        slabs = [self._fitted(i) for i in range(len(self.cache))]
+        return [None if s is None else s[row : row + 1] for s in slabs]
+
+    def from_blocks(self, row: int, parts: Sequence[mx.array | None]) -> None:
+        self.restore(row, [None if part is None else part[-1:] for part in parts])
 
     def _fitted(self, index: int) -> mx.array | None:
         slab = self.cache[index]
@@ -226,6 +257,8 @@ class KVStore(Protocol):
 
     batched: bool
     """`batch_view` works; otherwise each row needs a forward pass of its own."""
+    prefix_reuse: PrefixReuse
+    """`none`: `open_pool` and what follows from it never happen."""
 
     def start(self, row: int, length: int, /) -> None: ...
     def free(self, row: int) -> None: ...
@@ -239,6 +272,10 @@ class KVStore(Protocol):
     def arrays(self) -> list[mx.array]: ...
     def bytes_per_token(self) -> int: ...
     def set_budget(self, tokens: int, /) -> None: ...
+    def open_pool(self, blocks: int, size: int, /) -> None: ...
+    def copy_blocks(self, row: int, blocks: Sequence[int], /) -> None: ...
+    def publish(self, row: int, start: int, blocks: Sequence[int], /) -> list[mx.array]: ...
+    def state_bytes(self) -> int: ...
     def reset(self) -> None: ...
 
 
@@ -265,6 +302,9 @@ class RowSlots:
             None if c is None else _adapt(c, self.rows) for c in make_prompt_cache(model)
         ]
         self.layers = _flatten(self.caches)
+        recurrent = any(isinstance(layer, StateLayer) for layer in self.layers)
+        self.prefix_reuse: PrefixReuse = "snapshots" if recurrent else "blocks"
+        self.pool = BlockPool(self.layers, 0, 1)
         self._mask_rank = mask_rank
 
     def start(self, row: int, length: int) -> None:
@@ -344,9 +384,37 @@ class RowSlots:
         """Hold at most this many row tokens, unless the sequences in flight need more."""
         self.rows.budget_tokens = tokens
 
+    def open_pool(self, blocks: int, size: int) -> None:
+        """Keep so many prefix blocks of `size` positions each."""
+        self.pool = BlockPool(self.layers, blocks, size)
+
+    def copy_blocks(self, row: int, blocks: Sequence[int]) -> None:
+        """Begin an empty row with blocks, in order."""
+        assert self.rows.lengths[row] == 0
+        self.pool.copy(row, blocks)
+        self.rows.lengths[row] = len(blocks) * self.pool.size
+
+    def publish(self, row: int, start: int, blocks: Sequence[int]) -> list[mx.array]:
+        """Copy positions of a row into blocks, in order; recurrent state is that after its last one.
+        Returns the pool's arrays, for evaluation."""
+        end = start + len(blocks) * self.pool.size
+        assert end == self.length(row) or (self.prefix_reuse == "blocks" and end < self.length(row))
+        self.pool.publish(row, start, blocks)
+        return self.pool.arrays
+
+    def state_bytes(self) -> int:
+        """Of one row's recurrent state; known once a forward pass was built."""
+        return sum(
+            array.nbytes // array.shape[0]
+            for layer in self.layers
+            if isinstance(layer, StateLayer)
+            for array in layer.arrays
+        )
+
     def reset(self) -> None:
         self.rows.used.clear()
         self.rows.lengths = [0] * self.rows.max_rows
+        self.pool.drop()
         self._release()
 
     def _release(self) -> None:
@@ -368,6 +436,7 @@ class SeparateRows:
     costs a forward pass a row."""
 
     batched = False
+    prefix_reuse: PrefixReuse = "none"
 
     def __init__(self, model: Module, max_rows: int) -> None:
         self._model = model
@@ -433,6 +502,18 @@ class SeparateRows:
 
     def set_budget(self, _tokens: int) -> None:
         """Caches are as large as their sequences already."""
+
+    def open_pool(self, _blocks: int, _size: int) -> None:
+        raise UnsupportedCache("separate rows have no blocks")
+
+    def copy_blocks(self, _row: int, _blocks: Sequence[int]) -> None:
+        raise UnsupportedCache("separate rows have no blocks")
+
+    def publish(self, _row: int, _start: int, _blocks: Sequence[int]) -> list[mx.array]:
+        raise UnsupportedCache("separate rows have no blocks")
+
+    def state_bytes(self) -> int:
+        return 0
 
     def reset(self) -> None:
         self._caches = [None] * len(self._caches)

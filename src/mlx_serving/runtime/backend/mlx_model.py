@@ -20,6 +20,7 @@ from mlx_serving.runtime.backend.kv import KVStore
 from mlx_serving.runtime.backend.loader import read_json
 from mlx_serving.runtime.backend.memory import model_budget_bytes
 from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
+from mlx_serving.runtime.backend.prefix import prefix_plan
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.backend.sampler import Sampler
 from mlx_serving.runtime.backend.views import round_up
@@ -74,23 +75,34 @@ def load(
     grammars = Grammars(tokenizer_file(path, options), vocab_size, eos)
     grammars.warm()
     on_phase("compiling", model_id)
-    kv_bytes = _warm_up(runner, store, vocab_size, options.max_num_seqs)
+    kv_bytes, state_bytes = _warm_up(runner, store, vocab_size, options.max_num_seqs)
+    step_size = options.prefill_step_size or _prefill_step(gpu, kernels)
+    room = model_budget_bytes(mx.device_info(), gpu) - weight_bytes
+    prefix = prefix_plan(
+        store.prefix_reuse, step_size, invariant, kv_bytes, state_bytes, room, options
+    )
+    if prefix.blocks:
+        store.open_pool(prefix.blocks, prefix.block_tokens)
     context = context_length(config, path)
     if options.context_length is not None:
         context = min(context, options.context_length)
     rows = options.max_num_seqs
-    capacity = _kv_capacity(weight_bytes, kv_bytes, rows * round_up(context, KV_BUCKET), gpu)
+    most = rows * round_up(context, KV_BUCKET)
+    capacity = _kv_capacity(weight_bytes, room - prefix.total_bytes, kv_bytes, most)
     store.set_budget(capacity)
     if options.exact_batch:
         # The slabs then always have every row.
         context = min(context, max(KV_BUCKET, capacity // rows // KV_BUCKET * KV_BUCKET))
     limits = Limits(
         max_num_seqs=rows,
-        prefill_step_size=options.prefill_step_size or _prefill_step(gpu, kernels),
+        prefill_step_size=step_size,
         context_length=context,
         kv_capacity_tokens=capacity,
         kv_bucket_tokens=KV_BUCKET,
         eos_token_ids=eos,
+        prefix_blocks=prefix.blocks,
+        prefix_block_tokens=prefix.block_tokens,
+        prefix_whole_chunks=prefix.whole_chunks,
     )
     info = ModelInfo(
         model_id=model_id,
@@ -106,6 +118,8 @@ def load(
         load_s=time.monotonic() - began,
         kernels=kernels,
         batch_invariant=invariant or options.exact_batch or not store.batched,
+        prefix_reuse=prefix.reuse,
+        prefix_reuse_why=prefix.why,
     )
     return LoadedModel(info, runner, limits, grammars)
 
@@ -185,9 +199,9 @@ def _prefill_step(gpu: bool, kernels: str) -> int:
     return PREFILL_STEP_CPU if kernels == "mlx" else PREFILL_STEP_NATIVE
 
 
-def _warm_up(runner: MLXRunner, store: KVStore, vocab_size: int, rows: int) -> int:
+def _warm_up(runner: MLXRunner, store: KVStore, vocab_size: int, rows: int) -> tuple[int, int]:
     """Run one prompt, a decode step alone and, with room, one of two rows: the shapes that the
-    backend compiles or measures. Returns the KV bytes of one token."""
+    backend compiles or measures. Returns the bytes of one token's KV and of one row's state."""
     count = min(rows, 2)
     prompt = tuple(i % vocab_size for i in range(_WARM_UP_TOKENS))
     n = len(prompt)
@@ -201,21 +215,20 @@ def _warm_up(runner: MLXRunner, store: KVStore, vocab_size: int, rows: int) -> i
         runner.launch(StepPlan(2, decode=both)).wait()
     except Exception as e:
         raise ModelBroken(f"the model cannot run: {type(e).__name__}: {_first_lines(e)}") from e
-    kv_bytes = store.bytes_per_token()
+    sizes = store.bytes_per_token(), store.state_bytes()
     runner.reset()
     mx.clear_cache()
-    return kv_bytes
+    return sizes
 
 
-def _kv_capacity(weight_bytes: int, kv_bytes: int, most: int, gpu: bool) -> int:
-    """Row tokens that fit beside the weights, at most those that `most` rows can use."""
+def _kv_capacity(weight_bytes: int, room: int, kv_bytes: int, most: int) -> int:
+    """Row tokens that fit into `room` bytes, at most those that `most` row tokens can use."""
     if kv_bytes == 0:
         return most
-    rest = model_budget_bytes(mx.device_info(), gpu) - weight_bytes
-    tokens = rest // kv_bytes // KV_BUCKET * KV_BUCKET
+    tokens = room // kv_bytes // KV_BUCKET * KV_BUCKET
     if tokens < KV_BUCKET:
         raise ModelBroken(
-            f"not enough memory: {weight_bytes / 2**30:.1f} GiB of weights leave {rest / 2**30:.1f} GiB, "
+            f"not enough memory: {weight_bytes / 2**30:.1f} GiB of weights leave {room / 2**30:.1f} GiB, "
             f"less than {KV_BUCKET} tokens of KV need"
         )
     return min(tokens, most)

@@ -161,6 +161,9 @@ class MLXRunner:
         for source, target in plan.moves:
             self._move(source, target)
         for start in plan.starts:
+            # All first: the slabs then grow once.
+            self.store.start(start.row, len(start.token_ids))
+        for start in plan.starts:
             self._start(start)
         forwards: list[_Forward] = []
         for chunk in plan.prefill:
@@ -169,6 +172,8 @@ class MLXRunner:
         if plan.decode:
             forwards += self._decode(plan.decode)
             self._enqueue(forwards)
+        for publish in plan.publish:
+            mx.async_eval(self.store.publish(publish.row, publish.start, publish.blocks))
         slabs = self.store.arrays()
         effect = _probe(slabs[-1]) if slabs and not forwards else self._last
         mx.async_eval(effect)
@@ -237,7 +242,11 @@ class MLXRunner:
         return self._forward(tokens, caches, embeddings)
 
     def _start(self, start: RowStart) -> None:
-        self.store.start(start.row, len(start.token_ids))
+        if start.blocks:
+            self.store.copy_blocks(start.row, start.blocks)
+            assert self.store.length(start.row) == start.reused
+            # Now, so that no copy still reads the pool when blocks are next published.
+            self._enqueue(())
         self.sampler.start(start)
         if start.constraint is not None:
             output = start.token_ids[start.prompt_len :]

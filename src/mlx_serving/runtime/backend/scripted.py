@@ -28,7 +28,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ from mlx_serving.runtime.core.plan import (
     Limits,
     Matcher,
     PrefillChunk,
+    Publish,
     RowStart,
     Sampled,
     StepPlan,
@@ -54,6 +55,8 @@ from mlx_serving.worker.wire import ModelOptions
 _MASK64 = (1 << 64) - 1
 _PREFILL_STEP = 512
 _KV_BUCKET = 256
+PREFIX_BLOCK = 16
+_PREFIX_BLOCKS = 1024
 
 
 class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,6 +94,8 @@ class _Row:
     length: int = 0
     """Tokens computed."""
     last: int | None = None
+    tokens: list[int] = field(default_factory=list)
+    """Those computed."""
 
     @property
     def outputs(self) -> int:
@@ -99,6 +104,7 @@ class _Row:
     def feed(self, token: int) -> None:
         self.hash = _mix(self.hash ^ (token + 1))
         self.length += 1
+        self.tokens.append(token)
 
 
 class ScriptedStep:
@@ -124,6 +130,8 @@ class ScriptedRunner:
         self._script = config.script
         self._die = die
         self._rows: dict[int, _Row] = {}
+        self._blocks: dict[int, list[int]] = {}
+        """Each prefix block's tokens."""
         self._free_at = 0.0
 
     def launch(self, plan: StepPlan) -> ScriptedStep:
@@ -134,11 +142,14 @@ class ScriptedRunner:
         hangs = max(map(self._start, plan.starts), default=False)
         sampled = [s for chunk in plan.prefill if (s := self._prefill(chunk)) is not None]
         sampled += [self._decode(row) for row in plan.decode]
+        for publish in plan.publish:
+            self._publish(publish)
         self._free_at = max(self._free_at, monotonic()) + self._script.step_delay_ms / 1000
         return ScriptedStep(StepResult(plan.step_id, sampled), self._free_at, hangs)
 
     def reset(self) -> None:
         self._rows.clear()
+        self._blocks.clear()
 
     def _start(self, start: RowStart) -> bool:
         """Returns whether the step hangs."""
@@ -150,8 +161,19 @@ class ScriptedRunner:
             raise RuntimeError(f"scripted failure on token {self._script.fail_on}")
         salt = _mix(params.seed ^ _mix(params.choice)) if params.temperature > 0 else 0
         matcher = None if start.constraint is None else start.constraint.matcher(output)
-        self._rows[start.row] = _Row(params, prompt, salt, matcher)
+        row = self._rows[start.row] = _Row(params, prompt, salt, matcher)
+        for block in start.blocks:
+            for token in self._blocks[block]:
+                row.feed(token)
+        assert row.tokens == list(tokens[: start.reused]), "blocks hold another prefix"
         return self._script.hang_on in prompt
+
+    def _publish(self, publish: Publish) -> None:
+        row = self._rows[publish.row]
+        assert publish.start + len(publish.blocks) * PREFIX_BLOCK <= row.length, publish
+        for i, block in enumerate(publish.blocks):
+            start = publish.start + i * PREFIX_BLOCK
+            self._blocks[block] = row.tokens[start : start + PREFIX_BLOCK]
 
     def _prefill(self, chunk: PrefillChunk) -> Sampled | None:
         row = self._rows[chunk.row]
@@ -231,6 +253,7 @@ def load(model_id: str, path: Path, config: dict[str, Any], options: ModelOption
         vocab_size=parsed.vocab_size,
         eos_token_ids=parsed.eos,
         kernels="none",
+        prefix_reuse="none" if options.prefix_cache_bytes == 0 else "blocks",
     )
     row_tokens = -(-context // _KV_BUCKET) * _KV_BUCKET
     limits = Limits(
@@ -240,9 +263,16 @@ def load(model_id: str, path: Path, config: dict[str, Any], options: ModelOption
         kv_capacity_tokens=options.max_num_seqs * row_tokens,
         kv_bucket_tokens=_KV_BUCKET,
         eos_token_ids=parsed.eos,
+        prefix_blocks=_prefix_blocks(options.prefix_cache_bytes),
+        prefix_block_tokens=PREFIX_BLOCK,
     )
     grammars = Grammars(tokenizer_file(path, options), parsed.vocab_size, parsed.eos)
     return LoadedModel(info, ScriptedRunner(parsed), limits, grammars)
+
+
+def _prefix_blocks(cache_bytes: int | None) -> int:
+    """As if a token's KV took 8 bytes."""
+    return _PREFIX_BLOCKS if cache_bytes is None else cache_bytes // (8 * PREFIX_BLOCK)
 
 
 def _mix(x: int) -> int:

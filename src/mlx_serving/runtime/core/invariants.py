@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from mlx_serving.runtime.core.scheduler import Scheduler
 from mlx_serving.runtime.core.sequence import Sequence, Status
 
@@ -10,6 +12,7 @@ def check(scheduler: Scheduler) -> None:
     """Raises AssertionError naming the first relation that does not hold."""
     _check_rows(scheduler)
     _check_queue(scheduler)
+    _check_prefix(scheduler)
     for seq_id, seq in scheduler.sequences.items():
         assert seq.seq_id == seq_id
         _check_quantity(seq, scheduler)
@@ -43,6 +46,27 @@ def _check_queue(scheduler: Scheduler) -> None:
     assert scheduler.paused == sum(seq.paused for seq in scheduler.sequences.values())
 
 
+def _check_prefix(scheduler: Scheduler) -> None:
+    """Every block that was ever given out is known, once; none in use was freed."""
+    sharing, index = scheduler.sharing, scheduler.sharing.index
+    ids = sorted(block.id for block in index.blocks.values())
+    assert ids == list(range(len(index))), "a block was leaked or is used twice"
+    assert len(index) <= index.capacity
+    children = Counter(b.parent.key for b in index.blocks.values() if b.parent is not None)
+    holders = Counter(s.tip.key for s in scheduler.sequences.values() if s.tip is not None)
+    for key, block in index.blocks.items():
+        assert block.key == key and block.children == children.pop(key, 0)
+        assert block.holders == holders.pop(key, 0)
+        assert block.offered or not block.evictable, "a block can never be evicted"
+    assert not children and not holders, "a block in use was freed"
+    for key, seq in sharing.promised.items():
+        assert seq.promises and key in seq.keys[seq.shared :]
+        assert seq.status is Status.RUNNING and seq.wanted - seq.computed > 1
+    for seq in scheduler.sequences.values():
+        assert (seq.tip is None) == (seq.shared == 0), f"sequence {seq.seq_id}"
+        assert seq.tip is None or seq.keys[seq.shared - 1] == seq.tip.key
+
+
 def _check_quantity(seq: Sequence, scheduler: Scheduler) -> None:
     name = f"sequence {seq.seq_id}"
     behind = seq.wanted - seq.computed
@@ -55,4 +79,5 @@ def _check_quantity(seq: Sequence, scheduler: Scheduler) -> None:
         assert seq.computed == 0 and seq.status is not Status.RUNNING, name
     elif behind > 1:
         assert seq.inflight == 0, f"{name} samples before its prefill is complete"
-        assert seq.computed % scheduler.limits.prefill_step_size == 0, f"{name} cut elsewhere"
+        cut = seq.computed % scheduler.limits.prefill_step_size == 0
+        assert cut or seq.computed == seq.reused, f"{name} cut elsewhere"

@@ -1,6 +1,7 @@
 """The step as data: what the scheduler wants (`StepPlan`) and what came of it (`StepResult`).
 
-The runner obeys a plan in this order: frees, moves, starts, prefill chunks, the decode forward.
+The runner obeys a plan in this order: frees, moves, starts, prefill chunks, the decode forward,
+publications.
 The device executes plans in the order they were launched, so a plan may reuse a row that
 an earlier, still running plan computes for a sequence that has meanwhile ended.
 
@@ -45,8 +46,8 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RowStart:
-    """A sequence takes a row whose KV is empty. `token_ids` is all it has so far (penalties count
-    them; those from `prompt_len` on are output)."""
+    """A sequence takes an empty row. `token_ids` is all it has so far (penalties count them; those
+    from `prompt_len` on are output)."""
 
     row: int
     seq_id: int
@@ -54,6 +55,10 @@ class RowStart:
     prompt_len: int
     sampling: SamplingParams
     constraint: Constraint | None = None
+    blocks: tuple[int, ...] = ()
+    """Prefix blocks to copy into the row, in order."""
+    reused: int = 0
+    """Positions that are thereby computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,17 @@ class DecodeRow(msgspec.Struct, frozen=True, gc=False):
 
 
 @dataclass(frozen=True, slots=True)
+class Publish:
+    """Copy a row's positions from `start` on into prefix blocks, in order: block i takes the i-th
+    `prefix_block_tokens` of them and, where layers have recurrent state, the row's state."""
+
+    row: int
+    seq_id: int
+    start: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     step_id: int
     frees: tuple[int, ...] = ()
@@ -89,6 +105,7 @@ class StepPlan:
     prefill: tuple[PrefillChunk, ...] = ()
     decode: tuple[DecodeRow, ...] = ()
     """In order of rows."""
+    publish: tuple[Publish, ...] = ()
 
     @property
     def prefill_tokens(self) -> int:
@@ -126,7 +143,7 @@ class Runner(Protocol):
         ...
 
     def reset(self) -> None:
-        """Forget every row (after a failed step)."""
+        """Forget every row and prefix block (after a failed step)."""
         ...
 
 
@@ -144,3 +161,9 @@ class Limits:
     kv_bucket_tokens: int = 256
     """A row's capacity grows in multiples of this."""
     eos_token_ids: tuple[int, ...] = ()
+    prefix_blocks: int = 0
+    """Prefix blocks that the runner keeps; 0: no prefix is reused."""
+    prefix_block_tokens: int = 16
+    prefix_whole_chunks: bool = False
+    """A block is one whole prefill chunk, and what was computed otherwise is never published. For
+    arithmetic that depends on where chunks are cut, and for state that is only there at their ends."""

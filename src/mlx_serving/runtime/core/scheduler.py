@@ -19,13 +19,16 @@ from mlx_serving.runtime.core.plan import (
     DecodeRow,
     Limits,
     PrefillChunk,
+    Publish,
     RowStart,
     Sampled,
     StepPlan,
     StepResult,
 )
+from mlx_serving.runtime.core.prefix import Block
 from mlx_serving.runtime.core.rows import Rows, rectangle
 from mlx_serving.runtime.core.sequence import Sequence, Status
+from mlx_serving.runtime.core.sharing import Sharing
 from mlx_serving.runtime.core.waiting import WaitingQueue
 from mlx_serving.types import FinishReason, TokenLogprob
 
@@ -43,6 +46,8 @@ class Emitted:
     """The token (end of sequence, or a stop token) that ended it; it is also in `token_ids`."""
     error: MLXServingError | None = None
     """Why, where `finish_reason` is "error"."""
+    cached_tokens: int = 0
+    """Prompt tokens that were copied from prefix blocks, with the first token."""
 
 
 class Scheduler:
@@ -51,7 +56,7 @@ class Scheduler:
     Each step decodes every row that has one position to go and spends at most
     `prefill_step_size` tokens on prefill, in order of class and arrival. A sequence is admitted
     when its first chunk and its KV fit, with headroom; when growth does not fit, rows are
-    preempted and recomputed later.
+    preempted and recomputed later. A known prefix is copied, one that is being computed awaited.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -62,6 +67,7 @@ class Scheduler:
         self.sequences: dict[int, Sequence] = {}
         self.rows = Rows()
         self.queue = WaitingQueue()
+        self.sharing = Sharing(limits)
         self.launched: deque[tuple[int, int]] = deque()
         """Steps in flight, oldest first: (step_id, sequences it samples)."""
         self.paused = 0
@@ -131,6 +137,7 @@ class Scheduler:
             seq.inflight = 0
         for seq in running:
             self._requeue(seq)
+        self.sharing.clear()
 
     # -- the step -------------------------------------------------------------------------
 
@@ -150,9 +157,10 @@ class Scheduler:
             step_id=self._steps,
             frees=frees,
             moves=moves,
-            starts=tuple([_start(seq) for seq in starts]),
+            starts=tuple([_start(seq, found) for seq, found in starts]),
             prefill=tuple([_prefill(seq, length) for seq, length in prefill]),
             decode=tuple([_decode(seq) for seq in decode]),
+            publish=self._publish(prefill, decode),
         )
         samples = len(plan.decode) + sum(chunk.samples for chunk in plan.prefill)
         self.launched.append((self._steps, samples))
@@ -172,6 +180,14 @@ class Scheduler:
                 emitted.append(self._absorb(seq, sampled))
         return emitted
 
+    def _publish(
+        self, prefill: list[tuple[Sequence, int]], decode: list[Sequence]
+    ) -> tuple[Publish, ...]:
+        advance = self.sharing.advance
+        found = [advance(seq, length) for seq, length in prefill]
+        found += [advance(seq) for seq in decode]
+        return tuple([one for one in found if one is not None])
+
     def _absorb(self, seq: Sequence, sampled: Sampled) -> Emitted:
         if sampled.error is not None:
             self._finish(seq)
@@ -180,12 +196,14 @@ class Scheduler:
         reason = seq.absorb(token)
         if reason is not None:
             self._finish(seq)
+        cached, seq.cached = seq.cached, 0
         return Emitted(
             sampled.seq_id,
             sampled.token_ids,
             sampled.logprobs,
             reason,
             token if reason == "stop" else None,
+            cached_tokens=cached,
         )
 
     # -- memory and order -----------------------------------------------------------------
@@ -195,15 +213,19 @@ class Scheduler:
         while not policy.fits(self.rows, self.limits):
             self._preempt(policy.victim(self.rows))
 
-    def _choose_prefill(self, now_s: float) -> tuple[list[tuple[Sequence, int]], list[Sequence]]:
-        """Chunks for this step, and the sequences that start with it; best in order first.
+    def _choose_prefill(
+        self, now_s: float
+    ) -> tuple[list[tuple[Sequence, int]], list[tuple[Sequence, list[Block]]]]:
+        """Chunks for this step, and the sequences that start with it, each with the prefix that it
+        copies; best in order first.
 
         A chunk that no longer fits the budget is passed over, never cut; only the queue stops at
-        its first sequence that does not fit, so that no later one overtakes it for good.
+        its first sequence that does not fit or awaits a prefix, so that no later one overtakes it
+        for good.
         """
         step_size = budget = self.limits.prefill_step_size
         chunks: list[tuple[Sequence, int]] = []
-        starts: list[Sequence] = []
+        starts: list[tuple[Sequence, list[Block]]] = []
         ready = [seq for seq in self.rows if seq.wanted - seq.computed > 1 and not seq.paused]
         ready.sort(key=_order, reverse=True)
         head = self.queue.peek()
@@ -213,18 +235,23 @@ class Scheduler:
                 length = policy.chunk_length(seq.computed, seq.wanted, step_size)
             else:
                 seq = head
-                length = policy.chunk_length(0, seq.wanted, step_size)
-                if length > budget or not self._admit(seq, now_s):
+                found = self.sharing.find(seq)
+                if found is None:
                     head = None
                     continue
-                starts.append(seq)
+                copied = len(found) * self.sharing.block_tokens
+                length = policy.chunk_length(copied, seq.wanted, step_size)
+                if length > budget or not self._admit(seq, found, now_s):
+                    head = None
+                    continue
+                starts.append((seq, found))
                 head = self.queue.peek()
             if length <= budget and seq.wanted - seq.computed > 1:
                 chunks.append((seq, length))
                 budget -= length
         return chunks, starts
 
-    def _admit(self, seq: Sequence, now_s: float) -> bool:
+    def _admit(self, seq: Sequence, found: list[Block], now_s: float) -> bool:
         """Give the queue's first sequence a row, if memory will hold for a bucket's worth of steps;
         paused sequences make way. Tokens still in flight must arrive first."""
         limits = self.limits
@@ -239,9 +266,11 @@ class Scheduler:
             self._preempt(policy.victim(self.rows))
         self.queue.pop()
         self.rows.join(seq)
+        self.sharing.begin(seq, found)
         seq.status = Status.RUNNING
         if seq.admitted_s is None:
             seq.admitted_s = now_s
+            seq.cached = min(seq.reused, seq.prompt_len)
         return True
 
     def _paused_rows(self) -> int:
@@ -252,12 +281,14 @@ class Scheduler:
         self._requeue(seq)
 
     def _requeue(self, seq: Sequence) -> None:
+        self.sharing.end(seq)
         seq.forget()
         self.queue.push(seq)
 
     def _finish(self, seq: Sequence) -> None:
         if seq.row is not None:
             self.rows.release(seq)
+            self.sharing.end(seq)
         seq.status = Status.FINISHED
         self.paused -= seq.paused
         del self.sequences[seq.seq_id]
@@ -302,9 +333,16 @@ def _order(seq: Sequence) -> tuple[int, int]:
     return seq.order
 
 
-def _start(seq: Sequence) -> RowStart:
+def _start(seq: Sequence, found: list[Block]) -> RowStart:
     return RowStart(
-        _row(seq), seq.seq_id, tuple(seq.tokens), seq.prompt_len, seq.sampling, seq.constraint
+        _row(seq),
+        seq.seq_id,
+        tuple(seq.tokens),
+        seq.prompt_len,
+        seq.sampling,
+        seq.constraint,
+        blocks=tuple([block.id for block in found]),
+        reused=seq.reused,
     )
 
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mlx_serving.runtime.core.plan import Constraint
+from mlx_serving.runtime.core.prefix import Block
 from mlx_serving.types import FinishReason, Priority, SamplingParams
 
 
@@ -35,6 +36,8 @@ class Sequence:
     sampling: SamplingParams
     priority: Priority = Priority.NORMAL
     constraint: Constraint | None = None
+    salt: str | None = None
+    """It shares prefixes only with sequences of the same salt."""
 
     # Set by Scheduler.add.
     arrival: int = -1
@@ -54,6 +57,20 @@ class Sequence:
     """It has an entry in the waiting queue."""
     admitted_s: float | None = None
     """When it first got a row, by the clock that `Scheduler.schedule` is given."""
+
+    # Kept by Sharing.
+    keys: list[bytes] = field(default_factory=list)
+    """Of its full blocks, as far as they were needed."""
+    tip: Block | None = None
+    """The last block of its prefix that is published, which it holds."""
+    shared: int = 0
+    """Blocks up to the tip."""
+    reused: int = 0
+    """Positions that were copied into its row."""
+    promises: bool = False
+    """Others may be waiting for what its prefill computes."""
+    cached: int = 0
+    """Prompt tokens that were copied when it first got a row; 0 once that was told."""
 
     @property
     def wanted(self) -> int:

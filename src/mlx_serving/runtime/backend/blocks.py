@@ -1,0 +1,92 @@
+"""Prefix blocks on the device: what rows' layers hold of a few positions, kept for other rows.
+
+A pool is `[blocks, kv_heads, block_tokens, dim]` for each slab of an attention layer, `[blocks, …]` for
+each array of a recurrent one: the state after the block's last position. Pools grow with the
+highest block in use. A row copies blocks at its start and publishes what it has computed; between,
+attention reads contiguous rows.
+
+As with slabs, no reference to a pool may outlive the call that took it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import mlx.core as mx
+
+Index = slice | mx.array | tuple[slice, ...]
+
+FIRST_BLOCKS = 64
+"""Pools begin with room for as many."""
+
+
+class BlockLayer(Protocol):
+    """A layer whose rows can be cut into blocks."""
+
+    def to_blocks(self, row: int, start: int, count: int, size: int) -> list[mx.array | None]:
+        """Of `count` blocks of `size` positions from `start` on: `[count, …]` each."""
+        ...
+
+    def from_blocks(self, row: int, parts: Sequence[mx.array | None]) -> None:
+        """Begin the row with what `to_blocks` gave."""
+        ...
+
+
+class BlockPool:
+    """At most `capacity` blocks of `size` positions of every layer."""
+
+    def __init__(self, layers: Sequence[BlockLayer], capacity: int, size: int) -> None:
+        self.capacity = capacity
+        self.size = size
+        self._layers = layers
+        self._pools: list[list[mx.array | None]] = [[] for _ in layers]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [pool for pools in self._pools for pool in pools if pool is not None]
+
+    def publish(self, row: int, start: int, blocks: Sequence[int]) -> None:
+        """Copy a row's positions from `start` on into blocks, in order."""
+        index = _index(blocks)
+        for layer, pools in zip(self._layers, self._pools, strict=True):
+            parts = layer.to_blocks(row, start, len(blocks), self.size)
+            if not pools:
+                pools += [None] * len(parts)
+            for i, part in enumerate(parts):
+                if part is not None:
+                    pools[i] = place(self._fitted(pools[i], part, max(blocks)), index, part)
+
+    def copy(self, row: int, blocks: Sequence[int]) -> None:
+        """Begin a row with blocks, in order."""
+        index = _index(blocks)
+        for layer, pools in zip(self._layers, self._pools, strict=True):
+            layer.from_blocks(row, [None if p is None else p[index] for p in pools])
+
+    def drop(self) -> None:
+        self._pools = [[] for _ in self._layers]
+
+    def _fitted(self, pool: mx.array | None, part: mx.array, highest: int) -> mx.array:
+        held = 0 if pool is None else pool.shape[0]
+        if pool is not None and highest < held:
+            return pool
+        room = min(self.capacity, max(FIRST_BLOCKS, 2 * held, highest + 1))
+        grown = mx.zeros((room, *part.shape[1:]), part.dtype)
+        if pool is not None:
+            grown[:held] = pool
+        return grown
+
+
+def place(target: mx.array, index: Index, value: mx.array) -> mx.array:
+    """`target[index] = value`, in memory of its own. Written whole, an array would become the value
+    itself, here a view of a slab or of a pool: kernels that write in place would then write both."""
+    target[index] = value + 0 if value.shape == target.shape else value
+    return target
+
+
+def _index(blocks: Sequence[int]) -> slice | mx.array:
+    """Neighbouring blocks are copied as one."""
+    first, last = blocks[0], blocks[-1]
+    if list(blocks) == list(range(first, last + 1)):
+        return slice(first, last + 1)
+    return mx.array(list(blocks), dtype=mx.int32)

@@ -1,0 +1,120 @@
+"""What sequences do with the prefix index: copy what is known, publish what they compute.
+
+Nothing here waits for the device. It executes plans in the order of launching, so a block may be
+copied from as soon as the plan that publishes it is launched, and may be given to another prefix
+while an earlier plan still copies from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+from mlx_serving.runtime.core.plan import Limits, Publish
+from mlx_serving.runtime.core.prefix import Block, PrefixIndex, extend_keys
+from mlx_serving.runtime.core.sequence import Sequence
+
+
+class Sharing:
+    """A running sequence holds the last block of its own prefix (`tip`), and promises the blocks that
+    its prefill will publish: who needs the next of those waits for it instead of computing it too."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.index = PrefixIndex(limits.prefix_blocks, limits.prefix_block_tokens)
+        self.promised: dict[bytes, Sequence] = {}
+        self._enabled = limits.prefix_blocks > 0
+        self._whole_chunks = limits.prefix_whole_chunks
+        assert not self._whole_chunks or self.block_tokens == limits.prefill_step_size
+
+    @property
+    def block_tokens(self) -> int:
+        return self.index.block_tokens
+
+    def find(self, seq: Sequence) -> list[Block] | None:
+        """The blocks to begin with; at least one token is left to compute. None: wait, for a sequence
+        before it in order is computing the block that comes next."""
+        if not self._enabled:
+            return []
+        extend_keys(seq.keys, seq.salt, seq.tokens, self.block_tokens)
+        most = (len(seq.tokens) - 1) // self.block_tokens
+        found = self.index.find(seq.keys, most)
+        if len(found) < most:
+            owner = self.promised.get(seq.keys[len(found)])
+            if owner is not None and not owner.paused and owner.order < seq.order:
+                return None
+        return found
+
+    def begin(self, seq: Sequence, found: Items[Block]) -> None:
+        """It takes a row, and `found` is copied into it."""
+        if not self._enabled:
+            return
+        assert seq.tip is None and seq.computed == 0
+        seq.shared = len(found)
+        seq.computed = seq.reused = len(found) * self.block_tokens
+        if found:
+            seq.tip = found[-1]
+            self.index.hold(seq.tip)
+            self.index.use(found)
+        for key in seq.keys[len(found) :]:
+            self.promised.setdefault(key, seq)
+        seq.promises = True
+
+    def advance(self, seq: Sequence, chunk: int = 0) -> Publish | None:
+        """Its computed positions have advanced, by a prefill chunk of so many tokens if any."""
+        size = self.block_tokens
+        published = None
+        done = min(seq.computed, len(seq.tokens)) // size
+        if self._whole_chunks and not (chunk == size and done == seq.shared + 1):
+            # What is there was computed otherwise than a prompt's own chunk would be.
+            done = 0
+        if done > seq.shared:
+            published = self._publish(seq, done)
+        if seq.promises and seq.wanted - seq.computed <= 1:
+            self._withdraw(seq)
+        return published
+
+    def end(self, seq: Sequence) -> None:
+        """It leaves its row; its blocks stay."""
+        self._withdraw(seq)
+        if seq.tip is not None:
+            self.index.release(seq.tip)
+        seq.tip = None
+        seq.shared = seq.reused = 0
+
+    def clear(self) -> None:
+        """The runner has forgotten every block. No sequence has a row any more."""
+        assert not self.promised
+        self.index.clear()
+
+    def _publish(self, seq: Sequence, done: int) -> Publish | None:
+        """Blocks that are known already come first: a child never outlives its parent."""
+        size, index = self.block_tokens, self.index
+        extend_keys(seq.keys, seq.salt, seq.tokens, size)
+        new: list[int] = []
+        for at in range(seq.shared, done):
+            key = seq.keys[at]
+            block = index.blocks.get(key)
+            if block is None:
+                block = index.add(seq.tip, key, at * size)
+                if block is None:
+                    self._withdraw(seq)
+                    break
+                new.append(block.id)
+            else:
+                assert not new
+            index.hold(block)
+            if seq.tip is not None:
+                index.release(seq.tip)
+            seq.tip, seq.shared = block, at + 1
+            if self.promised.get(key) is seq:
+                del self.promised[key]
+        if not new:
+            return None
+        assert seq.row is not None
+        return Publish(seq.row, seq.seq_id, (seq.shared - len(new)) * size, tuple(new))
+
+    def _withdraw(self, seq: Sequence) -> None:
+        if seq.promises:
+            seq.promises = False
+            for key in seq.keys[seq.shared :]:
+                if self.promised.get(key) is seq:
+                    del self.promised[key]
