@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlx_serving.answers import Answer, Chunk, Completion
     from mlx_serving.config import Config
-    from mlx_serving.engine import Answer, Chunk, Completion, Engine, SyncEngine
+    from mlx_serving.engine import Engine
     from mlx_serving.errors import MLXServingError
+    from mlx_serving.sync import SyncEngine
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,7 +26,12 @@ __all__ = [
     "__version__",
 ]
 
-_HOMES = {"Config": "mlx_serving.config", "MLXServingError": "mlx_serving.errors"}
+_HOMES = {
+    "Config": "config",
+    "Engine": "engine",
+    "MLXServingError": "errors",
+    "SyncEngine": "sync",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -32,4 +39,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'mlx_serving' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES.get(name, "mlx_serving.engine")), name)
+    return getattr(importlib.import_module(f"mlx_serving.{_HOMES.get(name, 'answers')}"), name)

@@ -1,4 +1,4 @@
-"""The public engine: opens and closes everything; async, with a synchronous twin.
+"""The public engine: opens and closes everything (`sync.SyncEngine` is its synchronous twin).
 
     async with Engine("smollm2-135m") as engine:
         async for chunk in engine.generate("Once upon a time", max_tokens=32):
@@ -11,24 +11,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
-import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-import msgspec
-
+from mlx_serving.answers import (
+    Chunk,
+    Completion,
+    PromptLike,
+    chunk_of,
+    collect,
+    to_prompt,
+    to_request,
+)
 from mlx_serving.catalog.ensure import Progress, ensure
 from mlx_serving.catalog.lifecycle import Fetching, Loading, ModelSlot
 from mlx_serving.catalog.names import default_name
 from mlx_serving.config import Config, override
-from mlx_serving.content import structured
 from mlx_serving.content.text import TextSide
-from mlx_serving.content.tools.definitions import tool_use
-from mlx_serving.errors import ConfigError, InvalidRequest, UnsupportedParameter
-from mlx_serving.gateway import Gateway, Generation, Served
+from mlx_serving.errors import ConfigError
+from mlx_serving.gateway import Gateway
+from mlx_serving.generation import Generation, Served
 from mlx_serving.telemetry.events import (
     EventBus,
     ModelFailed,
@@ -39,89 +43,10 @@ from mlx_serving.telemetry.events import (
     WorkerStarted,
 )
 from mlx_serving.telemetry.metrics import Metrics
-from mlx_serving.types import (
-    ChatPrompt,
-    FinishReason,
-    GenerateRequest,
-    Message,
-    Priority,
-    Prompt,
-    SamplingParams,
-    TextLogprob,
-    TextPrompt,
-    TokenEvent,
-    TokenPrompt,
-    ToolCallDelta,
-    Usage,
-)
 from mlx_serving.worker import port
 from mlx_serving.worker.wire import ModelOptions, StepStats
 
 log = logging.getLogger(__name__)
-
-PromptLike = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text, token ids, or chat messages."""
-
-_SAMPLING = frozenset(SamplingParams.__struct_fields__) - {"seed", "choice", "max_tokens"}
-_REQUEST = frozenset(
-    {"max_tokens", "seed", "n", "stop", "include_stop_str", "priority", "cache_salt", "grammar"}
-)
-
-
-_TOOL_USE = ("tools", "tool_choice", "parallel_tool_calls")
-_CHAT = frozenset({*_TOOL_USE, "template_kwargs", "reasoning_effort", "response_format"})
-
-
-class Chunk(msgspec.Struct, frozen=True, kw_only=True):
-    """New text of one choice."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    choice: int = 0
-    logprobs: tuple[TextLogprob, ...] | None = None
-    finish_reason: FinishReason | None = None
-    reasoning: str = ""
-    tool_calls: tuple[ToolCallDelta, ...] = ()
-
-
-class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
-    """A call that the model made. `arguments` is JSON text, as the model wrote it."""
-
-    id: str
-    name: str
-    arguments: str
-
-
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """One choice, whole."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    logprobs: tuple[TextLogprob, ...] | None = None
-    reasoning: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()
-
-
-class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that one request gave. `text` is the first choice's."""
-
-    request_id: str
-    answers: tuple[Answer, ...]
-    usage: Usage
-    seed: int
-
-    @property
-    def text(self) -> str:
-        return self.answers[0].text
-
-    @property
-    def reasoning(self) -> str:
-        return self.answers[0].reasoning
-
-    @property
-    def tool_calls(self) -> tuple[ToolCall, ...]:
-        return self.answers[0].tool_calls
 
 
 class Engine:
@@ -212,7 +137,7 @@ class Engine:
         try:
             async for events in generation:
                 for event in events:
-                    yield _chunk(event)
+                    yield chunk_of(event)
         finally:
             generation.cancel()
 
@@ -220,7 +145,7 @@ class Engine:
         self, prompt: PromptLike, *, model: str | None = None, **params: Any
     ) -> Completion:
         """The whole continuation at once."""
-        return await _collect(await self._open(prompt, model, params))
+        return await collect(await self._open(prompt, model, params))
 
     async def chat(
         self,
@@ -244,7 +169,7 @@ class Engine:
 
     async def tokenize(self, prompt: PromptLike, *, model: str | None = None) -> list[int]:
         """The token ids that the model would see."""
-        return (await self._text(model)).encode_prompt(_prompt(prompt, {}))
+        return (await self._text(model)).encode_prompt(to_prompt(prompt, {}))
 
     async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
         return (await self._text(model)).decode(list(token_ids))
@@ -265,7 +190,7 @@ class Engine:
         self, prompt: PromptLike, model: str | None, params: dict[str, Any]
     ) -> Generation:
         return await self.gateway.open(
-            _request(prompt, model or self.gateway.default_model(), params)
+            to_request(prompt, model or self.gateway.default_model(), params)
         )
 
     async def _text(self, model: str | None) -> TextSide:
@@ -389,209 +314,3 @@ class Engine:
         m.waiting.labels(model).set(stats.waiting)
         m.kv_tokens.labels(model).set(stats.kv_tokens)
         m.kv_capacity.labels(model).set(stats.kv_capacity_tokens)
-
-
-T = TypeVar("T")
-
-
-class SyncEngine:
-    """The same engine for scripts and notebooks: plain calls, plain iterators.
-
-        with SyncEngine("smollm2-135m") as engine:
-            print(engine.chat("What is the capital of France?").text)
-
-    It runs an `Engine` on an event loop in a thread of its own.
-    """
-
-    def __init__(self, model: str | Sequence[str] | None = None, **kwargs: Any) -> None:
-        self._args = (model, kwargs)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="mlx-serving", daemon=True
-        )
-        self._engine: Engine | None = None
-
-    def start(self) -> Self:
-        self._thread.start()
-        try:
-            self._engine = self._run(self._make())
-            self._run(self._engine.start())
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def close(self) -> None:
-        if not self._thread.is_alive():
-            return
-        if self._engine is not None:
-            self._run(self._engine.stop())
-            self._engine = None
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    @property
-    def engine(self) -> Engine:
-        """The engine underneath; its coroutines belong to this object's own event loop."""
-        assert self._engine is not None, "start() it, or use it as a context manager"
-        return self._engine
-
-    def generate(self, prompt: PromptLike, **params: Any) -> Iterator[Chunk]:
-        chunks = self.engine.generate(prompt, **params)
-        try:
-            while True:
-                try:
-                    yield self._run(_next(chunks))
-                except StopAsyncIteration:
-                    return
-        finally:
-            self._run(_aclose(chunks))
-
-    def complete(self, prompt: PromptLike, **params: Any) -> Completion:
-        return self._run(self.engine.complete(prompt, **params))
-
-    def chat(self, messages: str | Sequence[Mapping[str, Any]], **params: Any) -> Completion:
-        return self._run(self.engine.chat(messages, **params))
-
-    def batch(self, prompts: Sequence[PromptLike], **params: Any) -> list[Completion]:
-        return self._run(self.engine.batch(prompts, **params))
-
-    def tokenize(self, prompt: PromptLike, **params: Any) -> list[int]:
-        return self._run(self.engine.tokenize(prompt, **params))
-
-    def detokenize(self, token_ids: Sequence[int], **params: Any) -> str:
-        return self._run(self.engine.detokenize(token_ids, **params))
-
-    def on(self, kind: type[Any], hook: Callable[[Any], None]) -> Callable[[], None]:
-        """As `Engine.on`; the hook is called on the engine's thread."""
-        return self.engine.on(kind, hook)
-
-    async def _make(self) -> Engine:
-        model, kwargs = self._args
-        return Engine(model, **kwargs)
-
-    def _run(self, call: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
-
-
-async def _next(chunks: AsyncIterator[Chunk]) -> Chunk:
-    return await anext(chunks)
-
-
-async def _aclose(chunks: AsyncIterator[Chunk]) -> None:
-    close = getattr(chunks, "aclose", None)
-    if close is not None:
-        await close()
-
-
-def _chunk(event: TokenEvent) -> Chunk:
-    return Chunk(
-        text=event.text,
-        token_ids=tuple(event.token_ids),
-        choice=event.choice,
-        logprobs=None if event.logprobs is None else tuple(event.logprobs),
-        finish_reason=event.finish_reason,
-        reasoning=event.reasoning,
-        tool_calls=tuple(event.tool_calls or ()),
-    )
-
-
-async def _collect(generation: Generation) -> Completion:
-    n = generation.request.n
-    texts: list[list[str]] = [[] for _ in range(n)]
-    ids: list[list[int]] = [[] for _ in range(n)]
-    logprobs: list[list[TextLogprob]] = [[] for _ in range(n)]
-    reasons: list[FinishReason] = ["stop"] * n
-    thoughts: list[list[str]] = [[] for _ in range(n)]
-    calls: list[list[ToolCallDelta]] = [[] for _ in range(n)]
-    try:
-        async for events in generation:
-            for event in events:
-                texts[event.choice].append(event.text)
-                ids[event.choice] += event.token_ids
-                logprobs[event.choice] += event.logprobs or ()
-                thoughts[event.choice].append(event.reasoning)
-                calls[event.choice] += event.tool_calls or ()
-                if event.finish_reason is not None:
-                    reasons[event.choice] = event.finish_reason
-    finally:
-        generation.cancel()
-    wanted = generation.request.sampling.logprobs is not None
-    return Completion(
-        request_id=generation.request_id,
-        answers=tuple(
-            Answer(
-                text="".join(texts[i]),
-                token_ids=tuple(ids[i]),
-                finish_reason=reasons[i],
-                logprobs=tuple(logprobs[i]) if wanted else None,
-                reasoning="".join(thoughts[i]),
-                tool_calls=_join_calls(calls[i]),
-            )
-            for i in range(n)
-        ),
-        usage=generation.usage(),
-        seed=generation.seed,
-    )
-
-
-def _join_calls(deltas: Sequence[ToolCallDelta]) -> tuple[ToolCall, ...]:
-    pieces: dict[int, list[ToolCallDelta]] = {}
-    for delta in deltas:
-        pieces.setdefault(delta.index, []).append(delta)
-    return tuple(
-        ToolCall(
-            id=parts[0].id or "",
-            name=parts[0].name or "",
-            arguments="".join(part.arguments for part in parts),
-        )
-        for parts in pieces.values()
-    )
-
-
-def _request(prompt: PromptLike, model: str, params: Mapping[str, Any]) -> GenerateRequest:
-    unknown = set(params) - _SAMPLING - _REQUEST - _CHAT
-    if unknown:
-        name = min(unknown)
-        raise UnsupportedParameter(f"generate() has no parameter '{name}'.", param=name)
-    fields = {k: v for k, v in params.items() if k in _REQUEST}
-    if isinstance(fields.get("stop"), str):
-        fields["stop"] = (fields["stop"],)
-    if params.get("response_format") is not None:
-        if fields.get("grammar") is not None:
-            raise InvalidRequest("Give 'grammar' or 'response_format'.", param="grammar")
-        fields["grammar"] = structured.response_format(params["response_format"])
-    if isinstance(fields.get("grammar"), str):
-        fields["grammar"] = structured.lark(fields["grammar"], param="grammar")
-    if "priority" in fields and isinstance(fields["priority"], str):
-        fields["priority"] = Priority[fields["priority"].upper()]
-    return GenerateRequest(
-        request_id=f"req-{uuid.uuid4().hex}",
-        model=model,
-        prompt=_prompt(prompt, params),
-        sampling=SamplingParams(**{k: v for k, v in params.items() if k in _SAMPLING}),
-        **fields,
-    )
-
-
-def _prompt(prompt: PromptLike, params: Mapping[str, Any]) -> Prompt:
-    is_chat = not isinstance(prompt, str) and not isinstance(next(iter(prompt), None), int)
-    if not is_chat and (chat_only := sorted(_CHAT & params.keys() - {"response_format"})):
-        raise InvalidRequest(f"'{chat_only[0]}' needs chat messages.", param=chat_only[0])
-    if isinstance(prompt, str):
-        return TextPrompt(text=prompt)
-    if prompt and all(isinstance(item, int) for item in prompt):
-        return TokenPrompt(token_ids=tuple(prompt))  # type: ignore[arg-type]
-    return ChatPrompt(
-        messages=tuple(msgspec.convert(item, Message) for item in prompt),
-        template_kwargs=params.get("template_kwargs", {}),
-        reasoning_effort=params.get("reasoning_effort"),
-        **msgspec.structs.asdict(tool_use(*(params.get(name) for name in _TOOL_USE))),
-    )

@@ -10,8 +10,7 @@ import asyncio
 import contextlib
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import msgspec
@@ -19,46 +18,30 @@ import msgspec
 from mlx_serving import clock
 from mlx_serving.catalog.lifecycle import Failed, ModelSlot, Ready, status_of
 from mlx_serving.config import Config
-from mlx_serving.content.output import OutputParser
-from mlx_serving.content.stream import ChoiceText
 from mlx_serving.content.text import TextSide
 from mlx_serving.errors import (
-    Cancelled,
     ConfigError,
     ContextOverflow,
     InvalidRequest,
     MLXServingError,
     ModelNotFound,
-    from_code,
 )
+from mlx_serving.generation import Generation, Served
 from mlx_serving.telemetry.events import EventBus, RequestFinished, RequestStarted
 from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.traffic.admission import Admission
 from mlx_serving.types import (
     ChatPrompt,
-    FinishReason,
     GenerateRequest,
     ModelInfo,
     Prompt,
     SamplingParams,
     ServedModel,
-    TokenEvent,
-    Usage,
 )
-from mlx_serving.worker.client import SequenceStream
 from mlx_serving.worker.port import WorkerClient
-from mlx_serving.worker.wire import TokenRow
 
 _THREAD_TOKENS = 4_096
 """From here on token ids are better decoded off the event loop."""
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A model that can answer: what the worker says of it, and its text side."""
-
-    info: ModelInfo
-    text: TextSide
 
 
 class Gateway:
@@ -249,242 +232,6 @@ class Gateway:
         )
 
 
-class Generation:
-    """A running request. Iterate it for batches of events; it ends when every choice has.
-
-    `cancel()` frees its rows at the worker's next step; who leaves the iteration early owes it.
-    """
-
-    def __init__(
-        self,
-        request: GenerateRequest,
-        model_id: str,
-        served: Served,
-        token_ids: list[int],
-        sampling: SamplingParams,
-        arrived_s: float,
-        on_end: Callable[[Generation, str], None],
-    ) -> None:
-        self.request = request
-        self.request_id = request.request_id
-        self.model_id = model_id
-        self.prompt_token_ids = token_ids
-        self.prompt_tokens = len(token_ids)
-        self.cached_tokens = 0
-        self.seed = sampling.seed
-        self.arrived_s = arrived_s
-        self.ttft_s: float | None = None
-        self._served = served
-        self._sampling = sampling
-        self._on_end: Callable[[Generation, str], None] | None = on_end
-        self._choices = [_Choice(i, request, served, token_ids) for i in range(request.n)]
-
-    @property
-    def prompt_text(self) -> str:
-        return self._served.text.decode(self.prompt_token_ids)
-
-    def start(self, worker: WorkerClient) -> None:
-        try:
-            self._submit(worker)
-        except MLXServingError:
-            for choice in self._choices:  # some may run already
-                choice.cancel()
-            raise
-
-    def _submit(self, worker: WorkerClient) -> None:
-        for choice in self._choices:
-            choice.stream = worker.submit(
-                self._served.info.model_id,
-                self.prompt_token_ids,
-                msgspec.structs.replace(self._sampling, choice=choice.index),
-                priority=self.request.priority,
-                grammar=self.request.grammar,
-                cache_salt=self.request.cache_salt,
-            )
-
-    def usage(self) -> Usage:
-        return Usage(
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=sum(choice.tokens for choice in self._choices),
-            cached_tokens=self.cached_tokens,
-        )
-
-    def cancel(self) -> None:
-        for choice in self._choices:
-            choice.cancel()
-        self._end("cancelled")
-
-    async def __aiter__(self) -> AsyncIterator[list[TokenEvent]]:
-        outcome = "cancelled"
-        try:
-            rows = self._choices[0].rows() if len(self._choices) == 1 else _merge(self._choices)
-            async for choice, row in rows:
-                self._observe(row)
-                event = choice.accept(row)
-                yield [event]
-                outcome = event.finish_reason or outcome
-            if self._on_end is None:
-                raise Cancelled(f"Request {self.request_id} was cancelled.")
-        except MLXServingError as error:
-            outcome = error.code
-            raise
-        finally:
-            for choice in self._choices:
-                choice.cancel()
-            self._end(outcome)
-
-    def _observe(self, row: TokenRow) -> None:
-        if self.ttft_s is None and row.token_ids:
-            self.ttft_s = clock.monotonic() - self.arrived_s
-            self.cached_tokens = row.cached_tokens
-
-    def _end(self, outcome: str) -> None:
-        if self._on_end is not None:
-            on_end, self._on_end = self._on_end, None
-            on_end(self, outcome)
-
-
-class _Choice:
-    """One of a request's answers: its sequence in the worker and its text."""
-
-    def __init__(
-        self, index: int, request: GenerateRequest, served: Served, token_ids: list[int]
-    ) -> None:
-        self.index = index
-        self.tokens = 0
-        self.stream: SequenceStream | None = None
-        self.finished = False
-        self._parser = served.text.open_parser(request.prompt, token_ids)
-        self._text: ChoiceText = served.text.open_stream(
-            request.stop,
-            include_stop_str=request.include_stop_str,
-            min_tokens=request.sampling.min_tokens,
-            continues=_continues(request.prompt),
-            markup=self._parser.markup if self._parser else frozenset(),
-        )
-
-    async def rows(self) -> AsyncIterator[tuple[_Choice, TokenRow]]:
-        assert self.stream is not None, "start() comes first"
-        async for row in self.stream:
-            yield self, row
-            if self.finished:
-                return
-
-    def cancel(self) -> None:
-        if self.stream is not None and not self.finished:
-            self.stream.cancel()
-
-    def accept(self, row: TokenRow) -> TokenEvent:
-        """Turn one row of tokens into text; the row or a stop string may finish the choice."""
-        if row.error is not None:
-            self.finished = True
-            raise from_code(*row.error, param=row.error_param)
-        if self._parser is None or not self._parser.single or len(row.token_ids) < 2:
-            return self._accept(row)
-        # One by one, so that where the call ends the answer does not depend on how rows came.
-        event = TokenEvent(choice=self.index, text="", token_ids=[])
-        for token_row in _split(row):
-            _append(event, self._accept(token_row))
-            if self.finished:
-                break
-        return event
-
-    def _accept(self, row: TokenRow) -> TokenEvent:
-        delta = self._text.push(row.token_ids, row.logprobs, stop_token_id=row.stop_token_id)
-        self.tokens += len(delta.token_ids)
-        text = delta.text
-        finish: FinishReason | None = None
-        stop_reason: str | int | None = None
-        if delta.stop is not None:
-            self.cancel()
-            finish, stop_reason = "stop", delta.stop
-        elif row.finish_reason is not None:
-            text += self._text.finish()
-            finish, stop_reason = row.finish_reason, row.stop_token_id
-        event = TokenEvent(
-            choice=self.index,
-            text=text,
-            token_ids=delta.token_ids,
-            logprobs=delta.logprobs,
-            finish_reason=finish,
-            stop_reason=stop_reason,
-        )
-        if self._parser is not None:
-            self._part(self._parser, event)
-        self.finished = event.finish_reason is not None
-        return event
-
-    def _part(self, parser: OutputParser, event: TokenEvent) -> None:
-        """Part the event's text into content, reasoning and calls; a call may end the choice."""
-        parsed = [parser.push(event.text)]
-        if event.finish_reason is not None:
-            parsed.append(parser.finish())
-        elif parser.done:
-            self.cancel()
-            event.finish_reason = "stop"
-        event.text = "".join(p.content for p in parsed)
-        event.reasoning = "".join(p.reasoning for p in parsed)
-        event.tool_calls = [call for p in parsed for call in p.tool_calls] or None
-        if event.finish_reason == "stop" and parser.calls:
-            event.finish_reason = "tool_calls"
-
-
-def _split(row: TokenRow) -> list[TokenRow]:
-    """A row for each of its tokens; the last one has the end."""
-    last = len(row.token_ids) - 1
-    return [
-        TokenRow(
-            seq_id=row.seq_id,
-            token_ids=[token_id],
-            logprobs=None if row.logprobs is None else row.logprobs[i : i + 1],
-            finish_reason=row.finish_reason if i == last else None,
-            stop_token_id=row.stop_token_id if i == last else None,
-        )
-        for i, token_id in enumerate(row.token_ids)
-    ]
-
-
-def _append(event: TokenEvent, more: TokenEvent) -> None:
-    event.text += more.text
-    event.token_ids += more.token_ids
-    event.reasoning += more.reasoning
-    if more.logprobs is not None:
-        event.logprobs = (event.logprobs or []) + more.logprobs
-    if more.tool_calls is not None:
-        event.tool_calls = (event.tool_calls or []) + more.tool_calls
-    event.finish_reason, event.stop_reason = more.finish_reason, more.stop_reason
-
-
-async def _merge(choices: Sequence[_Choice]) -> AsyncIterator[tuple[_Choice, TokenRow]]:
-    """Rows of several sequences in the order of arrival; one sequence's error ends them all."""
-    queue: asyncio.Queue[tuple[_Choice, TokenRow] | BaseException | None] = asyncio.Queue(64)
-
-    async def feed(choice: _Choice) -> None:
-        try:
-            async for item in choice.rows():
-                await queue.put(item)
-        except Exception as error:
-            await queue.put(error)
-        else:
-            await queue.put(None)
-
-    tasks = [asyncio.create_task(feed(choice)) for choice in choices]
-    try:
-        left = len(tasks)
-        while left:
-            item = await queue.get()
-            if item is None:
-                left -= 1
-            elif isinstance(item, BaseException):
-                raise item
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 def _settle(
     request: GenerateRequest, info: ModelInfo, prompt_tokens: int, default_max_tokens: int | None
 ) -> SamplingParams:
@@ -541,11 +288,6 @@ def _patterns(
             )
         found.append((pattern, slot))
     return found
-
-
-def _continues(prompt: Prompt) -> bool:
-    """Whether the answer goes on from the prompt's own text."""
-    return not isinstance(prompt, ChatPrompt) or prompt.continue_final_message
 
 
 def _check_ids(param: str, ids: Sequence[int] | dict[int, float], vocab_size: int) -> None:

@@ -1,0 +1,199 @@
+"""The library's side of a request: what `Engine` takes as prompt and parameters, and what it gives."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from mlx_serving.content import structured
+from mlx_serving.content.tools.definitions import tool_use
+from mlx_serving.errors import InvalidRequest, UnsupportedParameter
+from mlx_serving.generation import Generation
+from mlx_serving.types import (
+    ChatPrompt,
+    FinishReason,
+    GenerateRequest,
+    Message,
+    Priority,
+    Prompt,
+    SamplingParams,
+    TextLogprob,
+    TextPrompt,
+    TokenEvent,
+    TokenPrompt,
+    ToolCallDelta,
+    Usage,
+)
+
+PromptLike = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text, token ids, or chat messages."""
+
+_SAMPLING = frozenset(SamplingParams.__struct_fields__) - {"seed", "choice", "max_tokens"}
+_REQUEST = frozenset(
+    {"max_tokens", "seed", "n", "stop", "include_stop_str", "priority", "cache_salt", "grammar"}
+)
+
+
+_TOOL_USE = ("tools", "tool_choice", "parallel_tool_calls")
+_CHAT = frozenset({*_TOOL_USE, "template_kwargs", "reasoning_effort", "response_format"})
+
+
+class Chunk(msgspec.Struct, frozen=True, kw_only=True):
+    """New text of one choice."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    choice: int = 0
+    logprobs: tuple[TextLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call that the model made. `arguments` is JSON text, as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """One choice, whole."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TextLogprob, ...] | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that one request gave. `text` is the first choice's."""
+
+    request_id: str
+    answers: tuple[Answer, ...]
+    usage: Usage
+    seed: int
+
+    @property
+    def text(self) -> str:
+        return self.answers[0].text
+
+    @property
+    def reasoning(self) -> str:
+        return self.answers[0].reasoning
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        return self.answers[0].tool_calls
+
+
+def chunk_of(event: TokenEvent) -> Chunk:
+    return Chunk(
+        text=event.text,
+        token_ids=tuple(event.token_ids),
+        choice=event.choice,
+        logprobs=None if event.logprobs is None else tuple(event.logprobs),
+        finish_reason=event.finish_reason,
+        reasoning=event.reasoning,
+        tool_calls=tuple(event.tool_calls or ()),
+    )
+
+
+async def collect(generation: Generation) -> Completion:
+    n = generation.request.n
+    texts: list[list[str]] = [[] for _ in range(n)]
+    ids: list[list[int]] = [[] for _ in range(n)]
+    logprobs: list[list[TextLogprob]] = [[] for _ in range(n)]
+    reasons: list[FinishReason] = ["stop"] * n
+    thoughts: list[list[str]] = [[] for _ in range(n)]
+    calls: list[list[ToolCallDelta]] = [[] for _ in range(n)]
+    try:
+        async for events in generation:
+            for event in events:
+                texts[event.choice].append(event.text)
+                ids[event.choice] += event.token_ids
+                logprobs[event.choice] += event.logprobs or ()
+                thoughts[event.choice].append(event.reasoning)
+                calls[event.choice] += event.tool_calls or ()
+                if event.finish_reason is not None:
+                    reasons[event.choice] = event.finish_reason
+    finally:
+        generation.cancel()
+    wanted = generation.request.sampling.logprobs is not None
+    return Completion(
+        request_id=generation.request_id,
+        answers=tuple(
+            Answer(
+                text="".join(texts[i]),
+                token_ids=tuple(ids[i]),
+                finish_reason=reasons[i],
+                logprobs=tuple(logprobs[i]) if wanted else None,
+                reasoning="".join(thoughts[i]),
+                tool_calls=_join_calls(calls[i]),
+            )
+            for i in range(n)
+        ),
+        usage=generation.usage(),
+        seed=generation.seed,
+    )
+
+
+def _join_calls(deltas: Sequence[ToolCallDelta]) -> tuple[ToolCall, ...]:
+    pieces: dict[int, list[ToolCallDelta]] = {}
+    for delta in deltas:
+        pieces.setdefault(delta.index, []).append(delta)
+    return tuple(
+        ToolCall(
+            id=parts[0].id or "",
+            name=parts[0].name or "",
+            arguments="".join(part.arguments for part in parts),
+        )
+        for parts in pieces.values()
+    )
+
+
+def to_request(prompt: PromptLike, model: str, params: Mapping[str, Any]) -> GenerateRequest:
+    unknown = set(params) - _SAMPLING - _REQUEST - _CHAT
+    if unknown:
+        name = min(unknown)
+        raise UnsupportedParameter(f"generate() has no parameter '{name}'.", param=name)
+    fields = {k: v for k, v in params.items() if k in _REQUEST}
+    if isinstance(fields.get("stop"), str):
+        fields["stop"] = (fields["stop"],)
+    if params.get("response_format") is not None:
+        if fields.get("grammar") is not None:
+            raise InvalidRequest("Give 'grammar' or 'response_format'.", param="grammar")
+        fields["grammar"] = structured.response_format(params["response_format"])
+    if isinstance(fields.get("grammar"), str):
+        fields["grammar"] = structured.lark(fields["grammar"], param="grammar")
+    if "priority" in fields and isinstance(fields["priority"], str):
+        fields["priority"] = Priority[fields["priority"].upper()]
+    return GenerateRequest(
+        request_id=f"req-{uuid.uuid4().hex}",
+        model=model,
+        prompt=to_prompt(prompt, params),
+        sampling=SamplingParams(**{k: v for k, v in params.items() if k in _SAMPLING}),
+        **fields,
+    )
+
+
+def to_prompt(prompt: PromptLike, params: Mapping[str, Any]) -> Prompt:
+    is_chat = not isinstance(prompt, str) and not isinstance(next(iter(prompt), None), int)
+    if not is_chat and (chat_only := sorted(_CHAT & params.keys() - {"response_format"})):
+        raise InvalidRequest(f"'{chat_only[0]}' needs chat messages.", param=chat_only[0])
+    if isinstance(prompt, str):
+        return TextPrompt(text=prompt)
+    if prompt and all(isinstance(item, int) for item in prompt):
+        return TokenPrompt(token_ids=tuple(prompt))  # type: ignore[arg-type]
+    return ChatPrompt(
+        messages=tuple(msgspec.convert(item, Message) for item in prompt),
+        template_kwargs=params.get("template_kwargs", {}),
+        reasoning_effort=params.get("reasoning_effort"),
+        **msgspec.structs.asdict(tool_use(*(params.get(name) for name in _TOOL_USE))),
+    )
