@@ -11,7 +11,7 @@ from mlx_serving.bench import compare, overhead, report
 from mlx_serving.catalog.ensure import ensure
 from mlx_serving.config import DEFAULT_MODEL, Config
 
-PARTS = ("overhead", "bare", "compare")
+PARTS = ("overhead", "depth", "bare", "compare")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,6 +41,9 @@ async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> 
         sections.append(report.overhead(await overhead.measure(stored)))
     # Both servers get the weights in the float type that stock MLX is fastest with here.
     folder = await asyncio.to_thread(compare.comparable, stored)
+    if "depth" in parts:
+        print("pipeline depths …", file=sys.stderr, flush=True)
+        sections.append(report.depths(await compare.depths(folder, rounds=args.rounds)))
     for kernels in args.kernels:
         extra = ("--kernels", kernels)
         if "bare" in parts:

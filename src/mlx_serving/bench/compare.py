@@ -7,6 +7,7 @@ reported is each figure's median and the median of the ratios, pair by pair.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import statistics
 import subprocess
 import sys
@@ -66,8 +67,11 @@ def comparable(folder: Path) -> Path:
     return target
 
 
-async def run_load(server: servers.Server, streams: int, max_tokens: int, model: str) -> Load:
-    bodies = workloads.chat_requests(streams, max_tokens, seed=streams)
+async def run_load(
+    server: servers.Server, streams: int, max_tokens: int, model: str, turn: int = 0
+) -> Load:
+    """`turn` makes the prompts new: servers keep what they have computed."""
+    bodies = workloads.chat_requests(streams, max_tokens, seed=100 * streams + turn)
     began_s = time.perf_counter()
     timings = await asyncio.gather(
         *(
@@ -107,10 +111,10 @@ async def compare(
         # Idle servers use no CPU (ours) or next to none (theirs): both may stay up.
         await run_load(our_server, 1, 4, "bench")
         await run_load(their_server, 1, 4, "default_model")
-        for _ in range(rounds):
+        for turn in range(1, rounds + 1):
             for n in streams:
-                a = await run_load(our_server, n, max_tokens, "bench")
-                b = await run_load(their_server, n, max_tokens, "default_model")
+                a = await run_load(our_server, n, max_tokens, "bench", turn)
+                b = await run_load(their_server, n, max_tokens, "default_model", turn)
                 rows[n].append((a, b))
     return [_summary(n, pairs) for n, pairs in rows.items()]
 
@@ -134,6 +138,29 @@ def _summary(streams: int, pairs: Sequence[tuple[Load, Load]]) -> Comparison:
         ttft_ratio=median(b.ttft_s / a.ttft_s for a, b in pairs),
         tpot_ratio=median(b.tpot_s / a.tpot_s for a, b in pairs if a.tpot_s),
     )
+
+
+async def depths(
+    folder: Path, *, streams: Sequence[int] = (1, 4, 16), max_tokens: int = 64, rounds: int = 3
+) -> dict[int, dict[int, float]]:
+    """Median tokens/s by number of streams, then by pipeline depth; a server a depth, in turn."""
+    rates: dict[int, dict[int, list[float]]] = {n: {1: [], 2: [], 3: []} for n in streams}
+    async with contextlib.AsyncExitStack() as stack:
+        running = {}
+        for depth in (1, 2, 3):
+            port = servers.free_port()
+            command = servers.ours(str(folder), "--port", str(port), "--served-model-name", "bench")
+            command += ["--pipeline-depth", str(depth), "--prefix-cache-bytes", "0"]
+            running[depth] = await stack.enter_async_context(
+                servers.running(f"depth{depth}", command, port=port, ready="/ready")
+            )
+            await run_load(running[depth], 1, 4, "bench")
+        for _ in range(rounds):
+            for n in streams:
+                for depth, server in running.items():
+                    load = await run_load(server, n, max_tokens, "bench")
+                    rates[n][depth].append(load.tokens_per_s)
+    return {n: {d: statistics.median(r) for d, r in by.items()} for n, by in rates.items()}
 
 
 _BARE = """
@@ -160,6 +187,8 @@ async def against_bare(
     text = body["messages"][0]["content"]
     port = servers.free_port()
     command = servers.ours(str(folder), "--port", str(port), "--served-model-name", "bench", *extra)
+    # The prompt comes again each round, and stream_generate keeps nothing.
+    command += ["--prefix-cache-bytes", "0"]
     bare = await asyncio.to_thread(
         lambda: subprocess.Popen(
             [sys.executable, "-c", _BARE, str(folder), text, str(max_tokens), str(rounds)],

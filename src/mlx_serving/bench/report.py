@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -73,6 +73,24 @@ def comparison(kernels: str, rows: Sequence[Comparison]) -> str:
             for c in rows
         ],
     )  # fmt: skip
+
+
+def depths(rates: Mapping[int, Mapping[int, float]]) -> str:
+    return _table(
+        "## Pipeline depth, tokens/s through HTTP (kernels: auto)",
+        ("streams", "depth 1", "depth 2", "gain", "depth 3", "gain"),
+        [
+            (
+                str(n),
+                f"{by[1]:.1f}",
+                f"{by[2]:.1f}",
+                f"{by[2] / by[1] - 1:+.0%}",
+                f"{by[3]:.1f}",
+                f"{by[3] / by[1] - 1:+.0%}",
+            )
+            for n, by in rates.items()
+        ],
+    )
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

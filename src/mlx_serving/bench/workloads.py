@@ -20,7 +20,7 @@ def chat_requests(count: int, max_tokens: int, seed: int = 0) -> list[dict[str, 
     for i in range(count):
         subject = _SUBJECTS[i % len(_SUBJECTS)]
         aside = " ".join(rng.sample([w for s in _SUBJECTS for w in s.split()], rng.randint(5, 30)))
-        text = f"{i} {rng.choice(_OPENINGS)} {subject}. Mention these words: {aside}."
+        text = f"{rng.randint(10, 9999)} {rng.choice(_OPENINGS)} {subject}. Mention these words: {aside}."
         bodies.append(
             {
                 "messages": [{"role": "user", "content": text}],
