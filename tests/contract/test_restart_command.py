@@ -91,6 +91,11 @@ def test_a_restart_replaces_the_worker_under_a_stream(scripted, serve: Serve, ho
 def test_a_closed_terminal_stops_the_server(scripted) -> None:
     """The kernel tells both by SIGHUP; only a server that still has its terminal restarts."""
     ours, theirs = pty.openpty()
+
+    def in_the_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests themselves may run under nohup
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     command = [sys.executable, "-m", "mlx_serving", "serve", str(scripted(text="x")), "--json"]
     server = subprocess.Popen(
         [*command, "--port", "0"],
@@ -98,7 +103,7 @@ def test_a_closed_terminal_stops_the_server(scripted) -> None:
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=in_the_terminal,
     )
     os.close(theirs)
     assert server.stdout is not None and "listening" in server.stdout.readline()

@@ -229,7 +229,8 @@ async def test_cancelled_while_the_worker_restarts(worker):
     stream.cancel()
     assert worker.health()[0].streams_waiting == 0
     assert await tokens_of(submit(worker, 20, 2)) == [21, 22]  # the only row is free
-    assert await tokens_of(stream) == []
+    unread = await tokens_of(stream)  # what had arrived before the kill, and nothing of the next
+    assert unread == list(range(12, 12 + len(unread))) and len(unread) < 100
 
 
 async def test_a_poison_is_given_up_alone(worker):
