@@ -31,7 +31,9 @@ from mlx_serving.worker.wire import ModelOptions
 KV_BUCKET = 256
 DEFAULT_CONTEXT = 8192
 """Where neither the model's config nor its tokenizer's says."""
-PREFILL_STEP_CPU, PREFILL_STEP_NATIVE, PREFILL_STEP_GPU = 32, 256, 512
+PREFILL_STEP_CPU, PREFILL_STEP_NATIVE, PREFILL_STEP_GPU = 8, 256, 512
+"""Stock MLX on a CPU computes a token at a time anyway, so short chunks cost nothing there, stall
+running streams least, and let prefixes be reused in short blocks."""
 _CONTEXT_KEYS = (
     "max_position_embeddings",
     "n_positions",

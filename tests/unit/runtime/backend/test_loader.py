@@ -52,7 +52,7 @@ def test_a_folder_becomes_a_runner(tmp_path: Path) -> None:
     assert info.kv_bytes_per_token == 4 * 2 * 2 * 16 * element
     assert limits.max_num_seqs == 3 and limits.kv_capacity_tokens == 3 * 256
     if mx.default_device().type == mx.cpu:
-        assert info.dtype == "float32" and limits.prefill_step_size == 32
+        assert info.dtype == "float32" and limits.prefill_step_size == 8
         original.set_dtype(mx.float32)
     prompt = (9, 8, 7, 6, 5)
     job = Job(prompt, SamplingParams(temperature=0.0, max_tokens=6))
