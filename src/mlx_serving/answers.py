@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -28,6 +28,8 @@ from mlx_serving.types import (
     Usage,
 )
 
+T = TypeVar("T")
+
 PromptLike = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages."""
 
@@ -35,8 +37,6 @@ _SAMPLING = frozenset(SamplingParams.__struct_fields__) - {"seed", "choice", "ma
 _REQUEST = frozenset(
     {"max_tokens", "seed", "n", "stop", "include_stop_str", "priority", "cache_salt", "grammar"}
 )
-
-
 _TOOL_USE = ("tools", "tool_choice", "parallel_tool_calls")
 _CHAT = frozenset({*_TOOL_USE, "template_kwargs", "reasoning_effort", "response_format"})
 
@@ -172,15 +172,30 @@ def to_request(prompt: PromptLike, model: str, params: Mapping[str, Any]) -> Gen
         fields["grammar"] = structured.response_format(params["response_format"])
     if isinstance(fields.get("grammar"), str):
         fields["grammar"] = structured.lark(fields["grammar"], param="grammar")
-    if "priority" in fields and isinstance(fields["priority"], str):
-        fields["priority"] = Priority[fields["priority"].upper()]
-    return GenerateRequest(
-        request_id=f"req-{uuid.uuid4().hex}",
-        model=model,
-        prompt=to_prompt(prompt, params),
-        sampling=SamplingParams(**{k: v for k, v in params.items() if k in _SAMPLING}),
-        **fields,
+    if isinstance(called := fields.get("priority"), str):
+        if called.upper() not in Priority.__members__:
+            raise InvalidRequest(f"No priority is called {called!r}.", param="priority")
+        fields["priority"] = Priority[called.upper()]
+    sampling = {k: v for k, v in params.items() if k in _SAMPLING}
+    return _checked(
+        {
+            "request_id": f"req-{uuid.uuid4().hex}",
+            "model": model,
+            "prompt": to_prompt(prompt, params),
+            "sampling": _checked(sampling, SamplingParams),
+            **fields,
+        },
+        GenerateRequest,
     )
+
+
+def _checked(value: object, kind: type[T]) -> T:
+    """`value` as a `kind`, types checked. Raises InvalidRequest naming the field."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        problem, _, at = str(error).partition(" - at `$.")
+        raise InvalidRequest(problem, param=at.rstrip("`") or None) from None
 
 
 def to_prompt(prompt: PromptLike, params: Mapping[str, Any]) -> Prompt:
@@ -192,7 +207,7 @@ def to_prompt(prompt: PromptLike, params: Mapping[str, Any]) -> Prompt:
     if prompt and all(isinstance(item, int) for item in prompt):
         return TokenPrompt(token_ids=tuple(prompt))  # type: ignore[arg-type]
     return ChatPrompt(
-        messages=tuple(msgspec.convert(item, Message) for item in prompt),
+        messages=tuple(_checked(item, Message) for item in prompt),
         template_kwargs=params.get("template_kwargs", {}),
         reasoning_effort=params.get("reasoning_effort"),
         **msgspec.structs.asdict(tool_use(*(params.get(name) for name in _TOOL_USE))),

@@ -169,10 +169,12 @@ class Engine:
 
     async def tokenize(self, prompt: PromptLike, *, model: str | None = None) -> list[int]:
         """The token ids that the model would see."""
-        return (await self._text(model)).encode_prompt(to_prompt(prompt, {}))
+        name = model or self.gateway.default_model()
+        return await self.gateway.tokenise(name, to_prompt(prompt, {}))
 
     async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
-        return (await self._text(model)).decode(list(token_ids))
+        """Their text, control tokens included."""
+        return await self.gateway.detokenise(model or self.gateway.default_model(), token_ids)
 
     # Events
 
@@ -192,9 +194,6 @@ class Engine:
         return await self.gateway.open(
             to_request(prompt, model or self.gateway.default_model(), params)
         )
-
-    async def _text(self, model: str | None) -> TextSide:
-        return await self.gateway.text_side(model or self.gateway.default_model())
 
     def _make_worker(self) -> port.WorkerClient:
         # Imported here: only one of the two is ever needed, and inprocess brings the runtime.

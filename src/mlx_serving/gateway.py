@@ -92,10 +92,6 @@ class Gateway:
         )
         return generation
 
-    async def text_side(self, model: str) -> TextSide:
-        """The text side of a served model, once it is loaded."""
-        return (await self._route(model).ready()).text
-
     async def tokenise(self, model: str, prompt: Prompt) -> list[int]:
         """A prompt's token ids, as `open` would have them."""
         return await self._tokenise(await self._route(model).ready(), prompt)

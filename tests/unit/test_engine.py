@@ -144,6 +144,20 @@ async def test_unknown_model_and_parameters_are_named(scripted):
     ]
 
 
+@pytest.mark.parametrize(
+    "params",
+    [{"temperature": "hot"}, {"max_tokens": "9"}, {"stop": [1]}, {"priority": "soon"}, {"n": 1.5}],
+    ids=lambda p: next(iter(p)),
+)
+async def test_wrong_types_are_typed_errors_that_name_the_field(scripted, params):
+    async with Engine(str(scripted(text="x"))) as engine:
+        with pytest.raises(errors.InvalidRequest) as wrong:
+            await engine.complete("x", **params)
+        with pytest.raises(errors.InvalidRequest):
+            await engine.chat([{"role": 5, "content": "x"}])
+    assert wrong.value.param is not None and wrong.value.param.startswith(next(iter(params)))
+
+
 async def test_the_queue_is_bounded(scripted):
     model = scripted(mode="cycle", token_ids=[98], step_delay_ms=5)
     async with Engine(str(model), max_queue=2) as engine:
