@@ -39,6 +39,8 @@ _REQUEST = frozenset(
 )
 _TOOL_USE = ("tools", "tool_choice", "parallel_tool_calls")
 _CHAT = frozenset({*_TOOL_USE, "template_kwargs", "reasoning_effort", "response_format"})
+PARAMS = _SAMPLING | _REQUEST | _CHAT
+"""What a call of `Engine.generate` and its like may name."""
 
 
 class Chunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,7 +161,7 @@ def _join_calls(deltas: Sequence[ToolCallDelta]) -> tuple[ToolCall, ...]:
 
 
 def to_request(prompt: PromptLike, model: str, params: Mapping[str, Any]) -> GenerateRequest:
-    unknown = set(params) - _SAMPLING - _REQUEST - _CHAT
+    unknown = set(params) - PARAMS
     if unknown:
         name = min(unknown)
         raise UnsupportedParameter(f"generate() has no parameter '{name}'.", param=name)

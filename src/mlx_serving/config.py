@@ -203,10 +203,14 @@ def load(
     return _finish(Config(), values, places, problems)
 
 
-def override(base: Config, values: Mapping[str, object]) -> Config:
-    """`base` with typed `values`, checked like any other source. Raises ConfigError."""
+def override(
+    base: Config, values: Mapping[str, object], spelled: Mapping[str, str] | None = None
+) -> Config:
+    """`base` with typed `values`, checked like any other source; `spelled` has the caller's names of
+    settings, where they are not ours. Raises ConfigError."""
     checked: dict[str, Any] = {}
     problems: list[str] = []
+    places = {name: (spelled or {}).get(name, name) for name in values}
     for name, value in values.items():
         if name not in FIELDS:
             problems.append(unknown(name, "setting"))
@@ -214,8 +218,8 @@ def override(base: Config, values: Mapping[str, object]) -> Config:
         try:
             checked[name] = _convert(name, list(value) if isinstance(value, tuple) else value)
         except _Invalid as error:
-            problems.append(f"{name}: {error}")
-    return _finish(base, checked, {name: name for name in values}, problems)
+            problems.append(f"{places[name]}: {error}")
+    return _finish(base, checked, places, problems)
 
 
 def _finish(

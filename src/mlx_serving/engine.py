@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mlx_serving.answers import (
+    PARAMS,
     Chunk,
     Completion,
     PromptLike,
@@ -28,11 +29,12 @@ from mlx_serving.answers import (
 from mlx_serving.catalog.ensure import Progress, ensure
 from mlx_serving.catalog.lifecycle import Fetching, Loading, ModelSlot
 from mlx_serving.catalog.names import default_name
-from mlx_serving.config import Config, override
+from mlx_serving.config import FIELDS, Config, override
 from mlx_serving.content.text import TextSide
 from mlx_serving.errors import ConfigError
 from mlx_serving.gateway import Gateway
 from mlx_serving.generation import Generation, Served
+from mlx_serving.spellings import OPTIONS, normalise, normalise_settings, spelled_back
 from mlx_serving.telemetry.events import (
     EventBus,
     ModelFailed,
@@ -54,7 +56,8 @@ class Engine:
 
     Args:
         model: alias, hub id, local folder or .gguf file, or several; overrides `config.models`.
-        config: every setting; `settings` override single fields of it (see `Config`).
+        config: every setting; `settings` override single fields of it (see `Config`), by their own
+            names or as other engines spell them (see `spellings`).
         progress: receives the progress of downloads and conversions.
 
     Raises:
@@ -70,8 +73,9 @@ class Engine:
         **settings: Any,
     ) -> None:
         if model is not None:
-            settings["models"] = (model,) if isinstance(model, str) else tuple(model)
-        self.config = override(config or Config(), settings)
+            settings["model"] = model
+        given = normalise_settings(settings, FIELDS)
+        self.config = override(config or Config(), given.values, given.spelled)
         self.metrics = Metrics()
         self.events = EventBus(on_drop=self.metrics.events_dropped.inc)
         self._progress = progress
@@ -130,8 +134,9 @@ class Engine:
         """Stream the continuation of a text, of token ids, or of chat messages.
 
         `params` are the fields of `SamplingParams` and of `GenerateRequest` (`max_tokens`, `seed`,
-        `n`, `stop`, …). `response_format` is OpenAI's; `grammar` a `Grammar`, or the text of a Lark
-        grammar. Raises the same typed errors that the HTTP API reports.
+        `n`, `stop`, …), by their own names or as other engines spell them (see `spellings`).
+        `response_format` is OpenAI's; `grammar` a `Grammar`, or the text of a Lark grammar. Raises the
+        same typed errors that the HTTP API reports.
         """
         generation = await self._open(prompt, model, params)
         try:
@@ -191,9 +196,10 @@ class Engine:
     async def _open(
         self, prompt: PromptLike, model: str | None, params: dict[str, Any]
     ) -> Generation:
-        return await self.gateway.open(
-            to_request(prompt, model or self.gateway.default_model(), params)
-        )
+        given = normalise(params, PARAMS, OPTIONS)
+        with spelled_back(given.spelled):
+            request = to_request(prompt, model or self.gateway.default_model(), given.values)
+            return await self.gateway.open(request)
 
     def _make_worker(self) -> port.WorkerClient:
         # Imported here: only one of the two is ever needed, and inprocess brings the runtime.
