@@ -19,6 +19,7 @@ _ADVISORY: dict[str, Row] = {"keep_alive": "served models stay loaded"}
 _REFUSED: dict[str, Row] = {
     "truncate": ("a prompt over the context is a 400", (False,)),
     "shift": ("an answer ends where the context does", (False,)),
+    "_debug_render_only": ("POST /tokenize, and /detokenize what it gives", (False,)),
 }
 
 CHAT: Table = table(
@@ -101,6 +102,7 @@ OPTIONS: Table = table(
             "tfs_z": ("not implemented", (1, 1.0)),
             "mirostat": ("not implemented", (0,)),
             "penalize_newline": ("every token is penalised alike", (True,)),
+            "draft_num_predict": ("speculation is not built yet", (0,)),
             "f16_kv": ("the cache has the model's type", (True,)),
             "logits_all": ("not implemented", (False,)),
             "vocab_only": ("not implemented", (False,)),
