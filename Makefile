@@ -23,7 +23,7 @@ serve: $(VENV)/.runtime
 	@exec $(BIN)/mlx-serving serve
 
 test: $(VENV)/.dev
-	$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered --cov-fail-under=85
+	$(PYTEST) -m "not slow" -n auto --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=85
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow
