@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from mlx_serving.errors import ConfigError
+from mlx_serving.secret import hashed
 
 DEFAULT_MODEL = "smollm2-135m"
 ENV_PREFIX = "MLX_SERVING_"
@@ -89,6 +90,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Port to listen on; 0 picks a free one."""
     uds: Annotated[str, Meta(min_length=1)] | None = None
     """Serve on this Unix domain socket instead of TCP."""
+    api_key: tuple[str, ...] = ()
+    """A key that clients must send, or its hash as 'mlx-serving keys new' prints it; hashed at once."""
+    api_keys_file: Annotated[str, Meta(min_length=1)] | None = None
+    """A YAML file of API keys with limits of their own (docs/security.md)."""
+    admin_key: Annotated[str, Meta(min_length=1)] | None = None
+    """Key, or its hash, for routes that change what runs; without it they answer this machine only."""
+    metrics_access: Literal["open", "key", "admin"] = "key"
+    """Who may read /metrics: anybody, any key's holder, or the admin key's."""
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 32 * 1024 * 1024
     """Larger request bodies are refused with 413."""
     drain_timeout_s: Annotated[float, Meta(ge=0)] = 30.0
@@ -128,6 +137,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_request_deaths: Annotated[int, Meta(ge=1)] = 3
     """Workers in a row that may die as they begin a request before it is given up."""
 
+
+SECRETS = frozenset({"api_key", "admin_key"})
+"""Settings that are hashed where they are read, and never shown."""
 
 FIELDS: dict[str, msgspec.structs.FieldInfo] = {f.name: f for f in msgspec.structs.fields(Config)}
 
@@ -315,7 +327,10 @@ def _convert(name: str, value: object) -> Any:
     try:
         result = msgspec.convert(value, FIELDS[name].type, strict=not isinstance(value, str))
     except msgspec.ValidationError as error:
-        raise _Invalid(_reason(name, value, str(error))) from None
+        shown = "(not shown)" if name in SECRETS else value
+        raise _Invalid(_reason(name, shown, str(error))) from None
+    if name in SECRETS and result is not None:
+        return hashed(result) if isinstance(result, str) else tuple(map(hashed, result))
     if isinstance(result, float) and not math.isfinite(result):
         raise _Invalid(f"must be finite, got {value}")
     return result

@@ -108,6 +108,10 @@ class Gateway:
         """Wait until a model can answer; raises why it cannot."""
         await self._route(model).ready()
 
+    def model_id(self, model: str) -> str:
+        """The id of the served model that a name leads to. Raises ModelNotFound."""
+        return self._route(model).model_id
+
     def model_info(self, model: str) -> ModelInfo | None:
         """What is known of a loaded model; None while it is not. Raises ModelNotFound."""
         state = self._route(model).state

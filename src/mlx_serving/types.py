@@ -184,6 +184,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     include_stop_str: bool = False
     priority: Priority = Priority.NORMAL
     cache_salt: str | None = None
+    client: str | None = None
+    """The name of the API key that it came with; None: nobody in particular."""
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import msgspec
 
 from mlx_serving import __version__, clock
-from mlx_serving.api import openapi
+from mlx_serving.api import access, openapi
+from mlx_serving.api.access import Handler, Route, public
 from mlx_serving.api.anthropic import AnthropicRoutes
 from mlx_serving.api.anthropic_response import error_json as anthropic_error
 from mlx_serving.api.anthropic_response import model_list
@@ -27,6 +29,8 @@ from mlx_serving.api.exchange import (
     cut_short,
     internal_error,
 )
+from mlx_serving.api.guard import Guard
+from mlx_serving.api.keys import Keyring, load_keys
 from mlx_serving.api.ollama import GREETING, OllamaRoutes
 from mlx_serving.api.ollama_response import error_json as ollama_error
 from mlx_serving.api.openai import OpenAIRoutes
@@ -38,8 +42,8 @@ from mlx_serving.config import Config
 from mlx_serving.errors import InvalidRequest, MLXServingError, ModelNotFound
 from mlx_serving.types import ServedModel
 
-Handler = Callable[[Exchange], Awaitable[None]]
-Methods = Mapping[str, Handler]
+Methods = Mapping[str, Handler | Route]
+"""A bare handler needs a key, where there are keys; `public` and `admin` mark what differs."""
 
 HTML = b"text/html; charset=utf-8"
 PROMETHEUS = b"text/plain; version=0.0.4; charset=utf-8"
@@ -56,16 +60,18 @@ class MethodNotAllowed(InvalidRequest):
 
 
 def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
-    """The application over `gateway`; it holds no state of its own."""
+    """The application over `gateway`. Raises ConfigError where the API keys cannot be read."""
+    keyring = load_keys(config)
+    gateway = Guard(gateway, keyring)
     openai, info = OpenAIRoutes(gateway, config), InfoRoutes(gateway)
     anthropic, ollama = AnthropicRoutes(gateway, config), OllamaRoutes(gateway, config)
     responses, tokens = ResponsesRoutes(gateway, config), TokenRoutes(gateway, config)
     requests = RequestRoutes()
     exact: Mapping[str, Methods] = {
-        "/": {"GET": info.index},
-        "/health": {"GET": info.health},
-        "/ready": {"GET": info.ready},
-        "/metrics": {"GET": info.metrics},
+        "/": {"GET": public(info.index)},
+        "/health": {"GET": public(info.health)},
+        "/ready": {"GET": public(info.ready)},
+        "/metrics": {"GET": Route(info.metrics, config.metrics_access)},
         "/v1/models": {"GET": info.models},
         "/v1/chat/completions": {"POST": openai.chat_completions},
         "/v1/completions": {"POST": openai.completions},
@@ -74,8 +80,8 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
         "/v1/messages/count_tokens": {"POST": anthropic.count_tokens},
         "/tokenize": {"POST": tokens.tokenize},
         "/detokenize": {"POST": tokens.detokenize},
-        "/openapi.json": {"GET": info.openapi},
-        "/docs": {"GET": info.docs},
+        "/openapi.json": {"GET": public(info.openapi)},
+        "/docs": {"GET": public(info.docs)},
         "/api/chat": {"POST": ollama.chat},
         "/api/generate": {"POST": ollama.generate},
         "/api/tags": {"GET": ollama.tags},
@@ -88,6 +94,7 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
         "/v1/responses/": {"GET": responses.retrieve, "DELETE": responses.delete},
         "/v1/requests/": {"POST": requests.cancel},
     }
+    table = Table(exact, prefixes, keyring, over_uds=config.uds is not None)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -97,21 +104,49 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
         else:
             exchange = Exchange(scope, receive, send)
             with requests.tracked(exchange):
-                await _answer(exchange, exact, prefixes)
+                await _answer(exchange, table)
 
     return app
 
 
-async def _answer(
-    exchange: Exchange, exact: Mapping[str, Methods], prefixes: Mapping[str, Methods]
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Every route, and who may take it."""
+
+    exact: Mapping[str, Methods]
+    prefixes: Mapping[str, Methods]
+    keyring: Keyring
+    over_uds: bool
+
+    def methods(self, path: str) -> Methods:
+        """Raises RouteNotFound."""
+        found = self.exact.get(path)
+        if found is None:
+            found = next(
+                (m for prefix, m in self.prefixes.items() if path.startswith(prefix)), None
+            )
+        if found is None:
+            raise RouteNotFound(f"There is no '{path[:200]}' here; '/' lists what is.")
+        return found
+
+    def admit(self, exchange: Exchange, route: Route) -> None:
+        """Set the caller for what follows in this task. Raises Unauthorized, Forbidden."""
+        who = access.identify(exchange, self.keyring, over_uds=self.over_uds)
+        error = access.refusal(route.access, who, self.keyring)
+        if error is not None:
+            raise error
+        exchange.client = who.key.name if who.key else None
+        access.caller.set(who)
+
+
+async def _answer(exchange: Exchange, table: Table) -> None:
     started_s = clock.monotonic()
     if exchange.path.startswith("/api/"):
         exchange.error_shape = ollama_error
     elif exchange.path.startswith("/v1/messages"):
         exchange.error_shape = anthropic_error
     try:
-        await _route(exchange, exact, prefixes)
+        await _route(exchange, table)
     except ClientGone:
         pass
     except MLXServingError as error:
@@ -131,17 +166,8 @@ async def _answer(
         log.debug(line, exchange.id, exchange.method, exchange.path, status, elapsed_ms)
 
 
-async def _route(
-    exchange: Exchange, exact: Mapping[str, Methods], prefixes: Mapping[str, Methods]
-) -> None:
-    methods = exact.get(exchange.path)
-    if methods is None:
-        for prefix, found in prefixes.items():
-            if exchange.path.startswith(prefix):
-                methods = found
-                break
-        else:
-            raise RouteNotFound(f"There is no '{exchange.path[:200]}' here; '/' lists what is.")
+async def _route(exchange: Exchange, table: Table) -> None:
+    methods = table.methods(exchange.path)
     # The server sends no body to HEAD by itself.
     handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
     if handler is None:
@@ -149,7 +175,9 @@ async def _route(
         error = MethodNotAllowed(f"'{exchange.path[:200]}' takes {allowed}.")
         await exchange.respond_error(error, [(b"allow", allowed.encode("ascii"))])
         return
-    await handler(exchange)
+    route = handler if isinstance(handler, Route) else Route(handler)
+    table.admit(exchange, route)
+    await route.handler(exchange)
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

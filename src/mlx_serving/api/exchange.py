@@ -33,12 +33,14 @@ class ClientGone(Exception):
 class Exchange:
     """A request's scope and channels, its id, and the status it was answered with.
 
-    The path decides the shape of its errors; a dialect sets what it runs under which id.
+    The path decides the shape of its errors; `client` is the name of its API key; a dialect sets what
+    it runs under which id.
     """
 
     __slots__ = (
         "answered",
         "call_id",
+        "client",
         "error_shape",
         "generations",
         "id",
@@ -60,6 +62,7 @@ class Exchange:
         self.answered = False
         self.error_shape: ErrorShape = openai_error
         self.call_id: str | None = None
+        self.client: str | None = None
         self.generations: Sequence[Generation] = ()
         given = self.header(b"x-request-id")
         # An id that could not stand in a log line is replaced, not refused.
@@ -122,6 +125,8 @@ class Exchange:
         headers = list(headers or [])
         if error.retry_after_s is not None:
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
+        if error.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
         await self.respond(error.status, self.error_json(error), headers)
 
     def error_json(self, error: MLXServingError) -> bytes:

@@ -68,6 +68,10 @@ class GatewayPort(Protocol):
         """Wait until a model can answer; raises why it cannot."""
         ...
 
+    def model_id(self, model: str) -> str:
+        """The id of the served model that a name leads to. Raises ModelNotFound."""
+        ...
+
     def model_info(self, model: str) -> ModelInfo | None:
         """What is known of a loaded model; None while it is not. Raises ModelNotFound."""
         ...

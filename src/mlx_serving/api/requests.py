@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import msgspec
 
+from mlx_serving.api.access import caller
 from mlx_serving.api.exchange import Exchange
 from mlx_serving.errors import RequestNotFound
 
@@ -34,7 +35,11 @@ class RequestRoutes:
         found = [
             other
             for other in self._under_way
-            if other.generations and not other.answered and wanted in (other.id, other.call_id)
+            if other.generations
+            and not other.answered
+            and wanted in (other.id, other.call_id)
+            # One key's holder has no say in another's requests.
+            and (other.client == exchange.client or caller.get().admin)
         ]
         if not found or not exchange.path.endswith(SUFFIX):
             raise RequestNotFound(f"No request '{wanted[:200]}' is running.")

@@ -28,12 +28,15 @@ class ResponsesRoutes:
 
     async def create(self, exchange: Exchange) -> None:
         body = await exchange.body(self._config.max_body_bytes)
-        call = parse_response(
-            body, default_model=self._gateway.default_model(), recall=self._recall
-        )
+
+        def recall(response_id: str) -> Sequence[Message] | None:
+            stored = self._store.get(response_id, exchange.client)
+            return None if stored is None else stored.messages
+
+        call = parse_response(body, default_model=self._gateway.default_model(), recall=recall)
 
         def keep(response_id: str, body: bytes, answer: Message) -> None:
-            self._store.put(response_id, body, (*call.messages, answer))
+            self._store.put(response_id, body, (*call.messages, answer), exchange.client)
 
         def writer(generation: Generation) -> ResponseWriter:
             return ResponseWriter(generation, call, keep)
@@ -51,21 +54,17 @@ class ResponsesRoutes:
 
     async def retrieve(self, exchange: Exchange) -> None:
         response_id = exchange.path.removeprefix(PREFIX)
-        stored = self._store.get(response_id)
+        stored = self._store.get(response_id, exchange.client)
         if stored is None:
             raise _unknown(response_id)
         await exchange.respond(200, stored.body)
 
     async def delete(self, exchange: Exchange) -> None:
         response_id = exchange.path.removeprefix(PREFIX)
-        if not self._store.delete(response_id):
+        if not self._store.delete(response_id, exchange.client):
             raise _unknown(response_id)
         body = {"id": response_id, "object": "response.deleted", "deleted": True}
         await exchange.respond(200, msgspec.json.encode(body))
-
-    def _recall(self, response_id: str) -> Sequence[Message] | None:
-        stored = self._store.get(response_id)
-        return None if stored is None else stored.messages
 
 
 def _unknown(response_id: str) -> RequestNotFound:

@@ -20,6 +20,8 @@ class Stored(msgspec.Struct, frozen=True):
     messages: tuple[Message, ...]
     """The conversation up to and with its answer, without instructions."""
     chars: int
+    client: str | None
+    """Whose it is: nobody else's key can read it."""
 
 
 class ResponseStore:
@@ -29,26 +31,34 @@ class ResponseStore:
         self._chars = 0
         self._stored: OrderedDict[str, Stored] = OrderedDict()
 
-    def get(self, response_id: str) -> Stored | None:
+    def get(self, response_id: str, client: str | None = None) -> Stored | None:
         stored = self._stored.get(response_id)
-        if stored is not None:
-            self._stored.move_to_end(response_id)
+        if stored is None or stored.client != client:
+            return None
+        self._stored.move_to_end(response_id)
         return stored
 
-    def put(self, response_id: str, body: bytes, messages: Sequence[Message]) -> None:
+    def put(
+        self,
+        response_id: str,
+        body: bytes,
+        messages: Sequence[Message],
+        client: str | None = None,
+    ) -> None:
         """Keep a response; one that is over the bounds by itself is not kept."""
-        stored = Stored(body, tuple(messages), len(body) + sum(map(_chars, messages)))
+        chars = len(body) + sum(map(_chars, messages))
+        stored = Stored(body, tuple(messages), chars, client)
         self._stored[response_id] = stored
         self._chars += stored.chars
         while len(self._stored) > self._max_responses or self._chars > self._max_chars:
             _, gone = self._stored.popitem(last=False)
             self._chars -= gone.chars
 
-    def delete(self, response_id: str) -> bool:
-        gone = self._stored.pop(response_id, None)
-        if gone is not None:
-            self._chars -= gone.chars
-        return gone is not None
+    def delete(self, response_id: str, client: str | None = None) -> bool:
+        if self.get(response_id, client) is None:
+            return False
+        self._chars -= self._stored.pop(response_id).chars
+        return True
 
 
 def _chars(message: Message) -> int:

@@ -123,6 +123,32 @@ def restart(
     raise typer.Exit(command.run(url, uds, Say(json)))
 
 
+keys_app = typer.Typer(no_args_is_help=True)
+
+
+@keys_app.callback()
+def keys() -> None:
+    """Make API keys."""
+
+
+@keys_app.command("new")
+def keys_new(
+    name: Annotated[str, typer.Option("--name", help="The key's name in the entry.")] = "somebody",
+    json: Json = False,
+) -> None:
+    """Print an API key, its hash, and an entry for the file of API keys."""
+    import sys
+
+    from mlx_serving.cli import keys as command
+    from mlx_serving.cli.say import Say
+
+    # The key is the output, so that it can be piped.
+    raise typer.Exit(command.new(name, Say(json, err=sys.stdout)))
+
+
+app.add_typer(keys_app, name="keys")
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

@@ -43,6 +43,9 @@ class Say:
         text = f"error: {message}" + (f"\n  {remedy}" if remedy else "")
         self.event("error", text, code=code, message=message, remedy=remedy)
 
+    def warning(self, code: str, message: str) -> None:
+        self.event("warning", f"warning: {message}", code=code, message=message)
+
     def config_error(self, error: ConfigError) -> None:
         """One line a mistake; each names its place."""
         busy = error.code == "address_unavailable"
@@ -56,24 +59,26 @@ class Say:
             if finding.level == "fail":
                 self.error(finding.code, finding.message, finding.remedy)
 
-    def listening(self, address: str, model: str) -> None:
+    def listening(self, address: str, model: str, *, needs_key: bool = False) -> None:
         """What to try. `address` is a URL, or `unix:PATH`."""
         uds = address.removeprefix("unix:") if address.startswith("unix:") else None
         url = "http://localhost" if uds else address
         message = {"role": "user", "content": "What is the capital of France?"}
         body = json.dumps({"model": model, "messages": [message], "temperature": 0})
+        key = "YOUR_KEY" if needs_key else "none"
+        auth = f" -H 'Authorization: Bearer {key}'" if needs_key else ""
         lines = [
             f"mlx-serving is listening on {uds or url}",
             f"  try      curl{f' --unix-socket {uds}' if uds else ''} {url}/v1/chat/completions \\",
-            f"             -H 'Content-Type: application/json' -d '{body}'",
-            f'  openai   OpenAI(base_url="{url}/v1", api_key="none")',
+            f"             -H 'Content-Type: application/json'{auth} -d '{body}'",
+            f'  openai   OpenAI(base_url="{url}/v1", api_key="{key}")',
             f"  health   {url}/health",
             f"  metrics  {url}/metrics",
             f"  docs     {url}/docs",
         ]
         if uds:
             transport = f'httpx.Client(transport=httpx.HTTPTransport(uds="{uds}"))'
-            lines[3] = lines[3].replace('"none")', f'"none", http_client={transport})')
+            lines[3] = lines[3].replace(f'"{key}")', f'"{key}", http_client={transport})')
         self.event("listening", "\n".join(lines), url=url, uds=uds, model=model)
 
     def loaded(self, info: ModelInfo) -> None:

@@ -49,6 +49,7 @@ def run(args: ServeArgs, say: Say | None = None, machine: host.Host | None = Non
 
 async def _serve(config: Config, say: Say) -> int:
     """The address is taken before anything is loaded, so that a port in use costs no minutes."""
+    from mlx_serving.api.access import exposures
     from mlx_serving.api.app import create_app
     from mlx_serving.api.server import serve
     from mlx_serving.engine import Engine
@@ -71,7 +72,10 @@ async def _serve(config: Config, say: Say) -> int:
     def on_started(address: str) -> None:
         gc.freeze()  # what is imported stays; no collection need look at it again
         gc.enable()
-        say.listening(address, engine.gateway.default_model())
+        needs_key = bool(config.api_key or config.api_keys_file)
+        say.listening(address, engine.gateway.default_model(), needs_key=needs_key)
+        for code, message in exposures(config):
+            say.warning(code, message)
         starting.append(asyncio.create_task(engine.start(wait_ready=False)))
 
     app = create_app(engine.gateway, config)

@@ -162,6 +162,12 @@ class FakeGateway:
     async def load(self, model: str) -> None:
         self.model_info(model)
 
+    def model_id(self, model: str) -> str:
+        for served in self.models():
+            if model == served.id or model in served.aliases:
+                return served.id
+        raise ModelNotFound(f"Model '{model}' is not served here.", param="model")
+
     def model_info(self, model: str) -> ModelInfo | None:
         if model in ("tiny", "small"):
             return INFO
