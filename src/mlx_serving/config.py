@@ -111,6 +111,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Sequences that decode at once."""
     max_queue: Annotated[int, Meta(ge=1)] = 1024
     """Requests waiting or running at once; more are refused with 503 and Retry-After."""
+    coalesce: Literal["off", "deterministic", "all"] = "off"
+    """Which identical requests share one sequence while it runs; deterministic: greedy or seeded ones."""
+    coalesce_subscribers: Annotated[int, Meta(ge=1, le=10_000)] = 100
+    """Requests that one sequence may serve; the next one starts another."""
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     """Answer length for requests that do not say; default: what the context leaves."""
     prefill_step_size: Annotated[int, Meta(ge=1)] | None = None

@@ -1,4 +1,4 @@
-"""A request's whole story: admit, route, ensure the model, tokenise, submit, stream.
+"""A request's whole story: admit, route, ensure the model, tokenise, reuse or submit, stream.
 
 `Gateway.open()` returns once everything that can be refused has been checked and the sequences
 are in the worker's hands; iterating the `Generation` it returns yields text.
@@ -26,10 +26,12 @@ from mlx_serving.errors import (
     MLXServingError,
     ModelNotFound,
 )
-from mlx_serving.generation import Generation, Served
+from mlx_serving.generation import Generation, OpenRows, Served
 from mlx_serving.telemetry.events import EventBus, RequestFinished, RequestStarted
 from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.traffic.admission import Admission
+from mlx_serving.traffic.reuse import Reuse
+from mlx_serving.traffic.source import Ask, RowSource
 from mlx_serving.types import (
     ChatPrompt,
     GenerateRequest,
@@ -61,6 +63,11 @@ class Gateway:
         self._events = events
         self._patterns = _patterns(config.model_aliases, slots)
         self._admission = Admission(config.max_queue)
+        self._reuse = Reuse(
+            config.coalesce,
+            config.coalesce_subscribers,
+            on_join=lambda ask: metrics.coalesced.labels(ask.model_id).inc(),
+        )
         self._running: set[Generation] = set()
         self._idle = asyncio.Event()
 
@@ -78,7 +85,7 @@ class Gateway:
             generation = Generation(
                 request, slot.model_id, served, token_ids, sampling, arrived_s, self._ended
             )
-            generation.start(self._worker)
+            await generation.start(self._rows_for(served, request, token_ids))
         except BaseException:
             self._leave()
             raise
@@ -195,6 +202,23 @@ class Gateway:
             return await asyncio.to_thread(served.text.encode_prompt, prompt)
         return served.text.encode_prompt(prompt)
 
+    def _rows_for(self, served: Served, request: GenerateRequest, token_ids: list[int]) -> OpenRows:
+        async def open_rows(sampling: SamplingParams) -> RowSource:
+            ask = _ask(served, request, token_ids, sampling)
+            return await self._reuse.open(ask, lambda: self._submit(ask))
+
+        return open_rows
+
+    def _submit(self, ask: Ask) -> RowSource:
+        return self._worker.submit(
+            ask.model_id,
+            ask.token_ids,
+            ask.sampling,
+            priority=ask.priority,
+            grammar=ask.grammar,
+            cache_salt=ask.cache_salt,
+        )
+
     def _leave(self) -> float:
         now_s = clock.monotonic()
         self._admission.leave(now_s)
@@ -212,6 +236,9 @@ class Gateway:
         m.prompt_tokens.labels(model).inc(usage.prompt_tokens)
         m.cached_tokens.labels(model).inc(usage.cached_tokens)
         m.generated_tokens.labels(model).inc(usage.completion_tokens)
+        if usage.shared_tokens:
+            by = "hit" if generation.reused == "hit" else "shared"
+            m.shared_tokens.labels(model, by).inc(usage.shared_tokens)
         duration_s = now_s - generation.arrived_s
         m.duration.labels(model).observe(duration_s)
         ttft_s = generation.ttft_s
@@ -272,6 +299,27 @@ def _constrain(request: GenerateRequest, text: TextSide, token_ids: list[int]) -
         )
     forced = text.forced_calls(prompt, token_ids)
     return request if forced is None else msgspec.structs.replace(request, grammar=forced)
+
+
+def _ask(
+    served: Served, request: GenerateRequest, token_ids: list[int], sampling: SamplingParams
+) -> Ask:
+    ask = Ask(
+        model_id=served.info.model_id,
+        token_ids=token_ids,
+        sampling=sampling,
+        grammar=request.grammar,
+        stop=request.stop,
+        one_call=isinstance(request.prompt, ChatPrompt) and not request.prompt.parallel_tool_calls,
+        cache_salt=request.cache_salt,
+        seeded=request.seed is not None,
+        priority=request.priority,
+        caching=request.caching,
+    )
+    if request.n > 1 and not ask.deterministic:
+        # One seed, which the answer names, keys them all.
+        return msgspec.structs.replace(ask, caching="none")
+    return ask
 
 
 def _patterns(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -16,6 +16,7 @@ from mlx_serving.content.output import OutputParser
 from mlx_serving.content.stream import ChoiceText
 from mlx_serving.content.text import TextSide
 from mlx_serving.errors import Cancelled, MLXServingError, from_code
+from mlx_serving.traffic.source import Reused, RowSource
 from mlx_serving.types import (
     ChatPrompt,
     FinishReason,
@@ -26,9 +27,10 @@ from mlx_serving.types import (
     TokenEvent,
     Usage,
 )
-from mlx_serving.worker.client import SequenceStream
-from mlx_serving.worker.port import WorkerClient
 from mlx_serving.worker.wire import TokenRow
+
+OpenRows = Callable[[SamplingParams], Awaitable[RowSource]]
+"""Starts one choice's sequence, or finds one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,30 +75,35 @@ class Generation:
     def prompt_text(self) -> str:
         return self._served.text.decode(self.prompt_token_ids)
 
-    def start(self, worker: WorkerClient) -> None:
+    @property
+    def sources(self) -> list[RowSource]:
+        """Where each choice's rows come from."""
+        return [choice.source for choice in self._choices if choice.source is not None]
+
+    @property
+    def reused(self) -> Reused | None:
+        """What every choice is; "miss" where they differ; None: nobody looked."""
+        kinds = {source.reused for source in self.sources}
+        return kinds.pop() if len(kinds) == 1 else "miss"
+
+    async def start(self, open_rows: OpenRows) -> None:
+        """Start every choice's sequence, or none."""
         try:
-            self._submit(worker)
-        except MLXServingError:
+            for choice in self._choices:
+                sampling = msgspec.structs.replace(self._sampling, choice=choice.index)
+                choice.source = await open_rows(sampling)
+        except BaseException:
             for choice in self._choices:  # some may run already
                 choice.cancel()
             raise
-
-    def _submit(self, worker: WorkerClient) -> None:
-        for choice in self._choices:
-            choice.stream = worker.submit(
-                self._served.info.model_id,
-                self.prompt_token_ids,
-                msgspec.structs.replace(self._sampling, choice=choice.index),
-                priority=self.request.priority,
-                grammar=self.request.grammar,
-                cache_salt=self.request.cache_salt,
-            )
+        self.seed = self.sources[0].seed
 
     def usage(self) -> Usage:
         return Usage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=sum(choice.tokens for choice in self._choices),
             cached_tokens=self.cached_tokens,
+            shared_tokens=sum(c.tokens for c in self._choices if c.is_shared),
         )
 
     def cancel(self) -> None:
@@ -142,7 +149,7 @@ class _Choice:
     ) -> None:
         self.index = index
         self.tokens = 0
-        self.stream: SequenceStream | None = None
+        self.source: RowSource | None = None
         self.finished = False
         self._parser = served.text.open_parser(request.prompt, token_ids)
         self._text: ChoiceText = served.text.open_stream(
@@ -153,16 +160,21 @@ class _Choice:
             markup=self._parser.markup if self._parser else frozenset(),
         )
 
+    @property
+    def is_shared(self) -> bool:
+        """Its tokens were computed for another request."""
+        return self.source is not None and self.source.reused in ("hit", "shared")
+
     async def rows(self) -> AsyncIterator[tuple[_Choice, TokenRow]]:
-        assert self.stream is not None, "start() comes first"
-        async for row in self.stream:
+        assert self.source is not None, "start() comes first"
+        async for row in self.source:
             yield self, row
             if self.finished:
                 return
 
     def cancel(self) -> None:
-        if self.stream is not None and not self.finished:
-            self.stream.cancel()
+        if self.source is not None and not self.finished:
+            self.source.cancel()
 
     def accept(self, row: TokenRow) -> TokenEvent:
         """Turn one row of tokens into text; the row or a stop string may finish the choice."""

@@ -21,6 +21,8 @@ from mlx_serving.errors import InvalidRequest
 
 PrefixReuse = Literal["blocks", "snapshots", "none"]
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
+Caching = Literal["use", "refresh", "none"]
+"""Of whole answers: use what others computed; compute, and let later ones use it; neither."""
 
 MAX_LOGPROBS = 20
 """Top log-probabilities a token may ask for, as OpenAI bounds it."""
@@ -187,6 +189,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     client: str | None = None
     """The name of the API key that it came with; None: nobody in particular."""
     grammar: Grammar | None = None
+    caching: Caching = "use"
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest naming the first field that is out of its range."""
@@ -221,6 +224,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    shared_tokens: int = 0
+    """Completion tokens that were computed for another request."""
 
     @property
     def total_tokens(self) -> int:

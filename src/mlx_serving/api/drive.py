@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from mlx_serving import clock
+from mlx_serving.api import wishes
 from mlx_serving.api.exchange import Exchange, Headers, cut_short, internal_error
 from mlx_serving.api.port import GatewayPort, Generation
 from mlx_serving.api.sse import SSE, ClientWatch, EventStream, Framing
@@ -70,7 +71,7 @@ async def serve(
     """Open `request` and answer it: by `answer` in one piece, or streamed by `writer` if there is
     one. Errors before the first byte are raised."""
     async with ClientWatch(exchange, config.ping_interval_s) as watch:
-        generation = await gateway.open(request)
+        generation = await gateway.open(wishes.apply(exchange, request))
         exchange.call_id, exchange.generations = request.request_id, (generation,)
         try:
             head = said(generation, advisory) + (headers or [])
@@ -85,8 +86,10 @@ async def serve(
 
 
 def said(generation: Generation, advisory: Sequence[str]) -> Headers:
-    """The headers that name the seed in use and the fields that cannot change the tokens."""
-    return [(b"x-mlx-serving-seed", b"%d" % generation.seed), *advised(advisory)]
+    """The headers that name the seed in use, whether the work was shared, and the fields that cannot
+    change the tokens."""
+    seed = (b"x-mlx-serving-seed", b"%d" % generation.seed)
+    return [seed, *wishes.reused([generation]), *advised(advisory)]
 
 
 def advised(advisory: Sequence[str]) -> Headers:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import msgspec
 
 from mlx_serving import clock
+from mlx_serving.api import wishes
 from mlx_serving.api.exchange import Exchange, Headers, cut_short, internal_error
 from mlx_serving.api.openai_request import Call, parse_chat, parse_completion
 from mlx_serving.api.openai_response import Answer, Chunks, Route
@@ -16,7 +17,7 @@ from mlx_serving.api.port import GatewayPort, Generation
 from mlx_serving.api.sse import DONE, ClientWatch, EventStream
 from mlx_serving.config import Config
 from mlx_serving.errors import MLXServingError
-from mlx_serving.types import TokenEvent
+from mlx_serving.types import GenerateRequest, TokenEvent
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class OpenAIRoutes:
     ) -> None:
         call = parse(await exchange.body(self._config.max_body_bytes))
         async with ClientWatch(exchange, self._config.ping_interval_s) as watch:
-            generations = await self._open(call)
+            generations = await self._open([wishes.apply(exchange, r) for r in call.requests])
             exchange.call_id, exchange.generations = call.id, generations
             try:
                 headers = _headers(call, generations)
@@ -66,18 +67,18 @@ class OpenAIRoutes:
                 for generation in generations:
                     generation.cancel()
 
-    async def _open(self, call: Call) -> list[Generation]:
+    async def _open(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """Open every prompt's generation, or none. A drawn seed is shared, so that the one in the
         response's header replays the whole call."""
         generations: list[Generation] = []
         try:
-            for index, request in enumerate(call.requests):
+            for index, request in enumerate(requests):
                 if generations:
                     request = msgspec.structs.replace(request, seed=generations[0].seed)
                 try:
                     generations.append(await self._gateway.open(request))
                 except MLXServingError as error:
-                    if error.param == "prompt" and len(call.requests) > 1:
+                    if error.param == "prompt" and len(requests) > 1:
                         error.param = f"prompt[{index}]"
                     raise
         except BaseException:
@@ -168,6 +169,7 @@ async def _events(
 
 def _headers(call: Call, generations: Sequence[Generation]) -> Headers:
     headers: Headers = [(b"x-mlx-serving-seed", b"%d" % generations[0].seed)]
+    headers += wishes.reused(generations)
     if call.advisory:
         headers.append((b"x-mlx-serving-advisory", ", ".join(call.advisory).encode("ascii")))
     return headers

@@ -32,12 +32,15 @@ def usage_fields(usages: Iterable[Usage]) -> dict[str, Any]:
     parts = list(usages)
     prompt = sum(u.prompt_tokens for u in parts)
     completion = sum(u.completion_tokens for u in parts)
-    return {
+    fields: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in parts)},
     }
+    if shared := sum(u.shared_tokens for u in parts):
+        fields["completion_tokens_details"] = {"shared_tokens": shared}
+    return fields
 
 
 def escape(text: str) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from mlx_serving.types import GenerateRequest, ModelInfo, Prompt, ServedModel, TokenEvent, Usage
 
@@ -23,6 +23,11 @@ class Generation(Protocol):
     @property
     def seed(self) -> int:
         """The seed in use: the client's, or the one drawn at admission."""
+        ...
+
+    @property
+    def reused(self) -> Literal["hit", "shared", "miss"] | None:
+        """Whether the answer was computed for it; None: nobody looked for another."""
         ...
 
     @property

@@ -37,6 +37,18 @@ class Metrics:
             ["model"],
             registry=r,
         )
+        self.shared_tokens = Counter(
+            "mlx_serving_shared_tokens",
+            "Generated tokens delivered without computing them again: followed (shared) or replayed (hit)",
+            ["model", "by"],
+            registry=r,
+        )
+        self.coalesced = Counter(
+            "mlx_serving_coalesced_sequences",
+            "Sequences that were not started because an identical one ran",
+            ["model"],
+            registry=r,
+        )
         self.ttft = Histogram(
             "mlx_serving_ttft_seconds",
             "From a request's arrival to its first token",

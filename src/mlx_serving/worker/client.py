@@ -61,6 +61,15 @@ class SequenceStream:
         self._waiter: asyncio.Future[None] | None = None
 
     @property
+    def reused(self) -> None:
+        """It is computed for its reader alone."""
+        return None
+
+    @property
+    def seed(self) -> int:
+        return self.request.sampling.seed
+
+    @property
     def ended(self) -> bool:
         """Nothing more will arrive (what has arrived may still be unread)."""
         return self._ended

@@ -67,6 +67,7 @@ class FakeGeneration:
         self.cached_tokens = 3
         self.seed = DRAWN_SEED if request.seed is None else request.seed
         self.prompt_text = "Once upon"
+        self.reused = None
         self.cancelled = False
         self.ended = False
         self._steps = steps
