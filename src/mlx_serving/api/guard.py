@@ -15,6 +15,7 @@ from mlx_serving.api.keys import Key, Keyring
 from mlx_serving.api.port import GatewayPort, Generation
 from mlx_serving.errors import Forbidden, MLXServingError
 from mlx_serving.traffic.allowance import Allowance
+from mlx_serving.traffic.source import Reused
 from mlx_serving.types import (
     GenerateRequest,
     ModelInfo,
@@ -181,6 +182,10 @@ class Metered:
     @property
     def seed(self) -> int:
         return self._generation.seed
+
+    @property
+    def reused(self) -> Reused | None:
+        return self._generation.reused
 
     @property
     def prompt_text(self) -> str | None:
