@@ -20,6 +20,8 @@ import msgspec
 from mlx_serving.errors import InvalidRequest
 
 PrefixReuse = Literal["blocks", "snapshots", "none"]
+ModelKind = Literal["decoder", "embedder", "reranker"]
+"""What a model is for: text, vectors (which a decoder gives too), or the relevance of pairs."""
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
 Caching = Literal["use", "refresh", "none"]
 """Of whole answers: use what others computed; compute, and let later ones use it; neither."""
@@ -290,6 +292,13 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     prefix_reuse: PrefixReuse = "none"
     """How prompts share a beginning: at block boundaries, or where recurrent state was kept."""
     prefix_reuse_why: str = ""
+    kind: ModelKind = "decoder"
+    embedding_size: int = 0
+    """Numbers in a vector; 0: it gives none."""
+    max_input_tokens: int = 0
+    """Of a text to embed, or of a pair to rank, special tokens included."""
+    prefill_step_size: int = 0
+    """Tokens that are computed between two decode steps."""
 
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):

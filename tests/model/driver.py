@@ -34,7 +34,7 @@ def make_runner(
         store,
         Sampler(vocab, eos, rows),
         max_rows=rows,
-        head_on_last=head_on_last(model),
+        backbone=head_on_last(model),
         exact_batch=exact_batch,
     )
 

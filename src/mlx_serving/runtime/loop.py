@@ -88,6 +88,8 @@ class Model:
                 priority=request.priority,
                 constraint=self._compile(request.grammar),
                 salt=request.cache_salt,
+                pooled=request.pooled or self.info.kind != "decoder",
+                second_at=request.second_at,
             )
         )
         self.sequences.add(request.seq_id)
@@ -156,6 +158,7 @@ class Model:
                         e.finish_reason,
                         e.stop_token_id,
                         cached_tokens=e.cached_tokens,
+                        vector=e.vector,
                     )
                 )
                 if e.finish_reason is not None:

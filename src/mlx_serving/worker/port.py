@@ -173,8 +173,12 @@ class WorkerClient(Protocol):
         priority: Priority = Priority.NORMAL,
         grammar: Grammar | None = None,
         cache_salt: str | None = None,
+        pooled: bool = False,
+        second_at: int | None = None,
     ) -> SequenceStream:
         """Start a sequence. Tokens past `prompt_len` are output that an earlier stream delivered.
+        One that is `pooled` ends with its prompt, in one row that has its vector; `second_at` says
+        where the second text of a pair begins.
 
         While the worker (re)starts, the stream waits for it, a bounded time; when the worker dies,
         it goes on in the next one. Raises Overloaded (with `retry_after_s`) when it cannot wait,

@@ -219,6 +219,8 @@ class Supervisor:
         priority: Priority = Priority.NORMAL,
         grammar: Grammar | None = None,
         cache_salt: str | None = None,
+        pooled: bool = False,
+        second_at: int | None = None,
     ) -> SequenceStream:
         request = wire.Submit(
             seq_id=next(self._seq_ids),
@@ -229,6 +231,8 @@ class Supervisor:
             priority=priority,
             grammar=grammar,
             cache_salt=cache_salt,
+            pooled=pooled,
+            second_at=second_at,
         )
         stream = SequenceStream(request)
         connection = self._usable()

@@ -78,6 +78,10 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True):
     grammar: Grammar | None = None
     cache_salt: str | None = None
     """Cached prefixes are shared only between sequences of equal salts."""
+    pooled: bool = False
+    """It ends with its prompt, and its only row has a vector. Always so in a model that is no decoder."""
+    second_at: int | None = None
+    """Of a pair of texts: where the second one begins, for models that tell them apart."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -149,6 +153,8 @@ class TokenRow(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens that were not computed but found in a cache; set with the first token."""
     error_param: str | None = None
     """The field at fault, where `error` is about one."""
+    vector: bytes | None = None
+    """Of a pooled sequence: float32, little-endian."""
 
 
 class StepStats(msgspec.Struct, frozen=True, array_like=True):

@@ -1,7 +1,8 @@
 """What differs between mlx-lm's architectures, as far as a batched runner must know.
 
 Three things: how a model's caches become row slots (`make_store`, with a table of quirks), how to
-apply the vocabulary head to the last position only (`HeadOnLast`), and what a config says.
+apply the vocabulary head to the last position only, and how to have the hidden states without it
+(`head_on_last`).
 """
 
 from __future__ import annotations
@@ -67,23 +68,24 @@ def make_store(
 _BACKBONES = ("model", "backbone", "transformer", "language_model", "gpt_neox")
 
 
-def head_on_last(model: Module) -> bool:
+def head_on_last(model: Module) -> Module | None:
     """Make `model(tokens)` return the last position's logits only, `[rows, 1, vocabulary]`.
 
     The head costs as much as several layers, and a prompt needs it once. The backbone (the module
     that returns hidden states) is made to return its last position; whatever the model does after
-    it (head, tied embedding, scaling, soft cap) works position by position. Returns whether that
-    held, by shape; if not, the model is left alone and the caller takes the last position.
+    it (head, tied embedding, scaling, soft cap) works position by position. Returns the backbone,
+    whose `hidden(tokens, cache=...)` are all positions' states after the final norm; None where that
+    did not hold, by shape: the model is then left alone and the caller takes the last position.
     """
     owner: Any = model
     while True:
         backbone = next((owner[n] for n in _BACKBONES if isinstance(owner.get(n), Module)), None)
         if backbone is None:
-            return False
+            return None
         original = type(backbone)
         backbone.__class__ = _last_position(original)
         if _logits_shape(model)[:2] == (1, 1):
-            return True
+            return backbone
         backbone.__class__ = original
         owner = backbone
 
@@ -94,7 +96,8 @@ def _last_position(cls: type[Module]) -> type[Module]:
         is_hidden = isinstance(hidden, mx.array) and hidden.ndim == 3
         return hidden[:, -1:] if is_hidden else hidden
 
-    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+    space = {"__call__": call, "hidden": cls.__call__, "__module__": cls.__module__}
+    return type(cls.__name__, (cls,), space)
 
 
 def _logits_shape(model: Module) -> tuple[int, ...]:

@@ -10,6 +10,9 @@ from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
 from mlx_serving.worker.wire import ModelOptions
 
+ENCODERS = ("bert", "roberta", "xlm-roberta")
+"""The `model_type`s of encoder.py; everything else is mlx-lm's."""
+
 __all__ = ["LoadedModel", "OnPhase", "check_weights", "load"]
 
 
@@ -28,6 +31,10 @@ def load(model_id: str, path: Path, options: ModelOptions, on_phase: OnPhase) ->
     if not isinstance(config.get("model_type"), str):
         raise ModelBroken(f"{path / 'config.json'} has no model_type")
     check_weights(path)
+    if config["model_type"] in ENCODERS:
+        from mlx_serving.runtime.backend import encoder_model
+
+        return encoder_model.load(model_id, path, config, options, on_phase)
     from mlx_serving.runtime.backend import mlx_model
 
     return mlx_model.load(model_id, path, config, options, on_phase)

@@ -15,11 +15,18 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime.backend.arch import head_on_last, make_store
+from mlx_serving.runtime.backend.embedder import check_decoder, decoder_classes
 from mlx_serving.runtime.backend.grammar import Grammars, tokenizer_file
 from mlx_serving.runtime.backend.kv import KVStore
 from mlx_serving.runtime.backend.loader import read_json
 from mlx_serving.runtime.backend.memory import model_budget_bytes
 from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
+from mlx_serving.runtime.backend.pooling import (
+    RowPooler,
+    is_embedder,
+    max_seq_length,
+    read_pooling,
+)
 from mlx_serving.runtime.backend.prefix import prefix_plan
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.backend.sampler import Sampler
@@ -55,8 +62,8 @@ def load(
     began = time.monotonic()
     gpu = mx.default_device().type == mx.gpu
     model, config = _load_weights(path, config, options.dtype, gpu)
-    weight_bytes = sum(a.nbytes for a in _arrays(model))
-    kernels, invariant = _accelerate(model, options.kernels, gpu)
+    weight_bytes = sum(a.nbytes for a in arrays(model))
+    kernels, invariant = accelerate(model, options.kernels, gpu)
     eos = eos_token_ids(path, config)
     store = make_store(
         model,
@@ -66,13 +73,16 @@ def load(
         exact_batch=options.exact_batch,
     )
     vocab_size = _vocab_size(model)
+    pooling = read_pooling(path, "last")
+    backbone = head_on_last(model)
     runner = MLXRunner(
         model,
         store,
         Sampler(vocab_size, eos, options.max_num_seqs),
         max_rows=options.max_num_seqs,
-        head_on_last=head_on_last(model),
+        backbone=backbone,
         exact_batch=options.exact_batch,
+        pooler=RowPooler(pooling),
     )
     grammars = Grammars(tokenizer_file(path, options), vocab_size, eos)
     grammars.warm()
@@ -114,7 +124,7 @@ def load(
         vocab_size=vocab_size,
         eos_token_ids=eos,
         quantization=quantization(config),
-        dtype=_dtype_name(model),
+        dtype=dtype_name(model),
         weight_bytes=weight_bytes,
         kv_bytes_per_token=kv_bytes,
         load_s=time.monotonic() - began,
@@ -122,6 +132,10 @@ def load(
         batch_invariant=invariant or options.exact_batch or not store.batched,
         prefix_reuse=prefix.reuse,
         prefix_reuse_why=prefix.why,
+        kind="embedder" if is_embedder(path) else "decoder",
+        embedding_size=0 if backbone is None else pooling.size(hidden_size(backbone)),
+        max_input_tokens=min(context - 1, max_seq_length(path) or context),
+        prefill_step_size=step_size,
     )
     return LoadedModel(info, runner, limits, grammars)
 
@@ -135,23 +149,30 @@ def _load_weights(
         raise ModelBroken(
             f"{path}: config.json asks to run {config['model_file']!r}, which is refused"
         )
+    made_for_vectors = is_embedder(path)
+    if made_for_vectors:
+        check_decoder(path, config)
     try:
-        model, config = load_model(path, lazy=True)
-        _cast(model, _target_dtype(dtype, gpu))
+        if made_for_vectors:
+            headless = {"tie_word_embeddings": True}
+            model, config = load_model(path, True, True, headless, decoder_classes)
+        else:
+            model, config = load_model(path, lazy=True)
+        cast(model, target_dtype(dtype, gpu))
         mx.eval(model.parameters())
     except MemoryError as e:
         raise ModelBroken(f"{path}: not enough memory for the weights") from e
     except Exception as e:
         # mlx-lm and the model files raise whatever a wrong config or tensor leads to.
-        raise ModelBroken(f"{path}: {type(e).__name__}: {_first_lines(e)}") from e
+        raise ModelBroken(f"{path}: {type(e).__name__}: {first_lines(e)}") from e
     return model, config
 
 
-def _first_lines(error: Exception) -> str:
+def first_lines(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
 
 
-def _target_dtype(dtype: str, gpu: bool) -> mx.Dtype | None:
+def target_dtype(dtype: str, gpu: bool) -> mx.Dtype | None:
     """None: as stored, or on the CPU `auto`: half types become f32, whose kernels are 20-40 times
     faster there, and more exact."""
     if dtype == "auto":
@@ -164,20 +185,20 @@ def _target_dtype(dtype: str, gpu: bool) -> mx.Dtype | None:
     return named[dtype]
 
 
-def _cast(model: Module, dtype: mx.Dtype | None) -> None:
+def cast(model: Module, dtype: mx.Dtype | None) -> None:
     if dtype is None:
         return
     may_cast = getattr(model, "cast_predicate", lambda _: True)
 
-    def cast(name: str, array: Any) -> Any:
+    def one(name: str, array: Any) -> Any:
         if not isinstance(array, mx.array) or not mx.issubdtype(array.dtype, mx.floating):
             return array
         return array.astype(dtype) if dtype == mx.float32 or may_cast(name) else array
 
-    model.update(tree_map_with_path(cast, model.parameters()))
+    model.update(tree_map_with_path(one, model.parameters()))
 
 
-def _accelerate(model: Module, mode: str, gpu: bool) -> tuple[str, bool]:
+def accelerate(model: Module, mode: str, gpu: bool) -> tuple[str, bool]:
     """Install the native kernels if they are built and `mode` wants them. Returns what then runs, and
     whether a row's result is the same bits beside any others: where kernels run every layer."""
     if gpu or mode == "off":
@@ -216,7 +237,7 @@ def _warm_up(runner: MLXRunner, store: KVStore, vocab_size: int, rows: int) -> t
         both = tuple(DecodeRow(i, i, n + 1 - i, None) for i in range(count))
         runner.launch(StepPlan(2, decode=both)).wait()
     except Exception as e:
-        raise ModelBroken(f"the model cannot run: {type(e).__name__}: {_first_lines(e)}") from e
+        raise ModelBroken(f"the model cannot run: {type(e).__name__}: {first_lines(e)}") from e
     sizes = store.bytes_per_token(), store.state_bytes()
     runner.reset()
     mx.clear_cache()
@@ -236,22 +257,28 @@ def _kv_capacity(weight_bytes: int, room: int, kv_bytes: int, most: int) -> int:
     return min(tokens, most)
 
 
+def hidden_size(backbone: Any) -> int:
+    """From the graph of a forward pass that is not computed."""
+    size: int = backbone.hidden(mx.zeros((1, 1), mx.int32)).shape[-1]
+    return size
+
+
 def _vocab_size(model: Module) -> int:
     """The logits' width, from the graph of a forward pass that is not computed."""
     try:
         width: int = model(mx.zeros((1, 1), mx.int32)).shape[-1]
     except Exception as e:
-        raise ModelBroken(f"the model cannot run: {type(e).__name__}: {_first_lines(e)}") from e
+        raise ModelBroken(f"the model cannot run: {type(e).__name__}: {first_lines(e)}") from e
     return width
 
 
-def _arrays(model: Module) -> list[mx.array]:
+def arrays(model: Module) -> list[mx.array]:
     flat: Any = tree_flatten(model.parameters())
     return [array for _, array in flat]
 
 
-def _dtype_name(model: Module) -> str:
-    for array in _arrays(model):
+def dtype_name(model: Module) -> str:
+    for array in arrays(model):
         if mx.issubdtype(array.dtype, mx.floating):
             return str(array.dtype).rsplit(".", 1)[-1]
     return ""

@@ -22,6 +22,7 @@ from mlx.nn.layers.base import Module
 
 from mlx_serving.errors import MLXServingError
 from mlx_serving.runtime.backend.kv import KVStore
+from mlx_serving.runtime.backend.pooling import RowPooler, to_bytes
 from mlx_serving.runtime.backend.sampler import Draw, Sampler
 from mlx_serving.runtime.core.plan import (
     DecodeRow,
@@ -78,17 +79,20 @@ class MLXPendingStep:
     """A launched step. `wait` blocks on its tokens only, not on steps launched after it.
 
     `settle` makes the draws that wait for a mask: it is called unless the next launch came first.
+    `pooled`: vectors by seq_id.
     """
 
     def __init__(
         self,
         step_id: int,
         forwards: list[_Forward],
+        pooled: dict[int, mx.array],
         effect: mx.array,
         settle: Callable[[], None],
     ) -> None:
         self._step_id = step_id
         self._forwards = forwards
+        self._pooled = pooled
         self._effect = effect
         """Stands for the step where nothing was sampled."""
         self._settle = settle
@@ -97,8 +101,9 @@ class MLXPendingStep:
         if any(forward.draw is None for forward in self._forwards):
             self._settle()
         draws = [f.draw.arrays() for f in self._forwards if f.draw is not None]
-        mx.eval(self._effect, draws)
+        mx.eval(self._effect, draws, list(self._pooled.values()))
         sampled = [one for forward in self._forwards for one in forward.result()]
+        sampled += [Sampled(i, [], vector=to_bytes(vector)) for i, vector in self._pooled.items()]
         return StepResult(self._step_id, sampled)
 
 
@@ -125,8 +130,9 @@ class MLXRunner:
     its draw (and that of the rows beside it in the forward) is put off until the next launch or
     this step's wait: the forward runs while the masks are computed, and steps overlap as ever.
 
-    `head_on_last`: the model returns the last position's logits only. `exact_batch`: decode always
-    with `max_rows` rows, so that a row's arithmetic never depends on how many others there are.
+    `backbone`: what `arch.head_on_last` returned for the model. `exact_batch`: decode always with
+    `max_rows` rows, so that a row's arithmetic never depends on how many others there are. `pooler`:
+    what makes a vector of a pooled sequence's hidden states.
     """
 
     def __init__(
@@ -136,11 +142,13 @@ class MLXRunner:
         sampler: Sampler,
         *,
         max_rows: int,
-        head_on_last: bool,
+        backbone: Module | None,
         exact_batch: bool = False,
+        pooler: RowPooler | None = None,
     ) -> None:
         self._model = model
-        self._head_on_last = head_on_last
+        self._backbone = backbone
+        self._pooler = pooler or RowPooler()
         self._exact_rows = max_rows if exact_batch else 0
         self._max_rows = max_rows
         self.store = store
@@ -158,6 +166,7 @@ class MLXRunner:
             self.store.free(row)
             self.sampler.free(row)
             self._constrained.pop(row, None)
+            self._pooler.free(row)
         for source, target in plan.moves:
             self._move(source, target)
         for start in plan.starts:
@@ -166,8 +175,12 @@ class MLXRunner:
         for start in plan.starts:
             self._start(start)
         forwards: list[_Forward] = []
+        pooled: dict[int, mx.array] = {}
         for chunk in plan.prefill:
-            forwards += self._prefill(chunk)
+            if chunk.pooled:
+                pooled |= self._pool(chunk)
+            else:
+                forwards += self._prefill(chunk)
             self._enqueue(forwards)
         if plan.decode:
             forwards += self._decode(plan.decode)
@@ -177,7 +190,7 @@ class MLXRunner:
         slabs = self.store.arrays()
         effect = _probe(slabs[-1]) if slabs and not forwards else self._last
         mx.async_eval(effect)
-        return MLXPendingStep(plan.step_id, forwards, effect, self._settle)
+        return MLXPendingStep(plan.step_id, forwards, pooled, effect, self._settle)
 
     def _enqueue(self, forwards: Sequence[_Forward]) -> None:
         """Start computing what was built. Once for each forward pass: while an earlier one's reads
@@ -229,6 +242,7 @@ class MLXRunner:
         self.sampler.reset()
         self._constrained.clear()
         self._undrawn.clear()
+        self._pooler.reset()
         self._last = mx.zeros((self._max_rows,), mx.int32)
 
     def forward_row(
@@ -256,6 +270,7 @@ class MLXRunner:
         self.store.move(source, target)
         self.sampler.move(source, target)
         self._last[target] = self._last[source]
+        self._pooler.move(source, target)
         if source in self._constrained:
             self._constrained[target] = self._constrained.pop(source)
 
@@ -265,6 +280,19 @@ class MLXRunner:
             return []
         position = chunk.start + len(chunk.token_ids)
         return [self._sampled(_Forward(logits, [chunk.row], [chunk.seq_id], [position]))]
+
+    def _pool(self, chunk: PrefillChunk) -> dict[int, mx.array]:
+        """The vector by seq_id once the chunk reaches the text's end. Started at once, as its slabs
+        are: a chunk before the end is reached through its row's state."""
+        assert self._backbone is not None, (
+            "a model without hidden states is never asked for a vector"
+        )
+        tokens = mx.array([chunk.token_ids])
+        caches = self.store.row_view(chunk.row, chunk.start, tokens.shape[1])
+        hidden = self._backbone.hidden(tokens, cache=caches)[0]
+        state = self._pooler.add(chunk.row, hidden, chunk.start, ends=chunk.samples)
+        mx.async_eval(state)
+        return {chunk.seq_id: state} if chunk.samples else {}
 
     def _decode(self, rows: Sequence[DecodeRow]) -> list[_Forward]:
         # A first position has no state to batch with: its recurrent state begins here.
@@ -333,7 +361,7 @@ class MLXRunner:
             logits = self._model(tokens, cache=caches)
         else:
             logits = self._model(tokens, cache=caches, input_embeddings=embeddings)
-        assert self._head_on_last is False or logits.shape[1] == 1
+        assert self._backbone is None or logits.shape[1] == 1
         return logits[:, -1]
 
 

@@ -7,6 +7,8 @@ imported. Keys of that file, all optional but the first:
     vocab_size               default 256
     max_position_embeddings  the context length, default 8192
     eos_token_id             an integer or a list
+    kind                     decoder, embedder or reranker; default decoder
+    embedding_size           numbers of a vector, a function of the whole text; default 8
     script:
       mode           "hash"   each token is a function of the tokens before it (and of seed and choice
                               where the temperature is not 0); never an end-of-sequence token
@@ -26,6 +28,7 @@ imported. Keys of that file, all optional but the first:
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -49,7 +52,7 @@ from mlx_serving.runtime.core.plan import (
     StepPlan,
     StepResult,
 )
-from mlx_serving.types import ModelInfo, SamplingParams, TokenLogprob
+from mlx_serving.types import ModelInfo, ModelKind, SamplingParams, TokenLogprob
 from mlx_serving.worker.wire import ModelOptions
 
 _MASK64 = (1 << 64) - 1
@@ -73,6 +76,8 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ScriptedConfig(msgspec.Struct, frozen=True):
     model_type: Literal["scripted"] = "scripted"
     vocab_size: int = 256
+    kind: ModelKind = "decoder"
+    embedding_size: int = 8
     max_position_embeddings: int = 8192
     eos_token_id: int | tuple[int, ...] = ()
     script: Script = Script()
@@ -180,7 +185,15 @@ class ScriptedRunner:
         assert row.length == chunk.start, (row.length, chunk)
         for token in chunk.token_ids:
             row.feed(token)
-        return self._sample(row, chunk.seq_id) if chunk.samples else None
+        if not chunk.samples:
+            return None
+        return self._vector(row, chunk.seq_id) if chunk.pooled else self._sample(row, chunk.seq_id)
+
+    def _vector(self, row: _Row, seq_id: int) -> Sampled:
+        """Of numbers from -1 to 1, which depend on the whole text."""
+        size = 1 if self._config.kind == "reranker" else self._config.embedding_size
+        numbers = [_mix(row.hash + i) / 2**63 - 1 for i in range(size)]
+        return Sampled(seq_id, [], vector=struct.pack(f"<{size}f", *numbers))
 
     def _decode(self, decode: DecodeRow) -> Sampled:
         row = self._rows[decode.row]
@@ -254,6 +267,10 @@ def load(model_id: str, path: Path, config: dict[str, Any], options: ModelOption
         eos_token_ids=parsed.eos,
         kernels="none",
         prefix_reuse="none" if options.prefix_cache_bytes == 0 else "blocks",
+        kind=parsed.kind,
+        embedding_size=0 if parsed.kind == "reranker" else parsed.embedding_size,
+        max_input_tokens=context - 1,
+        prefill_step_size=options.prefill_step_size or _PREFILL_STEP,
     )
     row_tokens = -(-context // _KV_BUCKET) * _KV_BUCKET
     limits = Limits(

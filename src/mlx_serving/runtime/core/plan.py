@@ -59,6 +59,8 @@ class RowStart:
     """Prefix blocks to copy into the row, in order."""
     reused: int = 0
     """Positions that are thereby computed."""
+    second_at: int | None = None
+    """Of a pair of texts: where the second one begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,9 @@ class PrefillChunk:
     token_ids: tuple[int, ...]
     start: int
     samples: bool
-    """The chunk reaches the last known token: sample the next one from its last logits."""
+    """The chunk reaches the last known token: sample the next one from its last logits, or give the
+    vector of a sequence that is pooled."""
+    pooled: bool = False
 
 
 class DecodeRow(msgspec.Struct, frozen=True, gc=False):
@@ -121,6 +125,8 @@ class Sampled:
     logprobs: list[TokenLogprob] | None = None
     error: MLXServingError | None = None
     """The sequence cannot go on: its tokens of this step mean nothing."""
+    vector: bytes | None = None
+    """Of a pooled sequence, in place of tokens: float32, little-endian."""
 
 
 @dataclass(slots=True)

@@ -48,6 +48,8 @@ class Emitted:
     """Why, where `finish_reason` is "error"."""
     cached_tokens: int = 0
     """Prompt tokens that were copied from prefix blocks, with the first token."""
+    vector: bytes | None = None
+    """Of a pooled sequence, with its only `finish_reason`."""
 
 
 class Scheduler:
@@ -149,7 +151,9 @@ class Scheduler:
         decode = [
             seq
             for seq in self.rows
-            if seq.wanted - seq.computed == 1 and seq.wanted < seq.limit and not seq.paused
+            if seq.wanted - seq.computed == 1
+            and seq.wanted < seq.limit
+            and not (seq.paused or seq.pooled)
         ]
         if not (prefill or decode or frees):
             return None
@@ -192,6 +196,9 @@ class Scheduler:
         if sampled.error is not None:
             self._finish(seq)
             return Emitted(sampled.seq_id, [], finish_reason="error", error=sampled.error)
+        if sampled.vector is not None:
+            self._finish(seq)
+            return Emitted(sampled.seq_id, [], finish_reason="stop", vector=sampled.vector)
         (token,) = sampled.token_ids
         reason = seq.absorb(token)
         if reason is not None:
@@ -226,7 +233,7 @@ class Scheduler:
         step_size = budget = self.limits.prefill_step_size
         chunks: list[tuple[Sequence, int]] = []
         starts: list[tuple[Sequence, list[Block]]] = []
-        ready = [seq for seq in self.rows if seq.wanted - seq.computed > 1 and not seq.paused]
+        ready = [seq for seq in self.rows if seq.prefills and not seq.paused]
         ready.sort(key=_order, reverse=True)
         head = self.queue.peek()
         while budget and (ready or head is not None):
@@ -246,7 +253,7 @@ class Scheduler:
                     continue
                 starts.append((seq, found))
                 head = self.queue.peek()
-            if length <= budget and seq.wanted - seq.computed > 1:
+            if length <= budget and seq.prefills:
                 chunks.append((seq, length))
                 budget -= length
         return chunks, starts
@@ -343,6 +350,7 @@ def _start(seq: Sequence, found: list[Block]) -> RowStart:
         seq.constraint,
         blocks=tuple([block.id for block in found]),
         reused=seq.reused,
+        second_at=seq.second_at,
     )
 
 
@@ -351,7 +359,8 @@ def _prefill(seq: Sequence, length: int) -> PrefillChunk:
     samples = end == len(seq.tokens)
     seq.computed = end
     seq.inflight += samples
-    return PrefillChunk(_row(seq), seq.seq_id, tuple(seq.tokens[start:end]), start, samples)
+    tokens = tuple(seq.tokens[start:end])
+    return PrefillChunk(_row(seq), seq.seq_id, tokens, start, samples, seq.pooled)
 
 
 def _decode(seq: Sequence) -> DecodeRow:

@@ -38,6 +38,11 @@ class Sequence:
     constraint: Constraint | None = None
     salt: str | None = None
     """It shares prefixes only with sequences of the same salt."""
+    pooled: bool = False
+    """It ends with its prompt, as a vector. It neither takes nor leaves prefix blocks: what is embedded
+    seldom comes again, and would push out the chats'."""
+    second_at: int | None = None
+    """Of a pair of texts: where the second one begins."""
 
     # Set by Scheduler.add.
     arrival: int = -1
@@ -75,6 +80,12 @@ class Sequence:
     @property
     def wanted(self) -> int:
         return len(self.tokens) + self.inflight
+
+    @property
+    def prefills(self) -> bool:
+        """Its gap is closed by a chunk. A gap of one is a decode row's, but where nothing is decoded."""
+        gap = self.wanted - self.computed
+        return gap > 1 or (self.pooled and gap == 1 and not self.inflight)
 
     @property
     def order(self) -> tuple[int, int]:

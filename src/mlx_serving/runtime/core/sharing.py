@@ -32,7 +32,7 @@ class Sharing:
     def find(self, seq: Sequence) -> list[Block] | None:
         """The blocks to begin with; at least one token is left to compute. None: wait, for a sequence
         before it in order is computing the block that comes next."""
-        if not self._enabled:
+        if not self._serves(seq):
             return []
         extend_keys(seq.keys, seq.salt, seq.tokens, self.block_tokens)
         most = (len(seq.tokens) - 1) // self.block_tokens
@@ -45,7 +45,7 @@ class Sharing:
 
     def begin(self, seq: Sequence, found: Items[Block]) -> None:
         """It takes a row, and `found` is copied into it."""
-        if not self._enabled:
+        if not self._serves(seq):
             return
         assert seq.tip is None and seq.computed == 0
         seq.shared = len(found)
@@ -66,7 +66,7 @@ class Sharing:
         if self._whole_chunks and not (chunk == size and done == seq.shared + 1):
             # What is there was computed otherwise than a prompt's own chunk would be.
             done = 0
-        if done > seq.shared:
+        if done > seq.shared and self._serves(seq):
             published = self._publish(seq, done)
         if seq.promises and seq.wanted - seq.computed <= 1:
             self._withdraw(seq)
@@ -84,6 +84,9 @@ class Sharing:
         """The runner has forgotten every block. No sequence has a row any more."""
         assert not self.promised
         self.index.clear()
+
+    def _serves(self, seq: Sequence) -> bool:
+        return self._enabled and not seq.pooled
 
     def _publish(self, seq: Sequence, done: int) -> Publish | None:
         """Blocks that are known already come first: a child never outlives its parent."""

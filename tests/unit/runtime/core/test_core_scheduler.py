@@ -425,3 +425,64 @@ def test_a_result_out_of_order_is_our_mistake() -> None:
     second = plan_of(sched)
     with pytest.raises(AssertionError):
         deliver(sched, second)
+
+
+def add_pooled(sched: Scheduler, seq_id: int, length: int) -> None:
+    tokens = [*range(100, 100 + length)]
+    sampling = SamplingParams(max_tokens=1)
+    sched.add(
+        Sequence(seq_id=seq_id, tokens=tokens, prompt_len=length, sampling=sampling, pooled=True)
+    )
+
+
+def pool(sched: Scheduler, plan: StepPlan) -> list[Emitted]:
+    sampled = [Sampled(c.seq_id, [], vector=b"v") for c in plan.prefill if c.samples]
+    emitted = sched.apply(StepResult(plan.step_id, sampled))
+    invariants.check(sched)
+    return emitted
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 17])
+def test_a_pooled_sequence_ends_with_its_prompt(length: int) -> None:
+    """Its last chunk may be a single token: there is no decode row for it."""
+    sched = scheduler(step=8)
+    add_pooled(sched, 1, length)
+    plans = []
+    while (plan := sched.schedule(0.0)) is not None:
+        invariants.check(sched)
+        plans.append(plan)
+    assert not any(plan.decode for plan in plans)
+    chunks = [chunk for plan in plans for chunk in plan.prefill]
+    assert all(chunk.pooled for chunk in chunks)
+    assert sum(len(chunk.token_ids) for chunk in chunks) == length
+    assert [chunk.samples for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    emitted = [one for plan in plans for one in pool(sched, plan)]
+    assert emitted == [Emitted(1, [], finish_reason="stop", vector=b"v")]
+    assert not sched.sequences and plan_of(sched).frees == (0,)
+
+
+def test_whole_short_texts_fill_a_step_and_the_next_is_not_cut() -> None:
+    sched = scheduler(rows=16, step=8)
+    for seq_id, length in enumerate((3, 3, 3, 8)):
+        add_pooled(sched, seq_id, length)
+    plans = [plan_of(sched) for _ in range(3)]
+    assert [[c.seq_id for c in plan.prefill] for plan in plans] == [[0, 1], [2], [3]]
+
+
+def test_a_pooled_sequence_neither_takes_nor_leaves_prefix_blocks() -> None:
+    limits = Limits(4, 8, 64, 1024, 8, (EOS,), prefix_blocks=32, prefix_block_tokens=4)
+    sched = Scheduler(limits)
+    add(sched, 1, 12)
+    step(sched)
+    step(sched)
+    add_pooled(sched, 2, 12)
+    plan = plan_of(sched)
+    assert plan.starts[0].blocks == () and [c.start for c in plan.prefill] == [0]
+    deliver(sched, plan)
+    while sched.sequences:
+        plan = plan_of(sched)
+        assert all(publish.seq_id != 2 for publish in plan.publish)
+        ids = [c.seq_id for c in plan.prefill if c.samples]
+        sampled = [Sampled(i, [], vector=b"v") for i in ids]
+        sampled += [Sampled(row.seq_id, [EOS]) for row in plan.decode]
+        sched.apply(StepResult(plan.step_id, sampled))
