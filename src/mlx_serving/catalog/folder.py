@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from mlx_serving.catalog.tensors import NotWhole, read_header
 from mlx_serving.errors import ModelBroken
 
-MAX_HEADER_BYTES = 100 << 20
-"""The bound that the safetensors format sets for its header."""
 SLOW_TOKENIZERS = (
     "tokenizer.model",
     "vocab.json",
@@ -21,9 +21,12 @@ SLOW_TOKENIZERS = (
     "tiktoken.model",
     "qwen.tiktoken",
 )
+INDEX = "model.safetensors.index.json"
+_OPTIONAL = ("tokenizer_config.json", "generation_config.json", "chat_template.json")
+"""Files that may be absent, but not be anything else than JSON objects."""
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
-ProblemKind = Literal["missing", "truncated", "bad_json", "bad_file"]
+ProblemKind = Literal["missing", "truncated", "bad_json", "bad_file", "mismatch", "wrong_hash"]
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,10 +65,7 @@ class ModelFolder(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_folder(path: Path, name: str, tokenizer_path: Path | None = None) -> ModelFolder:
     """Raises ModelBroken (corrupt_file) when config.json cannot be read; checks nothing else."""
-    try:
-        config = _json_object(path / "config.json")
-    except _Bad as bad:
-        raise broken(path, [bad.problem]) from None
+    config = read_config(path)
     text = config.get("text_config")
     text = text if isinstance(text, dict) else {}
     merged = {**text, **{key: value for key, value in config.items() if value is not None}}
@@ -89,6 +89,15 @@ def read_folder(path: Path, name: str, tokenizer_path: Path | None = None) -> Mo
     )
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json. Raises ModelBroken (corrupt_file)."""
+    try:
+        return _json_object(path / "config.json")
+    except _Bad as bad:
+        message = f"the model in {path} has broken files: {bad.problem}"
+        raise ModelBroken(message, code="corrupt_file") from None
+
+
 def weight_files(path: Path) -> list[Path]:
     """The files that mlx-lm loads."""
     return sorted(path.glob("model*.safetensors"))
@@ -99,12 +108,6 @@ def check(path: Path) -> list[Problem]:
     if _optional_json(path / "config.json").get("model_type") == WEIGHTLESS:
         return [*_check_config(path), *_check_tokenizer(path)]
     return [*_check_config(path), *_check_weights(path), *_check_tokenizer(path)]
-
-
-def broken(path: Path, problems: list[Problem]) -> ModelBroken:
-    listed = "; ".join(str(problem) for problem in problems[:5])
-    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-    return ModelBroken(f"the model in {path} has broken files: {listed}{more}", code="corrupt_file")
 
 
 def has_fast_tokenizer(path: Path) -> bool:
@@ -153,24 +156,32 @@ def _check_weights(path: Path) -> Iterator[Problem]:
     except _Bad as bad:
         yield bad.problem
         return
-    for shard in shards:
+    for shard, listed in shards.items():
         try:
-            _check_safetensors(shard)
-        except _Bad as bad:
-            yield bad.problem
+            tensors = read_header(shard)
+        except NotWhole as why:
+            yield Problem(file=shard.name, kind=why.kind, detail=why.detail)
+            continue
+        # Indexes that list a tied head or a buffer too many load well; another model's file does not.
+        if listed and listed.isdisjoint(tensors):
+            detail = f"holds none of the {len(listed)} tensors that {INDEX} lists in it"
+            yield Problem(file=shard.name, kind="mismatch", detail=detail)
 
 
-def _expected_shards(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = _json_object(index).get("weight_map")
+def _expected_shards(path: Path) -> dict[Path, set[str]]:
+    """Each weight file and the tensors that the index lists in it, if there is one."""
+    if (path / INDEX).exists():
+        weight_map = _json_object(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
             isinstance(v, str) for v in weight_map.values()
         ):
-            raise _Bad(index.name, "bad_json", "has no weight_map of names to files")
-        return [path / Path(name).name for name in sorted(set(weight_map.values()))]
-    shards = weight_files(path)
-    if not shards:
+            raise _Bad(INDEX, "bad_json", "has no weight_map of names to files")
+        shards: dict[Path, set[str]] = {}
+        for tensor, file in sorted(weight_map.items(), key=lambda item: str(item[1])):
+            shards.setdefault(path / Path(file).name, set()).add(tensor)
+        return shards
+    found = weight_files(path)
+    if not found:
         others = sorted(p.name for p in path.glob("*.gguf")) + sorted(
             p.name for p in path.glob("*.bin")
         )
@@ -178,46 +189,42 @@ def _expected_shards(path: Path) -> list[Path]:
         raise _Bad(
             "model.safetensors", "missing", f"is missing, and there are no other shards{hint}"
         )
-    return shards
-
-
-def _check_safetensors(path: Path) -> None:
-    """The header is whole, and the data it describes is exactly what follows it."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise _Bad(path.name, "truncated", f"is cut short inside its header ({size} bytes)")
-            if length > MAX_HEADER_BYTES:
-                raise _Bad(path.name, "bad_file", "is not a safetensors file")
-            header = json.loads(file.read(length))
-        entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        end = max((int(entry["data_offsets"][1]) for entry in entries), default=0)
-    except FileNotFoundError:
-        raise _Bad(path.name, "missing", "is missing") from None
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        raise _Bad(path.name, "bad_file", "has no valid safetensors header") from None
-    expected = 8 + length + end
-    if size < expected:
-        raise _Bad(path.name, "truncated", f"is cut short: {size} of {expected} bytes")
-    if size > expected:
-        raise _Bad(path.name, "bad_file", f"has {size - expected} bytes too many")
+    return {shard: set() for shard in found}
 
 
 def _check_tokenizer(path: Path) -> Iterator[Problem]:
-    if has_fast_tokenizer(path):
+    for name in _OPTIONAL:
         try:
-            # Checked without being built: a large vocabulary would be 200 MB of objects.
-            msgspec.json.decode((path / "tokenizer.json").read_bytes(), type=dict[str, msgspec.Raw])
-        except msgspec.DecodeError as e:
-            yield Problem(file="tokenizer.json", kind="bad_json", detail=f"is not JSON ({e})")
+            if (path / name).exists():
+                _json_object(path / name)
+        except _Bad as bad:
+            yield bad.problem
+    if has_fast_tokenizer(path):
+        yield from _check_fast_tokenizer(path / "tokenizer.json")
     elif not any((path / name).is_file() for name in SLOW_TOKENIZERS):
         yield Problem(
             file="tokenizer.json",
             kind="missing",
             detail="is missing, and so is every other tokenizer file",
         )
+
+
+class _FastTokenizer(msgspec.Struct):
+    """Checked without being built: a large vocabulary would be 200 MB of objects."""
+
+    model: dict[str, msgspec.Raw]
+
+
+def _check_fast_tokenizer(path: Path) -> Iterator[Problem]:
+    data = path.read_bytes()
+    try:
+        msgspec.json.decode(data, type=_FastTokenizer)
+    except msgspec.ValidationError:
+        yield Problem(file=path.name, kind="bad_file", detail="is not a tokenizer: has no model")
+    except msgspec.DecodeError as e:
+        where = re.search(r"byte (\d+)", str(e))
+        line = data.count(b"\n", 0, int(where[1]) if where else len(data)) + 1
+        yield Problem(file=path.name, kind="bad_json", detail=f"is not JSON ({e}, line {line})")
 
 
 def _quantization(config: Mapping[str, Any]) -> str | None:

@@ -1,10 +1,12 @@
-"""What clients call a model that was given no name of its own."""
+"""What clients call a model that was given no name of its own, and what its folder is called."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from mlx_serving.catalog.aliases import ALIASES
+from mlx_serving.catalog.home import model_folder
 
 
 def default_name(spec: str) -> str:
@@ -17,3 +19,11 @@ def default_name(spec: str) -> str:
     if path.suffix.lower() == ".gguf":
         return path.stem
     return spec.partition("@")[0]
+
+
+def gguf_folder(gguf: Path, home: Path) -> Path:
+    """Where a GGUF file's MLX folder is kept: named after the file as it is now, so that a changed
+    file is converted anew."""
+    facts = gguf.stat()
+    identity = f"{gguf.resolve()}|{facts.st_size}|{facts.st_mtime_ns}"
+    return model_folder(home, f"{gguf.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}")

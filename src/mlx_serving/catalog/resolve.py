@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mlx_serving.catalog.aliases import Alias
+from mlx_serving.catalog.aliases import ALIASES, Alias
+from mlx_serving.errors import ModelNotFound
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 
@@ -41,7 +42,8 @@ class Unknown:
     tried: tuple[str, ...]
 
 
-ModelSource = LocalFolder | LocalGGUF | AliasOf | HubRepo | Unknown
+Found = LocalFolder | LocalGGUF | AliasOf | HubRepo
+ModelSource = Found | Unknown
 
 
 class Disk(Protocol):
@@ -83,6 +85,14 @@ def decide(spec: str, aliases: Mapping[str, Alias], models: Path, disk: Disk) ->
     return Unknown(
         (f"folder or file {spec}", f"converted model {models / spec}", "alias", "hub id (ORG/NAME)")
     )
+
+
+def resolve(spec: str, home: Path) -> Found:
+    """What MODEL means now. Raises ModelNotFound saying what was tried."""
+    source = decide(spec, ALIASES, home / "models", RealDisk())
+    if isinstance(source, Unknown):
+        raise ModelNotFound(unknown_message(spec, source.tried, ALIASES), param="model")
+    return source
 
 
 def unknown_message(spec: str, tried: Iterable[str], aliases: Iterable[str]) -> str:

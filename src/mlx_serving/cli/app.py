@@ -98,6 +98,33 @@ def pull(
 
 
 @app.command()
+def list(json: Json = False) -> None:
+    """List every model on this machine: the hub's cache, converted folders, aliases."""
+    from mlx_serving.cli import list as command
+
+    raise typer.Exit(command.run(json=json))
+
+
+@app.command()
+def health(
+    model: Annotated[
+        str | None, typer.Argument(help="Alias, hub id, folder or .gguf file; default: all.")
+    ] = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read every file again and compare its hash.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Say which models have broken files, and which this installation cannot run.
+
+    Exits with 0 if all is well, 6 for broken files, 7 for what cannot run here.
+    """
+    from mlx_serving.cli import health as command
+
+    raise typer.Exit(command.run(model, deep=deep, json=json))
+
+
+@app.command()
 def doctor(json: Json = False) -> None:
     """Say whether this machine can serve, and how fast its arithmetic is.
 

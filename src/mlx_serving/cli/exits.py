@@ -17,4 +17,8 @@ class Exit(IntEnum):
     """The address is in use, not ours, or not allowed."""
     NO_MODEL = 5
     """The model cannot be found, fetched or loaded."""
+    FILES_BROKEN = 6
+    """`health`: a model's files are broken; `repair` may mend them."""
+    CANNOT_RUN = 7
+    """`health`: the files are whole, but this installation or machine cannot run the model."""
     INTERRUPTED = 130

@@ -30,14 +30,14 @@ class Say:
     ) -> None:
         self.as_json = as_json
         self._out = out or sys.stdout
-        self._err = err or sys.stderr
+        self.err = err or sys.stderr
 
     def event(self, kind: str, text: str, **fields: Any) -> None:
         """One thing that happened, in the form that was asked for."""
         if self.as_json:
             print(json.dumps({"event": kind, **fields}), file=self._out, flush=True)
         elif text:
-            print(text, file=self._err, flush=True)
+            print(text, file=self.err, flush=True)
 
     def error(self, code: str, message: str, remedy: str | None = None) -> None:
         text = f"error: {message}" + (f"\n  {remedy}" if remedy else "")
@@ -97,8 +97,8 @@ class Say:
 
     def progress(self) -> Progress:
         """A bar on a terminal, a line every few seconds elsewhere."""
-        if not self.as_json and self._err.isatty():
-            return BarProgress(self._err)
+        if not self.as_json and self.err.isatty():
+            return BarProgress(self.err)
         return LineProgress(self)
 
 

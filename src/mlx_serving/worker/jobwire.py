@@ -1,6 +1,8 @@
 """What a conversion job prints on stdout: one JSON object a line, told apart by `event`.
 
 Started (Advanced)*  … for each task, then  Finished | Failed
+
+and what it writes into the folder that it made, so that the folder can be checked and made again.
 """
 
 from __future__ import annotations
@@ -39,3 +41,14 @@ def encode(event: JobEvent) -> bytes:
 def decode(line: bytes) -> JobEvent:
     """Raises msgspec.DecodeError on anything else."""
     return _decoder.decode(line)
+
+
+MANIFEST = "mlx_serving_manifest.json"
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """How a folder was made. `job`: the conversion's arguments, less the folder; `sha256` of each file of
+    weights."""
+
+    job: tuple[str, ...]
+    sha256: dict[str, str]

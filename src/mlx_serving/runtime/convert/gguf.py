@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime.convert import arch, gguf_tokenizer
+from mlx_serving.runtime.convert.folder import check_space, publish
 from mlx_serving.runtime.convert.gguf_file import GGUFFile, corrupt, read_gguf
 from mlx_serving.runtime.convert.repack import (
     GROUP_SIZE,
@@ -75,12 +74,18 @@ class Target:
 
 
 def convert_gguf(
-    source: Path, folder: Path, options: Options, start: Callable[[str, int], None], advance: Report
+    source: Path,
+    folder: Path,
+    options: Options,
+    start: Callable[[str, int], None],
+    advance: Report,
+    job: Sequence[str] = (),
 ) -> None:
     """Write `folder`: config, weights, tokenizer, chat template, generation defaults.
 
     Raises ModelBroken with code corrupt_file, unsupported_architecture, unsupported_tokenizer or
-    no_space. A folder that appears meanwhile (another process was faster) is left as it is.
+    no_space. A folder that appears meanwhile (another process was faster) is left as it is. `job`:
+    the arguments that ask for this conversion again, for the folder's manifest.
     """
     gguf = read_gguf(source)
     config = arch.model_config(gguf)
@@ -108,23 +113,9 @@ def convert_gguf(
                 json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8"
             )
         tokenizer.tokenizer.save(str(temporary / "tokenizer.json"))
-        publish(temporary, folder)
+        publish(temporary, folder, job)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def publish(temporary: Path, folder: Path) -> None:
-    """Rename a finished folder into place; the first one to finish wins."""
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-    directory = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def plan(gguf: GGUFFile, config: arch.Json, options: Options) -> list[Target]:
@@ -167,16 +158,6 @@ def _quantization(targets: list[Target]) -> dict[str, Any]:
             module = target.parameter.name.removesuffix(".weight")
             entry[module] = {"group_size": target.group_size, "bits": target.bits}
     return {"quantization": entry, "quantization_config": entry}
-
-
-def check_space(parent: Path, needed: int) -> None:
-    """Raises ModelBroken (no_space) unless `needed` bytes are free where `parent` is."""
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise ModelBroken(
-            f"converting needs {needed >> 20} MiB in {parent}, {free >> 20} MiB are free",
-            code="no_space",
-        )
 
 
 def _write(gguf: GGUFFile, target: Target, writer: SafetensorsWriter, advance: Report) -> None:

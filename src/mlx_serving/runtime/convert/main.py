@@ -20,7 +20,9 @@ Emit = Callable[[jobwire.JobEvent], None]
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
+    options.again = [word for word in argv[:-1] if word != "--json-progress"]
     emit: Emit = _emit_json if options.json_progress else _emit_text
     try:
         _run(options, emit)
@@ -49,7 +51,9 @@ def _run(options: argparse.Namespace, emit: Emit) -> None:
 
     meter = _Meter(emit)
     conversion = Options(quantize=options.quantize, dtype=options.dtype)
-    convert_gguf(options.source, options.folder, conversion, meter.start, meter.advance)
+    convert_gguf(
+        options.source, options.folder, conversion, meter.start, meter.advance, options.again
+    )
     meter.flush()
 
 

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from mlx_serving.errors import ModelBroken
-from mlx_serving.runtime.convert.gguf import publish
+from mlx_serving.runtime.convert.folder import publish
 
 
 def convert_tokenizer(source: Path, folder: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 from gguf import GGMLQuantizationType as Q
 
 from mlx_serving.errors import ModelBroken
-from mlx_serving.runtime.convert.gguf import Options, Quantize, check_space, convert_gguf
+from mlx_serving.runtime.convert.folder import check_space
+from mlx_serving.runtime.convert.gguf import Options, Quantize, convert_gguf
 from mlx_serving.runtime.convert.gguf_file import read_gguf
 from mlx_serving.runtime.convert.repack import from_float32, repack
 
