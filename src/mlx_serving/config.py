@@ -115,6 +115,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Which identical requests share one sequence while it runs; deterministic: greedy or seeded ones."""
     coalesce_subscribers: Annotated[int, Meta(ge=1, le=10_000)] = 100
     """Requests that one sequence may serve; the next one starts another."""
+    response_cache: Literal["off", "memory", "disk", "redis"] = "off"
+    """Where whole answers of greedy and seeded requests are kept, for when the same is asked again."""
+    response_cache_ttl_s: Annotated[float, Meta(gt=0)] = 300.0
+    """How long an answer is kept."""
+    response_cache_entries: Annotated[int, Meta(ge=1)] = 4096
+    """Answers kept at most; the least recently used leave first."""
+    response_cache_tokens: Annotated[int, Meta(ge=1)] = 2_000_000
+    """Tokens of answers kept at most."""
+    response_cache_bytes: Annotated[int, Meta(ge=1024)] = 64 * 1024 * 1024
+    """Bytes of answers kept at most."""
+    response_cache_url: Annotated[str, Meta(min_length=1)] = "redis://127.0.0.1:6379/0"
+    """The Redis or Valkey server of response-cache redis."""
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     """Answer length for requests that do not say; default: what the context leaves."""
     prefill_step_size: Annotated[int, Meta(ge=1)] | None = None

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from mlx_serving import __version__
 from mlx_serving.answers import (
     PARAMS,
     Chunk,
@@ -27,6 +28,7 @@ from mlx_serving.answers import (
     to_request,
 )
 from mlx_serving.catalog.ensure import Progress, ensure
+from mlx_serving.catalog.fingerprint import fingerprint
 from mlx_serving.catalog.lifecycle import Fetching, Loading, ModelSlot
 from mlx_serving.catalog.names import default_name
 from mlx_serving.config import FIELDS, Config, override
@@ -103,6 +105,7 @@ class Engine:
         for slot in self._slots:
             await slot.close()
         await self._worker.stop()
+        await self.gateway.close()
 
     def restart(self) -> None:
         """Replace the worker; running streams go on in the next one. Tries again what failed."""
@@ -253,11 +256,12 @@ class Engine:
         try:
             folder = await asyncio.to_thread(ensure, slot.source, self.config, self._progress)
             slot.enter(Loading())
-            info, text = await asyncio.gather(
+            info, text, files = await asyncio.gather(
                 self._worker.load_model(
                     slot.model_id, str(folder.path), self._model_options(folder.tokenizer_path)
                 ),
                 asyncio.to_thread(self._text_side, folder.tokenizer_path),
+                asyncio.to_thread(fingerprint, folder.path, folder.tokenizer_path),
             )
         except Exception as error:
             code = getattr(error, "code", "model_unavailable")
@@ -266,7 +270,7 @@ class Engine:
             )
             raise
         self.events.publish(ModelLoaded(model_id=slot.model_id, info=info))
-        return Served(info, text)
+        return Served(info, text, f"{__version__} {files} {info.dtype} {info.kernels}")
 
     def _text_side(self, path: Path) -> TextSide:
         c = self.config

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 import msgspec
 
 from mlx_serving import clock
+from mlx_serving.catalog.home import models_home
 from mlx_serving.catalog.lifecycle import Failed, ModelSlot, Ready, status_of
 from mlx_serving.config import Config
 from mlx_serving.content.text import TextSide
@@ -30,8 +31,11 @@ from mlx_serving.generation import Generation, OpenRows, Served
 from mlx_serving.telemetry.events import EventBus, RequestFinished, RequestStarted
 from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.traffic.admission import Admission
+from mlx_serving.traffic.response_cache import ResponseCache
 from mlx_serving.traffic.reuse import Reuse
 from mlx_serving.traffic.source import Ask, RowSource
+from mlx_serving.traffic.stores import open_store
+from mlx_serving.traffic.stores.port import Bounds, Size
 from mlx_serving.types import (
     ChatPrompt,
     GenerateRequest,
@@ -42,6 +46,8 @@ from mlx_serving.types import (
 )
 from mlx_serving.worker.port import WorkerClient
 
+_COMPLETE: frozenset[str] = frozenset({"stop", "length", "tool_calls"})
+"""Outcomes of requests that got their whole answer."""
 _THREAD_TOKENS = 4_096
 """From here on token ids are better decoded off the event loop."""
 
@@ -63,11 +69,7 @@ class Gateway:
         self._events = events
         self._patterns = _patterns(config.model_aliases, slots)
         self._admission = Admission(config.max_queue)
-        self._reuse = Reuse(
-            config.coalesce,
-            config.coalesce_subscribers,
-            on_join=lambda ask: metrics.coalesced.labels(ask.model_id).inc(),
-        )
+        self._reuse = _reuse(config, metrics)
         self._running: set[Generation] = set()
         self._idle = asyncio.Event()
 
@@ -176,6 +178,10 @@ class Gateway:
                 await asyncio.wait_for(self._idle.wait(), timeout_s)
         return self._admission.open_requests == 0
 
+    async def close(self) -> None:
+        """Let go of what outlives requests."""
+        await self._reuse.close()
+
     def _status(self, workers_live: bool) -> str:
         if self._admission.draining:
             return "draining"
@@ -230,6 +236,8 @@ class Gateway:
     def _ended(self, generation: Generation, outcome: str) -> None:
         now_s = self._leave()
         self._running.discard(generation)
+        if outcome in _COMPLETE:
+            self._reuse.keep(generation.sources)
         usage, model = generation.usage(), generation.model_id
         m = self._metrics
         m.requests.labels(model, outcome).inc()
@@ -301,11 +309,37 @@ def _constrain(request: GenerateRequest, text: TextSide, token_ids: list[int]) -
     return request if forced is None else msgspec.structs.replace(request, grammar=forced)
 
 
+def _reuse(config: Config, metrics: Metrics) -> Reuse:
+    cache = None
+    if config.response_cache != "off":
+        bounds = Bounds(
+            entries=config.response_cache_entries,
+            tokens=config.response_cache_tokens,
+            bytes=config.response_cache_bytes,
+            ttl_s=config.response_cache_ttl_s,
+        )
+        folder = models_home(config.home, os.environ) / "responses"
+        cache = ResponseCache(
+            open_store(config.response_cache, bounds, folder, config.response_cache_url),
+            on_lookup=lambda result: metrics.cache_lookups.labels(result).inc(),
+            on_failure=metrics.cache_failures.inc,
+        )
+        metrics.cache_entries.set_function(lambda: (cache.size() or Size()).entries)
+        metrics.cache_bytes.set_function(lambda: (cache.size() or Size()).bytes)
+    return Reuse(
+        config.coalesce,
+        config.coalesce_subscribers,
+        on_join=lambda ask: metrics.coalesced.labels(ask.model_id).inc(),
+        cache=cache,
+    )
+
+
 def _ask(
     served: Served, request: GenerateRequest, token_ids: list[int], sampling: SamplingParams
 ) -> Ask:
     ask = Ask(
         model_id=served.info.model_id,
+        fingerprint=served.fingerprint,
         token_ids=token_ids,
         sampling=sampling,
         grammar=request.grammar,

@@ -39,6 +39,8 @@ class Served:
 
     info: ModelInfo
     text: TextSide
+    fingerprint: str = ""
+    """Of what its answers depend on: files, and how they are computed."""
 
 
 class Generation:

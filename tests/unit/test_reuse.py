@@ -141,3 +141,60 @@ async def test_a_failure_reaches_every_reader_once(scripted):
         again = await engine.gateway.open(request("no!"))
         assert again.reused == "miss"
         again.cancel()
+
+
+async def test_an_answer_is_told_again_without_its_worker(scripted):
+    folder = str(scripted(text="one STOP two"))
+    async with Engine(folder, response_cache="memory") as engine:
+        wanted = [{}, {"stop": ("STOP",)}, {"max_tokens": 3}, {"n": 2}]
+        for kept, fields in enumerate(wanted, 1):
+            first = await engine.gateway.open(request(**fields))
+            told = await answer(first)
+            while metric(engine, "mlx_serving_response_cache_entries") < min(kept, 3):
+                await asyncio.sleep(0)  # it is kept in the background
+            os.kill(engine.gateway.health()["workers"][0]["pid"], signal.SIGSTOP)
+            again = await engine.gateway.open(request(**fields))
+            assert (first.reused, again.reused) == ("miss" if fields != {"n": 2} else "hit", "hit")
+            # With the worker stopped: nothing is asked of it.
+            assert await answer(again) == told
+            usage = again.usage()
+            assert usage.shared_tokens == usage.completion_tokens == first.usage().completion_tokens
+            assert usage.cached_tokens == usage.prompt_tokens == 5
+            os.kill(engine.gateway.health()["workers"][0]["pid"], signal.SIGCONT)
+        assert metric(engine, 'mlx_serving_response_cache_lookups_total{result="hit"}') == 7
+        assert metric(engine, "mlx_serving_response_cache_entries") == 3
+        other = await engine.gateway.open(request(cache_salt="a"))
+        assert other.reused == "miss"
+        other.cancel()
+
+
+async def test_who_leaves_early_leaves_nothing_in_the_cache(scripted):
+    folder = str(scripted(mode="cycle", token_ids=[98], step_delay_ms=1))
+    async with Engine(folder, response_cache="memory") as engine:
+        stream = engine.generate("x", max_tokens=400, temperature=0)
+        await anext(stream)
+        await stream.aclose()
+        assert metric(engine, "mlx_serving_response_cache_entries") == 0
+
+
+async def test_answers_on_disk_survive_the_server_but_not_a_change_of_the_model(scripted, tmp_path):
+    settings = {"response_cache": "disk", "home": str(tmp_path / "home")}
+    folder = scripted(text="first")
+    async with Engine(str(folder), **settings) as engine:
+        assert (await engine.complete("x", temperature=0)).text == "first"
+    async with Engine(str(folder), **settings) as engine:
+        again = await engine.complete("x", temperature=0)
+        assert (again.text, again.usage.shared_tokens) == ("first", 6)
+    config = (folder / "config.json").read_text().replace("102", "70")  # f to F
+    (folder / "config.json").write_text(config)
+    async with Engine(str(folder), **settings) as engine:
+        changed = await engine.complete("x", temperature=0)
+        assert (changed.text, changed.usage.shared_tokens) == ("First", 0)
+
+
+async def test_a_cache_that_is_not_there_costs_no_answer(scripted):
+    settings = {"response_cache": "redis", "response_cache_url": "redis://127.0.0.1:1/0"}
+    async with Engine(str(scripted(text="Hi.")), **settings) as engine:
+        for _ in range(5):
+            assert (await engine.complete("x", temperature=0)).text == "Hi."
+        assert metric(engine, 'mlx_serving_response_cache_lookups_total{result="error"}') == 5

@@ -49,6 +49,23 @@ class Metrics:
             ["model"],
             registry=r,
         )
+        self.cache_lookups = Counter(
+            "mlx_serving_response_cache_lookups",
+            "Requests for a kept answer, by result: hit, miss or error (counted as a miss by who asked)",
+            ["result"],
+            registry=r,
+        )
+        self.cache_failures = Counter(
+            "mlx_serving_response_cache_failures",
+            "Uses of the response cache's store that failed, took too long or met a damaged entry",
+            registry=r,
+        )
+        self.cache_entries = Gauge(
+            "mlx_serving_response_cache_entries", "Answers kept in memory or on disk", registry=r
+        )
+        self.cache_bytes = Gauge(
+            "mlx_serving_response_cache_bytes", "Bytes of the kept answers", registry=r
+        )
         self.ttft = Histogram(
             "mlx_serving_ttft_seconds",
             "From a request's arrival to its first token",

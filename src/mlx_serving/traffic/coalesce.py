@@ -27,8 +27,17 @@ class Flight:
     """One running sequence and those who read it. `on_end` is called once, when nobody may join
     any more."""
 
-    def __init__(self, ask: Ask, source: RowSource, on_end: Callable[[Flight], None]) -> None:
+    def __init__(
+        self,
+        key: bytes,
+        ask: Ask,
+        source: RowSource,
+        on_end: Callable[[Flight], None] = lambda _: None,
+    ) -> None:
+        self.key = key
         self.ask = ask
+        self.kept = False
+        """Its answer went into the response cache."""
         self.transcript = Transcript()
         self.error: MLXServingError | None = None
         self.ended = False
@@ -171,5 +180,5 @@ class Flights:
             if self._open.get(key) is flight:
                 del self._open[key]
 
-        flight = self._open[key] = Flight(ask, source, ended)
+        flight = self._open[key] = Flight(key, ask, source, ended)
         return flight.join("miss")

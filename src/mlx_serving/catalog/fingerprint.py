@@ -1,0 +1,27 @@
+"""Which model a folder holds, whatever it is called and wherever it lies."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from mlx_serving.catalog.folder import weight_files
+
+SAMPLE_BYTES = 1024 * 1024
+
+
+def fingerprint(folder: Path, tokenizer: Path) -> str:
+    """SHA-256, in hex, over the JSON files and, of each file of weights, its size, both ends (its
+    header is at the beginning) and its middle: megabytes are read where all would be gigabytes."""
+    digest = hashlib.sha256()
+    for path in sorted({*folder.glob("*.json"), *tokenizer.glob("*.json")}):
+        digest.update(path.name.encode() + b"\0")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(b"%s\0%d\0" % (path.name.encode(), size))
+        with path.open("rb") as file:
+            for at in (0, size // 2, max(0, size - SAMPLE_BYTES)):
+                file.seek(at)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
