@@ -150,8 +150,8 @@ async def test_an_answer_is_told_again_without_its_worker(scripted):
         for kept, fields in enumerate(wanted, 1):
             first = await engine.gateway.open(request(**fields))
             told = await answer(first)
-            while metric(engine, "mlx_serving_response_cache_entries") < min(kept, 3):
-                await asyncio.sleep(0)  # it is kept in the background
+            while metric(engine, "mlx_serving_response_cache_entries") < min(kept, 3):  # noqa: ASYNC110 - kept in the background
+                await asyncio.sleep(0)
             os.kill(engine.gateway.health()["workers"][0]["pid"], signal.SIGSTOP)
             again = await engine.gateway.open(request(**fields))
             assert (first.reused, again.reused) == ("miss" if fields != {"n": 2} else "hit", "hit")
