@@ -16,7 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mlx_serving import __version__
 from mlx_serving.answers import (
     PARAMS,
     Chunk,
@@ -270,7 +269,7 @@ class Engine:
             )
             raise
         self.events.publish(ModelLoaded(model_id=slot.model_id, info=info))
-        return Served(info, text, f"{__version__} {files} {info.dtype} {info.kernels}")
+        return Served(info, text, f"{files} {info.dtype} {info.kernels}")
 
     def _text_side(self, path: Path) -> TextSide:
         c = self.config

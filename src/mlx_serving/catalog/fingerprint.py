@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 from pathlib import Path
 
 from mlx_serving.catalog.folder import weight_files
@@ -11,9 +12,9 @@ SAMPLE_BYTES = 1024 * 1024
 
 
 def fingerprint(folder: Path, tokenizer: Path) -> str:
-    """SHA-256, in hex, over the JSON files and, of each file of weights, its size, both ends (its
+    """SHA-256, in hex, over this program's version, the JSON files and, of each file of weights, its size, both ends (its
     header is at the beginning) and its middle: megabytes are read where all would be gigabytes."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_version().encode() + b"\0")
     for path in sorted({*folder.glob("*.json"), *tokenizer.glob("*.json")}):
         digest.update(path.name.encode() + b"\0")
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -25,3 +26,10 @@ def fingerprint(folder: Path, tokenizer: Path) -> str:
                 file.seek(at)
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("mlx-serving")
+    except importlib.metadata.PackageNotFoundError:
+        return ""  # it runs from a source tree
