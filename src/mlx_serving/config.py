@@ -98,6 +98,24 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Key, or its hash, for routes that change what runs; without it they answer this machine only."""
     metrics_access: Literal["open", "key", "admin"] = "key"
     """Who may read /metrics: anybody, any key's holder, or the admin key's."""
+    tls_cert: Annotated[str, Meta(min_length=1)] | None = None
+    """Serve HTTPS with this certificate (PEM, its chain behind it)."""
+    tls_key: Annotated[str, Meta(min_length=1)] | None = None
+    """The certificate's private key (PEM); default: it is in the certificate's file."""
+    cors_origin: tuple[str, ...] = ()
+    """Web pages of this origin (https://chat.example.org) may use the server; others may not."""
+    allowed_host: tuple[str, ...] = ()
+    """Another name for a server on loopback, as a proxy that keeps the Host header calls it."""
+    max_connections: Annotated[int, Meta(ge=1)] = 4096
+    """Connections at once, as far as file descriptors go; more are told 503."""
+    max_header_bytes: Annotated[int, Meta(ge=1024)] = 64 * 1024
+    """Larger request heads are refused with 431."""
+    header_timeout_s: Annotated[float, Meta(gt=0)] = 20.0
+    """How long a request's head may take to arrive."""
+    body_timeout_s: Annotated[float, Meta(gt=0)] = 120.0
+    """How long a request's body may take to arrive."""
+    write_timeout_s: Annotated[float, Meta(gt=0)] = 300.0
+    """How long a client may leave unread what no longer fits in the buffers before it is cut off."""
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 32 * 1024 * 1024
     """Larger request bodies are refused with 413."""
     drain_timeout_s: Annotated[float, Meta(ge=0)] = 30.0
@@ -268,6 +286,12 @@ def _contradictions(config: Config, places: Mapping[str, str]) -> Iterable[str]:
         yield f"{place}: {len(names)} names for {len(models)} model(s)"
     if len(set(names)) < len(names):
         yield f"{places.get('served_model_name', 'served_model_name')}: a name is given twice"
+    if config.tls_key is not None and config.tls_cert is None:
+        yield f"{places.get('tls_key', 'tls_key')}: a key without a certificate (tls_cert)"
+    for origin in config.cors_origin:
+        if not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/*\s]+/?", origin):
+            place = places.get("cors_origin", "cors_origin")
+            yield f"{place}: '{origin}' is no origin; expected one like https://chat.example.org"
     if len(set(models)) < len(models):
         yield f"{places.get('models', 'models')}: a model is given twice"
 

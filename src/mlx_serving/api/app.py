@@ -23,6 +23,7 @@ from mlx_serving.api.exchange import (
     ASGIApp,
     ClientGone,
     Exchange,
+    Headers,
     Receive,
     Scope,
     Send,
@@ -46,6 +47,14 @@ Methods = Mapping[str, Handler | Route]
 """A bare handler needs a key, where there are keys; `public` and `admin` mark what differs."""
 
 HTML = b"text/html; charset=utf-8"
+PAGE_HEADERS: Headers = [
+    (
+        b"content-security-policy",
+        b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
+    ),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+]
 PROMETHEUS = b"text/plain; version=0.0.4; charset=utf-8"
 
 log = logging.getLogger(__name__)
@@ -218,7 +227,7 @@ class InfoRoutes:
         await exchange.respond(200, openapi.document(ENDPOINTS))
 
     async def docs(self, exchange: Exchange) -> None:
-        await exchange.respond(200, openapi.page(ENDPOINTS), content_type=HTML)
+        await exchange.respond(200, openapi.page(ENDPOINTS), PAGE_HEADERS, HTML)
 
     async def models(self, exchange: Exchange) -> None:
         if exchange.header(b"anthropic-version") is not None:

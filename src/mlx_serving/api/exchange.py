@@ -103,6 +103,7 @@ class Exchange:
                 "status": status,
                 "headers": [
                     (b"content-type", content_type),
+                    (b"x-content-type-options", b"nosniff"),
                     (b"x-request-id", self.id.encode("ascii")),
                     *headers,
                 ],

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
+import resource
 import signal
 import socket
+import ssl
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
 
+from mlx_serving.api import browsers, tls
+from mlx_serving.api.connection import Connection, Limits
 from mlx_serving.api.exchange import ASGIApp
 from mlx_serving.api.port import GatewayPort
 from mlx_serving.config import Config
@@ -25,6 +30,8 @@ from mlx_serving.errors import ConfigError
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
+MAX_FILES = 65_536
+"""File descriptors to ask for."""
 FLUSH_S = 2.0
 """What the last bytes of drained streams may take to reach their clients."""
 CUT_S = 0.5
@@ -51,8 +58,11 @@ async def serve(
     handled in the main thread only. Raises ConfigError if the address cannot be listened on.
     """
     stops = asyncio.Queue[None](maxsize=2)
+    context = tls.context(config)
+    app = browsers.keeping_out(app, browsers.policy(config))
     with _listen(config) as (listener, address), _signals(stops):
-        server = _Server(_uvicorn_config(app), lambda: on_started and on_started(address))
+        made = _uvicorn_config(app, Limits.of(config, _raise_file_limit()), context)
+        server = _Server(made, lambda: on_started and on_started(address))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         watching = asyncio.create_task(_watch(should_stop, stops))
         first = asyncio.create_task(stops.get())
@@ -115,11 +125,11 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _uvicorn_config(app: ASGIApp) -> uvicorn.Config:
-    return uvicorn.Config(
+def _uvicorn_config(app: ASGIApp, limits: Limits, context: ssl.SSLContext | None) -> uvicorn.Config:
+    config = uvicorn.Config(
         app,
         loop="none",
-        http="httptools",
+        http=functools.partial(Connection, limits=limits),  # type: ignore[arg-type]
         ws="none",
         interface="asgi3",
         lifespan="off",
@@ -130,6 +140,22 @@ def _uvicorn_config(app: ASGIApp) -> uvicorn.Config:
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
     )
+    config.load()
+    config.ssl = context
+    return config
+
+
+def _raise_file_limit() -> int:
+    """As many file descriptors as this process may have; macOS starts with 256."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return soft if soft != resource.RLIM_INFINITY else MAX_FILES
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):  # the kernel's own limit may be lower
+        return soft
+    return wanted
 
 
 @contextlib.contextmanager
@@ -159,8 +185,9 @@ def _listen(config: Config) -> Iterator[tuple[socket.socket, str]]:
     if config.uds is None:
         listener = _listen_tcp(config.host, config.port)
         host, port = listener.getsockname()[:2]
+        scheme = "http" if config.tls_cert is None else "https"
         with listener:
-            yield listener, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            yield listener, f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         return
     path = Path(config.uds)
     listener = _listen_uds(path)
@@ -185,6 +212,8 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
         raise ConfigError(f"Cannot listen on {host}: {error.strerror}.", param="host") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Inherited: a client whose machine has vanished is noticed.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as error:
