@@ -4,10 +4,6 @@ with models that say what they are told."""
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +13,8 @@ import httpx
 import ollama
 import openai
 import pytest
+
+from contract.served import serving
 
 AGENT = (
     "<think>Hmm… 🤔</think>Ich addiere.\n"
@@ -45,24 +43,8 @@ def url(scripted_once: Any) -> Iterator[str]:
         scripted_once("echo", mode="echo", context=200_000),
         scripted_once("endless", mode="cycle", token_ids=[97], context=200_000, step_delay_ms=5),
     ]
-    command = [sys.executable, "-m", "mlx_serving", "serve", *map(str, models), "--json"]
-    flags = ["--port", "0", "--model-aliases", "claude-*=agent"]
-    server = subprocess.Popen(
-        [*command, *flags, "--ping-interval-s", "0.2"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={k: v for k, v in os.environ.items() if not k.startswith("MLX_SERVING_")},
-        start_new_session=True,
-    )
-    try:
-        assert server.stdout is not None
-        address = json.loads(server.stdout.readline())["url"]
-        for _ in models:
-            assert json.loads(server.stdout.readline())["event"] == "model_loaded"
-        yield address
-    finally:
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
+    with serving(models, "--model-aliases", "claude-*=agent", "--ping-interval-s", "0.2") as url:
+        yield url
 
 
 @pytest.fixture

@@ -110,12 +110,17 @@ class LineWriter:
             so_far.finish_reason = event.finish_reason
         done = len(so_far.calls) - (0 if event.finish_reason else 1)
         calls = so_far.calls[self._told : max(done, self._told)]
-        logprobs = event.logprobs or ()
-        if not (event.text or event.reasoning or calls or logprobs):
-            return b""
-        piece = self._reply.piece(event.text, event.reasoning, calls, logprobs, self._told)
+        piece, told = self._reply.piece, self._told
         self._told += len(calls)
-        return _json(piece) + b"\n"
+        # A line of its own for each: clients look for thinking or content or calls, not for all.
+        lines = []
+        if event.reasoning:
+            lines.append(piece("", event.reasoning))
+        if event.text or event.logprobs:
+            lines.append(piece(event.text, "", (), event.logprobs or ()))
+        if calls:
+            lines.append(piece("", "", calls, (), told))
+        return b"".join(_json(line) + b"\n" for line in lines)
 
     def end(self) -> bytes:
         return (
