@@ -183,9 +183,10 @@ class _Choice:
         if row.error is not None:
             self.finished = True
             raise from_code(*row.error, param=row.error_param)
-        if self._parser is None or not self._parser.single or len(row.token_ids) < 2:
+        if self._parser is None or not self._parser.each_token or len(row.token_ids) < 2:
             return self._accept(row)
-        # One by one, so that where the call ends the answer does not depend on how rows came.
+        # So that where a call ends the answer, and which tokens were reasoning, does not depend on
+        # how rows came.
         event = TokenEvent(choice=self.index, text="", token_ids=[])
         for token_row in _split(row):
             _append(event, self._accept(token_row))
@@ -228,6 +229,7 @@ class _Choice:
             event.finish_reason = "stop"
         event.text = "".join(p.content for p in parsed)
         event.reasoning = "".join(p.reasoning for p in parsed)
+        event.reasoning_tokens = len(event.token_ids) if event.reasoning else 0
         event.tool_calls = [call for p in parsed for call in p.tool_calls] or None
         if event.finish_reason == "stop" and parser.calls:
             event.finish_reason = "tool_calls"
@@ -252,6 +254,7 @@ def _append(event: TokenEvent, more: TokenEvent) -> None:
     event.text += more.text
     event.token_ids += more.token_ids
     event.reasoning += more.reasoning
+    event.reasoning_tokens += more.reasoning_tokens
     if more.logprobs is not None:
         event.logprobs = (event.logprobs or []) + more.logprobs
     if more.tool_calls is not None:

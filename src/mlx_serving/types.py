@@ -269,6 +269,8 @@ class TokenEvent(msgspec.Struct, kw_only=True):
     """The stop string or stop token id that ended the choice, if one did."""
     reasoning: str = ""
     """Text of the model's reasoning, apart from `text`."""
+    reasoning_tokens: int = 0
+    """Those of `token_ids` that gave `reasoning`."""
     tool_calls: list[ToolCallDelta] | None = None
 
 

@@ -111,7 +111,7 @@ async def collect(generation: Generation) -> Collected:
             texts.append(event.text)
             if event.reasoning:
                 thoughts.append(event.reasoning)
-                whole.reasoning_tokens += len(event.token_ids)
+                whole.reasoning_tokens += event.reasoning_tokens
             whole.logprobs += event.logprobs or ()
             add_calls(whole.calls, event)
             if event.finish_reason is not None:

@@ -87,7 +87,7 @@ class ResponseWriter:
     def write(self, event: TokenEvent) -> bytes:
         parts = [] if self._number else self._begin()
         if event.reasoning:
-            self._reasoning_tokens += len(event.token_ids)
+            self._reasoning_tokens += event.reasoning_tokens
             parts += self._open("reasoning")
             parts.append(self._delta("response.reasoning_text.delta", event.reasoning))
         if event.text:
@@ -254,13 +254,18 @@ def whole(generation: Generation, call: ResponsesCall, keep: Keep, answer: Colle
 
 def _replayed(answer: Collected) -> Sequence[TokenEvent]:
     """A whole answer as events, one a part."""
-    thoughts = [0] * answer.reasoning_tokens
     calls = [
         ToolCallDelta(index=i, id=call.id, name=call.name, arguments=call.arguments)
         for i, call in enumerate(answer.calls)
     ]
     return [
-        TokenEvent(choice=0, text="", token_ids=thoughts, reasoning=answer.reasoning),
+        TokenEvent(
+            choice=0,
+            text="",
+            token_ids=[],
+            reasoning=answer.reasoning,
+            reasoning_tokens=answer.reasoning_tokens,
+        ),
         TokenEvent(choice=0, text=answer.text, token_ids=[], logprobs=answer.logprobs),
         TokenEvent(
             choice=0,

@@ -66,7 +66,8 @@ class OutputParser:
         if new_id is None:
             new_id = mistral.new_id if form.family is mistral.FAMILY else new_call_id
         self.markup = form.markup
-        self.single = single
+        self.each_token = single or form.channels or form.tags is not None
+        """What it finds is counted in tokens: they are to be pushed one by one."""
         self._reader = Reader()
         self._draft = Draft(single=single, new_id=new_id)
         calls = Calls(self._reader, self._draft, Tools(tools))

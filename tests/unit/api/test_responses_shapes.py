@@ -24,7 +24,7 @@ def event(**fields: Any) -> TokenEvent:
 def agent(request: Any) -> list[Any]:
     """Thinks, says something, calls two tools."""
     return [
-        [event(reasoning="Hm"), event(reasoning="m.")],
+        [event(reasoning="Hm", reasoning_tokens=1), event(reasoning="m.", reasoning_tokens=1)],
         [event(text="So.")],
         [event(tool_calls=[ToolCallDelta(index=0, id="call_a", name="add")])],
         [event(tool_calls=[ToolCallDelta(index=0, arguments='{"x": 1}')])],
