@@ -14,11 +14,13 @@ from mlx_serving.errors import InvalidRequest, UnsupportedParameter
 from mlx_serving.generation import Generation
 from mlx_serving.types import (
     ChatPrompt,
+    EmbedRequest,
     FinishReason,
     GenerateRequest,
     Message,
     Priority,
     Prompt,
+    RankRequest,
     SamplingParams,
     TextLogprob,
     TextPrompt,
@@ -32,6 +34,8 @@ T = TypeVar("T")
 
 PromptLike = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages."""
+TextsLike = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
+"""A text or its token ids, or several of either."""
 
 _SAMPLING = frozenset(SamplingParams.__struct_fields__) - {"seed", "choice", "max_tokens"}
 _REQUEST = frozenset(
@@ -189,6 +193,48 @@ def to_request(prompt: PromptLike, model: str, params: Mapping[str, Any]) -> Gen
         },
         GenerateRequest,
     )
+
+
+def to_embed_request(
+    texts: TextsLike, model: str, truncate: int | bool, options: Mapping[str, Any]
+) -> EmbedRequest:
+    single = isinstance(texts, str) or isinstance(next(iter(texts), None), int)
+    listed = [texts] if single else texts
+    inputs = [_checked_input(item, i) for i, item in enumerate(listed)]
+    fields = {
+        "request_id": f"embd-{uuid.uuid4().hex}",
+        "model": model,
+        "inputs": inputs,
+        "param": "texts",
+        "single": single,
+        "truncate": _kept(truncate),
+    }
+    return _checked(fields | dict(options), EmbedRequest)
+
+
+def to_rank_request(model: str, truncate: int | bool, options: Mapping[str, Any]) -> RankRequest:
+    fields = {
+        "request_id": f"rerank-{uuid.uuid4().hex}",
+        "model": model,
+        "truncate": _kept(truncate),
+    }
+    return _checked(fields | dict(options), RankRequest)
+
+
+def _kept(truncate: int | bool) -> int | None:
+    """Tokens that are kept of a longer text; None: it is an error."""
+    if isinstance(truncate, bool):
+        return 2**31 - 1 if truncate else None
+    return truncate
+
+
+def _checked_input(item: object, at: int) -> TextPrompt | TokenPrompt:
+    if isinstance(item, str):
+        return TextPrompt(text=item)
+    try:
+        return TokenPrompt(token_ids=msgspec.convert(item, tuple[int, ...]))
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(str(error), param=f"texts[{at}]") from None
 
 
 def _checked(value: object, kind: type[T]) -> T:

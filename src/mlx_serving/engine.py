@@ -21,9 +21,12 @@ from mlx_serving.answers import (
     Chunk,
     Completion,
     PromptLike,
+    TextsLike,
     chunk_of,
     collect,
+    to_embed_request,
     to_prompt,
+    to_rank_request,
     to_request,
 )
 from mlx_serving.catalog.ensure import Progress, ensure
@@ -46,6 +49,7 @@ from mlx_serving.telemetry.events import (
     WorkerStarted,
 )
 from mlx_serving.telemetry.metrics import Metrics
+from mlx_serving.types import Embeddings, Ranking
 from mlx_serving.worker import port
 from mlx_serving.worker.wire import ModelOptions, StepStats
 
@@ -173,6 +177,46 @@ class Engine:
         return list(
             await asyncio.gather(*(self.complete(p, model=model, **params) for p in prompts))
         )
+
+    async def embed(
+        self,
+        texts: TextsLike,
+        *,
+        model: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool = True,
+        truncate: int | bool = False,
+        prompt_name: str | None = None,
+    ) -> Embeddings:
+        """The vectors of one text or several, each a text or token ids.
+
+        Args:
+            dimensions: keep only the first so many numbers of each vector.
+            normalize: scale vectors to length 1.
+            truncate: tokens to keep of a longer text; True: as many as the model takes.
+            prompt_name: which of the model's own prompts precedes each text.
+        """
+        name = model or self.gateway.default_model()
+        options = {"dimensions": dimensions, "normalize": normalize, "prompt_name": prompt_name}
+        return await self.gateway.embed(to_embed_request(texts, name, truncate, options))
+
+    async def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        model: str | None = None,
+        top_n: int | None = None,
+        truncate: int | bool = False,
+    ) -> Ranking:
+        """The documents in the order in which they answer the query, the best first.
+
+        `truncate`: tokens to keep of the query and a document together; True: as many as the model
+        takes. Raises InvalidRequest for a model that neither ranks nor embeds.
+        """
+        name = model or self.gateway.default_model()
+        options = {"query": query, "documents": documents, "top_n": top_n}
+        return await self.gateway.rank(to_rank_request(name, truncate, options))
 
     async def tokenize(self, prompt: PromptLike, *, model: str | None = None) -> list[int]:
         """The token ids that the model would see."""

@@ -15,10 +15,11 @@ from fnmatch import fnmatchcase
 
 import msgspec
 
-from mlx_serving import clock
+from mlx_serving import clock, embedding
 from mlx_serving.catalog.home import models_home
 from mlx_serving.catalog.lifecycle import Failed, ModelSlot, Ready, status_of
 from mlx_serving.config import Config
+from mlx_serving.content.embedding import Text
 from mlx_serving.content.text import TextSide
 from mlx_serving.errors import (
     ConfigError,
@@ -38,11 +39,16 @@ from mlx_serving.traffic.stores import open_store
 from mlx_serving.traffic.stores.port import Bounds, Size
 from mlx_serving.types import (
     ChatPrompt,
+    Embeddings,
+    EmbedRequest,
     GenerateRequest,
     ModelInfo,
     Prompt,
+    Ranking,
+    RankRequest,
     SamplingParams,
     ServedModel,
+    Usage,
 )
 from mlx_serving.worker.port import WorkerClient
 
@@ -81,6 +87,7 @@ class Gateway:
         self._metrics.open_requests.inc()
         try:
             served = await slot.ready()
+            _check_generates(served.info)
             token_ids = await self._tokenise(served, request.prompt)
             sampling = _settle(request, served.info, len(token_ids), self._config.max_tokens)
             request = _constrain(request, served.text, token_ids)
@@ -100,6 +107,14 @@ class Gateway:
             )
         )
         return generation
+
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        """The vectors of texts. Raises a typed error before any work is done."""
+        return embedding.embeddings(request, *await self._pooled(request))
+
+    async def rank(self, request: RankRequest) -> Ranking:
+        """Documents in the order in which they answer a query."""
+        return embedding.ranking(request, *await self._pooled(request))
 
     async def tokenise(self, model: str, prompt: Prompt) -> list[int]:
         """A prompt's token ids, as `open` would have them."""
@@ -215,6 +230,40 @@ class Gateway:
 
         return open_rows
 
+    async def _pooled(
+        self, request: EmbedRequest | RankRequest
+    ) -> tuple[Served, list[Text], list[bytes]]:
+        """The model, what it read, and a vector for each text. Cancelled with its task."""
+        arrived_s = clock.monotonic()
+        slot = self._route(request.model)
+        self._admission.enter(arrived_s)
+        self._metrics.open_requests.inc()
+        try:
+            served = await slot.ready()
+            if embedding.prefers_thread(request):
+                texts = await asyncio.to_thread(embedding.prepare, request, served)
+            else:
+                texts = embedding.prepare(request, served)
+        except BaseException:
+            self._leave()
+            raise
+        tokens, outcome = sum(len(text.token_ids) for text in texts), "cancelled"
+        self._events.publish(
+            RequestStarted(
+                request_id=request.request_id, model_id=slot.model_id, prompt_tokens=tokens
+            )
+        )
+        try:
+            raw = await embedding.compute(self._worker, served.info, texts, request.priority)
+            outcome = "stop"
+        except MLXServingError as error:
+            outcome = error.code
+            raise
+        finally:
+            self._pooling_ended(request.request_id, slot.model_id, tokens, outcome, arrived_s)
+        self._metrics.pooled_texts.labels(slot.model_id).inc(len(texts))
+        return served, texts, raw
+
     def _submit(self, ask: Ask) -> RowSource:
         return self._worker.submit(
             ask.model_id,
@@ -232,6 +281,25 @@ class Gateway:
         if not self._admission.open_requests:
             self._idle.set()
         return now_s
+
+    def _pooling_ended(
+        self, request_id: str, model: str, tokens: int, outcome: str, arrived_s: float
+    ) -> None:
+        duration_s = self._leave() - arrived_s
+        m = self._metrics
+        m.requests.labels(model, outcome).inc()
+        m.prompt_tokens.labels(model).inc(tokens)
+        m.duration.labels(model).observe(duration_s)
+        self._events.publish(
+            RequestFinished(
+                request_id=request_id,
+                model_id=model,
+                outcome=outcome,
+                usage=Usage(prompt_tokens=tokens, completion_tokens=0),
+                ttft_ms=None,
+                duration_ms=duration_s * 1e3,
+            )
+        )
 
     def _ended(self, generation: Generation, outcome: str) -> None:
         now_s = self._leave()
@@ -264,6 +332,16 @@ class Gateway:
                 ttft_ms=None if ttft_s is None else ttft_s * 1e3,
                 duration_ms=duration_s * 1e3,
             )
+        )
+
+
+def _check_generates(info: ModelInfo) -> None:
+    if info.kind != "decoder":
+        use = "/v1/rerank" if info.kind == "reranker" else "/v1/embeddings"
+        raise InvalidRequest(
+            f"'{info.model_id}' gives {'scores' if info.kind == 'reranker' else 'vectors'}, not text; "
+            f"use {use}.",
+            param="model",
         )
 
 

@@ -7,8 +7,9 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
-from mlx_serving.answers import Chunk, Completion, PromptLike
+from mlx_serving.answers import Chunk, Completion, PromptLike, TextsLike
 from mlx_serving.engine import Engine
+from mlx_serving.types import Embeddings, Ranking
 
 T = TypeVar("T")
 
@@ -81,6 +82,12 @@ class SyncEngine:
 
     def batch(self, prompts: Sequence[PromptLike], **params: Any) -> list[Completion]:
         return self._run(self.engine.batch(prompts, **params))
+
+    def embed(self, texts: TextsLike, **params: Any) -> Embeddings:
+        return self._run(self.engine.embed(texts, **params))
+
+    def rerank(self, query: str, documents: Sequence[str], **params: Any) -> Ranking:
+        return self._run(self.engine.rerank(query, documents, **params))
 
     def tokenize(self, prompt: PromptLike, **params: Any) -> list[int]:
         return self._run(self.engine.tokenize(prompt, **params))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import math
+from array import array
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 64
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
+MAX_INPUTS = 2048
+"""Texts in one request for vectors, as OpenAI bounds it."""
 
 
 def _require(ok: bool, param: str, must: str, value: object) -> None:
@@ -214,6 +217,93 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
             )
 
 
+class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Texts that are to become vectors."""
+
+    request_id: str
+    model: str
+    inputs: tuple[TextPrompt | TokenPrompt, ...]
+    param: str = "input"
+    """The field that the client set, for errors; an item of it unless there is `single` text."""
+    single: bool = False
+    dimensions: int | None = None
+    """Keep only so many numbers of each vector, its first ones."""
+    normalize: bool = True
+    """Scale vectors to length 1."""
+    truncate: int | None = None
+    """Tokens that are kept of a longer text, at most what the model takes; None: it is an error."""
+    prompt_name: str | None = None
+    """Which of the model's own prompts precedes each text; None: its default one, if any."""
+    priority: Priority = Priority.NORMAL
+    client: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequest naming the first field that is out of its range."""
+        r, count = _require, len(self.inputs)
+        r(1 <= count <= MAX_INPUTS, self.param, f"1 to {MAX_INPUTS} texts", count)
+        if self.dimensions is not None:
+            r(self.dimensions >= 1, "dimensions", "at least 1", self.dimensions)
+        if self.truncate is not None:
+            r(self.truncate >= 1, "truncate", "at least 1", self.truncate)
+
+    def at(self, index: int) -> str:
+        """The path of an input."""
+        return self.param if self.single else f"{self.param}[{index}]"
+
+
+class RankRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Documents that are to be ordered by how well they answer a query."""
+
+    request_id: str
+    model: str
+    query: str
+    documents: tuple[str, ...]
+    top_n: int | None = None
+    """How many of the best to return; None: all."""
+    truncate: int | None = None
+    """Tokens that are kept of a query and its document together, at the document's cost, at most what
+    the model takes; None: more are an error."""
+    max_document_tokens: int | None = None
+    """Tokens that are kept of a document."""
+    priority: Priority = Priority.NORMAL
+    client: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequest naming the first field that is out of its range."""
+        r, count = _require, len(self.documents)
+        r(bool(self.query), "query", "a text", self.query)
+        r(1 <= count <= MAX_INPUTS, "documents", f"1 to {MAX_INPUTS} texts", count)
+        for name in ("top_n", "truncate", "max_document_tokens"):
+            value = getattr(self, name)
+            r(value is None or value >= 1, name, "at least 1", value)
+
+
+class Embeddings(msgspec.Struct, frozen=True, kw_only=True):
+    """What an `EmbedRequest` gave."""
+
+    request_id: str
+    model: str
+    vectors: tuple[array[float], ...]
+    """One for each input, in their order: `array('f')`, which numpy takes as it is."""
+    usage: Usage
+
+
+class Ranked(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    """Of the document in the request."""
+    score: float
+    """Higher is better: what a reranker gives, or the cosine of an embedder's vectors."""
+
+
+class Ranking(msgspec.Struct, frozen=True, kw_only=True):
+    """What a `RankRequest` gave, the best first."""
+
+    request_id: str
+    model: str
+    results: tuple[Ranked, ...]
+    usage: Usage
+
+
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """Natural log-probabilities at one position: the chosen token's, and the most likely ones'."""
 
@@ -301,6 +391,12 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Of a text to embed, or of a pair to rank, special tokens included."""
     prefill_step_size: int = 0
     """Tokens that are computed between two decode steps."""
+    prompts: Mapping[str, str] = {}
+    """Texts that an embedder wants before a text, by the purpose of that."""
+    default_prompt: str | None = None
+    """The name of the one that precedes a text of no stated purpose."""
+    append_eos: bool = False
+    """A text ends with the end-of-sequence token, which its vector is taken from."""
 
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,6 +19,7 @@ from mlx_serving.api.access import Handler, Route, public
 from mlx_serving.api.anthropic import AnthropicRoutes
 from mlx_serving.api.anthropic_response import error_json as anthropic_error
 from mlx_serving.api.anthropic_response import model_list
+from mlx_serving.api.embeddings import EmbeddingRoutes
 from mlx_serving.api.exchange import (
     ASGIApp,
     ClientGone,
@@ -33,6 +34,7 @@ from mlx_serving.api.exchange import (
 from mlx_serving.api.guard import Guard
 from mlx_serving.api.keys import Keyring, load_keys
 from mlx_serving.api.ollama import GREETING, OllamaRoutes
+from mlx_serving.api.ollama_embed import OllamaEmbedRoutes
 from mlx_serving.api.ollama_response import error_json as ollama_error
 from mlx_serving.api.openai import OpenAIRoutes
 from mlx_serving.api.port import GatewayPort
@@ -75,6 +77,7 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
     openai, info = OpenAIRoutes(gateway, config), InfoRoutes(gateway)
     anthropic, ollama = AnthropicRoutes(gateway, config), OllamaRoutes(gateway, config)
     responses, tokens = ResponsesRoutes(gateway, config), TokenRoutes(gateway, config)
+    embeddings, ollama_embed = EmbeddingRoutes(gateway, config), OllamaEmbedRoutes(gateway, config)
     requests = RequestRoutes()
     exact: Mapping[str, Methods] = {
         "/": {"GET": public(info.index)},
@@ -87,12 +90,18 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
         "/v1/responses": {"POST": responses.create},
         "/v1/messages": {"POST": anthropic.messages},
         "/v1/messages/count_tokens": {"POST": anthropic.count_tokens},
+        "/v1/embeddings": {"POST": embeddings.embed},
+        "/v1/rerank": {"POST": embeddings.rerank},
+        "/v2/rerank": {"POST": embeddings.rerank},
+        "/rerank": {"POST": embeddings.rerank},
         "/tokenize": {"POST": tokens.tokenize},
         "/detokenize": {"POST": tokens.detokenize},
         "/openapi.json": {"GET": public(info.openapi)},
         "/docs": {"GET": public(info.docs)},
         "/api/chat": {"POST": ollama.chat},
         "/api/generate": {"POST": ollama.generate},
+        "/api/embed": {"POST": ollama_embed.embed},
+        "/api/embeddings": {"POST": ollama_embed.embeddings},
         "/api/tags": {"GET": ollama.tags},
         "/api/ps": {"GET": ollama.ps},
         "/api/show": {"POST": ollama.show},
@@ -253,6 +262,12 @@ ENDPOINTS = (
     ("DELETE /v1/responses/{id}", "forget a stored response"),
     ("POST /v1/messages", "Anthropic messages, streamed or not"),
     ("POST /v1/messages/count_tokens", "how many tokens a message's prompt has"),
+    ("POST /v1/embeddings", "OpenAI embeddings: vectors of texts"),
+    ("POST /v1/rerank", "documents in order of relevance, as Jina, Cohere and vLLM have it"),
+    ("POST /v2/rerank", "the same, where Cohere's clients look for it"),
+    ("POST /rerank", "the same"),
+    ("POST /api/embed", "Ollama's vectors of texts"),
+    ("POST /api/embeddings", "Ollama's vector of one text, as older clients ask for it"),
     ("POST /api/chat", "Ollama chat, streamed unless asked otherwise"),
     ("POST /api/generate", "Ollama generate, streamed unless asked otherwise"),
     ("GET /api/tags", "the served models, as Ollama lists them"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from mlx_serving.api.port import Generation
+from mlx_serving.api.port import Cancellable
 from mlx_serving.errors import BodyTooLarge, Draining, MLXServingError, ServerError
 
 Scope = MutableMapping[str, Any]
@@ -63,7 +63,7 @@ class Exchange:
         self.error_shape: ErrorShape = openai_error
         self.call_id: str | None = None
         self.client: str | None = None
-        self.generations: Sequence[Generation] = ()
+        self.generations: Sequence[Cancellable] = ()
         given = self.header(b"x-request-id")
         # An id that could not stand in a log line is replaced, not refused.
         valid = given is not None and _REQUEST_ID.fullmatch(given) is not None

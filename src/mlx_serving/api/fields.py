@@ -10,7 +10,13 @@ from collections.abc import Mapping
 
 import msgspec
 
-from mlx_serving.api import anthropic_fields, ollama_fields, responses_fields, tokens_fields
+from mlx_serving.api import (
+    anthropic_fields,
+    embeddings_fields,
+    ollama_fields,
+    responses_fields,
+    tokens_fields,
+)
 from mlx_serving.api.disposition import Disposition, Field, Row, Table, check
 from mlx_serving.api.disposition import table as _table
 
@@ -185,6 +191,7 @@ ROUTES: Mapping[str, Table] = {
     "stream_options": STREAM_OPTIONS,
     "messages[]": MESSAGE,
     **responses_fields.ROUTES,
+    **embeddings_fields.ROUTES,
     **anthropic_fields.ROUTES,
     **ollama_fields.ROUTES,
     **tokens_fields.ROUTES,

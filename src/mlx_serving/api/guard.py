@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -17,14 +17,20 @@ from mlx_serving.errors import Forbidden, MLXServingError
 from mlx_serving.traffic.allowance import Allowance
 from mlx_serving.traffic.source import Reused
 from mlx_serving.types import (
+    Embeddings,
+    EmbedRequest,
     GenerateRequest,
     ModelInfo,
     Priority,
     Prompt,
+    Ranking,
+    RankRequest,
     ServedModel,
     TokenEvent,
     Usage,
 )
+
+R = TypeVar("R", EmbedRequest, RankRequest)
 
 
 class Guard:
@@ -48,6 +54,18 @@ class Guard:
             allowance.leave()
             raise
         return Metered(generation, allowance)
+
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        with self._counted(request.model):
+            found = await self._gateway.embed(_named(request))
+        self._spend(found.usage)
+        return found
+
+    async def rank(self, request: RankRequest) -> Ranking:
+        with self._counted(request.model):
+            found = await self._gateway.rank(_named(request))
+        self._spend(found.usage)
+        return found
 
     async def tokenise(self, model: str, prompt: Prompt) -> list[int]:
         with self._counted(model):
@@ -113,6 +131,10 @@ class Guard:
         finally:
             allowance.leave()
 
+    def _spend(self, usage: Usage) -> None:
+        if (key := caller.get().key) is not None:
+            self._allowances[key.name].spend(usage.total_tokens, clock.monotonic())
+
     def _check(self, model: str) -> None:
         """Raises Forbidden for a model that the caller may not use, whether or not it exists."""
         key = caller.get().key
@@ -143,6 +165,15 @@ def signed(request: GenerateRequest, key: Key) -> GenerateRequest:
         priority=_priority(request.priority, key.priority),
         cache_salt=_salt(request.cache_salt, key),
     )
+
+
+def _named(request: R) -> R:
+    """A request for vectors or a ranking under its caller's name and priority."""
+    key = caller.get().key
+    if key is None:
+        return request
+    priority = _priority(request.priority, key.priority)
+    return msgspec.structs.replace(request, client=key.name, priority=priority)
 
 
 def _priority(asked: Priority, own: Priority | None) -> Priority:

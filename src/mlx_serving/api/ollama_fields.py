@@ -126,9 +126,42 @@ MESSAGE: Table = table(
     ("refused", {"images": ("text only", ([],))}),
 )
 
+EMBED_OPTIONS: Table = table(
+    ("advisory", dict.fromkeys(OPTIONS, "no option changes a vector")),
+)
+
+_EMBED: dict[str, Row] = {
+    "model": "a served model's id or alias; :latest may follow; default: the first served model",
+    "options": "see options below",
+}
+
+EMBED: Table = table(
+    (
+        "honoured",
+        {
+            **_EMBED,
+            "input": "a text, or up to 2,048 texts; without any, the model is loaded",
+            "truncate": "default true: a text that is too long is cut at its end; false: it is a 400",
+            "dimensions": "that many numbers of each vector, scaled to length 1 again",
+        },
+    ),
+    ("advisory", dict(_ADVISORY)),
+)
+
+EMBEDDINGS: Table = table(
+    (
+        "honoured",
+        {**_EMBED, "prompt": "a text, cut at its end if it is too long; the vector is not scaled"},
+    ),
+    ("advisory", dict(_ADVISORY)),
+)
+
 ROUTES: Mapping[str, Table] = {
     "/api/chat": CHAT,
     "/api/generate": GENERATE,
+    "/api/embed": EMBED,
+    "/api/embeddings": EMBEDDINGS,
+    "/api/embed and /api/embeddings options": EMBED_OPTIONS,
     "/api/chat and /api/generate options": OPTIONS,
     "/api/chat messages[]": MESSAGE,
 }

@@ -144,12 +144,15 @@ def _body(raw: dict[str, Any], table: Table, kind: type[_B]) -> tuple[_B, list[s
     body = convert(raw, kind)
     if body.options is not None:
         advisory += check(fields.OPTIONS, body.options, at="options.")
-    alive = body.keep_alive
-    if isinstance(alive, str) and not _DURATION.fullmatch(alive):
-        raise InvalidRequest(f"'keep_alive' is no duration: {alive[:40]!r}.", param="keep_alive")
+    check_keep_alive(body.keep_alive)
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
     return body, advisory
+
+
+def check_keep_alive(alive: float | str | None) -> None:
+    if isinstance(alive, str) and not _DURATION.fullmatch(alive):
+        raise InvalidRequest(f"'keep_alive' is no duration: {alive[:40]!r}.", param="keep_alive")
 
 
 def _call(

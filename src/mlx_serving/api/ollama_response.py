@@ -197,6 +197,12 @@ def details(info: ModelInfo | None) -> dict[str, Any]:
     }
 
 
+def _capabilities(info: ModelInfo | None, abilities: Sequence[str]) -> list[str]:
+    if info is not None and info.kind != "decoder":
+        return ["embedding"] if info.kind == "embedder" else []
+    return ["completion", *abilities]
+
+
 def shown(served: ServedModel, info: ModelInfo | None, abilities: Sequence[str]) -> dict[str, Any]:
     """A model as /api/show describes it."""
     facts: dict[str, Any] = {"general.architecture": info.architecture if info else ""}
@@ -211,6 +217,6 @@ def shown(served: ServedModel, info: ModelInfo | None, abilities: Sequence[str])
         "template": "",
         "details": details(info),
         "model_info": facts,
-        "capabilities": ["completion", *abilities],
+        "capabilities": _capabilities(info, abilities),
         "modified_at": timestamp(served.created),
     }

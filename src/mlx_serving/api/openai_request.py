@@ -228,7 +228,7 @@ def _call(
         "n": body.n or 1,
         "stop": _stop(body.stop),
         "include_stop_str": bool(body.include_stop_str_in_output),
-        "priority": _priority(body.priority),
+        "priority": parse_priority(body.priority),
         "cache_salt": body.cache_salt,
         "grammar": _grammar(body),
     }
@@ -347,7 +347,8 @@ def _stop(stop: str | list[Any] | None) -> tuple[str, ...]:
     return tuple(strings)
 
 
-def _priority(priority: str | int | None) -> Priority:
+def parse_priority(priority: str | int | None) -> Priority:
+    """vLLM's integers, and our names. Raises InvalidRequest."""
     if priority is None:
         return Priority.NORMAL
     if isinstance(priority, str):

@@ -13,7 +13,10 @@ import msgspec
 from mlx_serving import __version__
 from mlx_serving.api import (
     anthropic_request,
+    embeddings_request,
+    embeddings_response,
     fields,
+    ollama_embed,
     ollama_request,
     openai_request,
     responses_request,
@@ -25,7 +28,9 @@ SHAPES: Mapping[str, type[msgspec.Struct]] = {
     **openai_request.SHAPES,
     **responses_request.SHAPES,
     **anthropic_request.SHAPES,
+    **embeddings_request.SHAPES,
     **ollama_request.SHAPES,
+    **ollama_embed.SHAPES,
     **tokens.SHAPES,
 }
 """The struct behind each table of `fields.ROUTES`."""
@@ -51,8 +56,16 @@ NESTED: Mapping[str, Mapping[str, str]] = {
         "options": "/api/chat and /api/generate options",
     },
     "/api/generate": {"options": "/api/chat and /api/generate options"},
+    "/api/embed": {"options": "/api/embed and /api/embeddings options"},
+    "/api/embeddings": {"options": "/api/embed and /api/embeddings options"},
 }
 """Which table says what is in a field of another."""
+
+ANSWERS: Mapping[str, type[msgspec.Struct]] = {
+    **embeddings_response.SHAPES,
+    **ollama_embed.ANSWERS,
+}
+"""The struct of a route's answer, where there is one."""
 
 _REF = "#/components/schemas/{name}"
 _ERRORS = {
@@ -86,7 +99,7 @@ def document(endpoints: tuple[tuple[str, str], ...]) -> bytes:
         operation: dict[str, Any] = {
             "summary": about,
             "operationId": _name(f"{method} {path}"),
-            "responses": _responses(path),
+            "responses": _responses(path, components),
         }
         if parameters := _parameters(path):
             operation["parameters"] = parameters
@@ -115,7 +128,7 @@ def _parameters(path: str) -> list[dict[str, Any]]:
     return [{"name": n, "in": "path", "required": True, "schema": schema} for n in names]
 
 
-def _responses(path: str) -> dict[str, Any]:
+def _responses(path: str, components: dict[str, Any]) -> dict[str, Any]:
     error = "OpenAIError"
     if path.startswith("/api/"):
         error = "OllamaError"
@@ -123,7 +136,12 @@ def _responses(path: str) -> dict[str, Any]:
         error = "AnthropicError"
     schema = {"$ref": _REF.format(name=error)}
     wrong = {"description": "An error", "content": {"application/json": {"schema": schema}}}
-    return {"200": {"description": "The answer"}, "4XX": wrong, "5XX": wrong}
+    right: dict[str, Any] = {"description": "The answer"}
+    if path in ANSWERS:
+        (answer,), parts = msgspec.json.schema_components([ANSWERS[path]], ref_template=_REF)
+        components.update(parts)
+        right["content"] = {"application/json": {"schema": answer}}
+    return {"200": right, "4XX": wrong, "5XX": wrong}
 
 
 def _reference(route: str, components: dict[str, Any]) -> dict[str, str]:

@@ -5,7 +5,26 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from mlx_serving.types import GenerateRequest, ModelInfo, Prompt, ServedModel, TokenEvent, Usage
+from mlx_serving.types import (
+    Embeddings,
+    EmbedRequest,
+    GenerateRequest,
+    ModelInfo,
+    Prompt,
+    Ranking,
+    RankRequest,
+    ServedModel,
+    TokenEvent,
+    Usage,
+)
+
+
+class Cancellable(Protocol):
+    """What runs for an exchange, and may be stopped from another one."""
+
+    def cancel(self) -> None:
+        """Free what it holds. Idempotent, and harmless once it has ended."""
+        ...
 
 
 class Generation(Protocol):
@@ -59,6 +78,14 @@ class GatewayPort(Protocol):
 
     async def open(self, request: GenerateRequest) -> Generation:
         """Admit and tokenise; raises every refusal (typed) before any output."""
+        ...
+
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        """Vectors of texts; cancelled with its task."""
+        ...
+
+    async def rank(self, request: RankRequest) -> Ranking:
+        """Documents in order of relevance; cancelled with its task."""
         ...
 
     async def tokenise(self, model: str, prompt: Prompt) -> list[int]:

@@ -91,6 +91,18 @@ class Tokenizer:
             raise InvalidRequest("the text has a lone surrogate: it is not valid Unicode") from None
         return encoding.ids
 
+    def encode_texts(
+        self, texts: Sequence[str] | Sequence[tuple[str, str]]
+    ) -> list[tokenizers.Encoding]:
+        """Texts, or pairs of them, with what the configuration adds around each. Releases the GIL.
+
+        Raises InvalidRequest for text that is not valid Unicode.
+        """
+        try:
+            return self._backend.encode_batch_fast(list(texts), add_special_tokens=True)
+        except (TypeError, UnicodeEncodeError):
+            raise InvalidRequest("a text has a lone surrogate: it is not valid Unicode") from None
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence; ids that the tokenizer does not know are left out."""
         skipped = self.special_ids if skip_special_tokens else frozenset[int]()

@@ -66,6 +66,12 @@ class Metrics:
         self.cache_bytes = Gauge(
             "mlx_serving_response_cache_bytes", "Bytes of the kept answers", registry=r
         )
+        self.pooled_texts = Counter(
+            "mlx_serving_pooled_texts",
+            "Texts turned into vectors, and pairs of texts ranked",
+            ["model"],
+            registry=r,
+        )
         self.ttft = Histogram(
             "mlx_serving_ttft_seconds",
             "From a request's arrival to its first token",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,14 @@ from mlx_serving.config import Config
 from mlx_serving.errors import Cancelled, Draining, InvalidRequest, ModelNotFound
 from mlx_serving.types import (
     ChatPrompt,
+    Embeddings,
+    EmbedRequest,
     GenerateRequest,
     ModelInfo,
     Prompt,
+    Ranked,
+    Ranking,
+    RankRequest,
     ServedModel,
     TextPrompt,
     TokenEvent,
@@ -110,6 +116,7 @@ class FakeGateway:
         self.status = "ready"
         self.requests: list[GenerateRequest] = []
         self.prompts: list[tuple[str, Prompt]] = []
+        self.pooled: list[EmbedRequest | RankRequest] = []
         self.generations: list[FakeGeneration] = []
 
     def default_model(self) -> str:
@@ -144,6 +151,39 @@ class FakeGateway:
         generation = FakeGeneration(request, self.script(request))
         self.generations.append(generation)
         return generation
+
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        """Two numbers a text: its length and its place."""
+        await self._pool(request)
+        lengths = [
+            len(i.text if isinstance(i, TextPrompt) else i.token_ids) for i in request.inputs
+        ]
+        return Embeddings(
+            request_id=request.request_id,
+            model="tiny",
+            vectors=tuple(array("f", [n, i]) for i, n in enumerate(lengths)),
+            usage=Usage(prompt_tokens=sum(lengths), completion_tokens=0),
+        )
+
+    async def rank(self, request: RankRequest) -> Ranking:
+        """The longer, the better."""
+        await self._pool(request)
+        scores = [Ranked(index=i, score=len(d) / 10) for i, d in enumerate(request.documents)]
+        scores.sort(key=lambda one: -one.score)
+        return Ranking(
+            request_id=request.request_id,
+            model="tiny",
+            results=tuple(scores[: request.top_n]),
+            usage=Usage(prompt_tokens=9, completion_tokens=0),
+        )
+
+    async def _pool(self, request: EmbedRequest | RankRequest) -> None:
+        self.pooled.append(request)
+        if self.open_hangs:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.open_was_cancelled = True
 
     async def tokenise(self, model: str, prompt: Prompt) -> list[int]:
         self.prompts.append((model, prompt))

@@ -39,6 +39,7 @@ from mlx_serving.runtime.backend.pooling import (
     activation,
     max_seq_length,
     read_pooling,
+    read_prompts,
     to_bytes,
 )
 from mlx_serving.runtime.core.plan import (
@@ -129,6 +130,7 @@ def load(
     if kernels != "mlx":
         _use_kernels(model, parsed)
     pooling = read_pooling(path, "mean")
+    prompts, default_prompt = read_prompts(path)
     score = _score(path, config) if ranks else None
     runner = EncoderRunner(model, pooling, score, exact_batch=options.exact_batch)
     on_phase("compiling", model_id)
@@ -157,6 +159,8 @@ def load(
         embedding_size=0 if ranks else pooling.size(parsed.hidden_size),
         max_input_tokens=context,
         prefill_step_size=step_tokens,
+        prompts=prompts,
+        default_prompt=default_prompt,
     )
     return LoadedModel(info, runner, _limits(context, step_tokens))
 

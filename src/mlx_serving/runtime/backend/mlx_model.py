@@ -26,6 +26,7 @@ from mlx_serving.runtime.backend.pooling import (
     is_embedder,
     max_seq_length,
     read_pooling,
+    read_prompts,
 )
 from mlx_serving.runtime.backend.prefix import prefix_plan
 from mlx_serving.runtime.backend.runner import MLXRunner
@@ -74,6 +75,7 @@ def load(
     )
     vocab_size = _vocab_size(model)
     pooling = read_pooling(path, "last")
+    prompts, default_prompt = read_prompts(path)
     backbone = head_on_last(model)
     runner = MLXRunner(
         model,
@@ -136,6 +138,9 @@ def load(
         embedding_size=0 if backbone is None else pooling.size(hidden_size(backbone)),
         max_input_tokens=min(context - 1, max_seq_length(path) or context),
         prefill_step_size=step_size,
+        prompts=prompts,
+        default_prompt=default_prompt,
+        append_eos=is_embedder(path) and pooling.mode == "last",
     )
     return LoadedModel(info, runner, limits, grammars)
 

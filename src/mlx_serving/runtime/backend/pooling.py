@@ -110,6 +110,15 @@ def max_seq_length(path: Path) -> int | None:
     return None
 
 
+def read_prompts(path: Path) -> tuple[dict[str, str], str | None]:
+    """The texts that sentence-transformers would put before others, by name, and the default's name."""
+    config = read_json(path / "config_sentence_transformers.json")
+    given = config.get("prompts")
+    prompts = {str(k): str(v) for k, v in given.items() if v} if isinstance(given, dict) else {}
+    default = config.get("default_prompt_name")
+    return prompts, default if default in prompts else None
+
+
 class _Module(msgspec.Struct):
     type: str
     path: str = ""
