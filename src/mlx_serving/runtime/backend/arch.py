@@ -14,7 +14,13 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from mlx_serving.runtime.backend.kv import KVStore, RowSlots, SeparateRows, UnsupportedCache
+from mlx_serving.runtime.backend.kv import (
+    KVLayer,
+    KVStore,
+    RowSlots,
+    SeparateRows,
+    UnsupportedCache,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,13 @@ take, never happens here, and idle rows' recurrent state is kept by the store.""
 
 
 def make_store(
-    model: Module, model_type: str, max_rows: int, *, bucket: int, exact_batch: bool
+    model: Module,
+    model_type: str,
+    max_rows: int,
+    *,
+    bucket: int,
+    exact_batch: bool,
+    attention: type[KVLayer] = KVLayer,
 ) -> KVStore:
     """The model's KV store: row slots, or separate rows where the architecture allows no other."""
     quirk = QUIRKS.get(model_type, Quirk())
@@ -60,6 +72,7 @@ def make_store(
             bucket=bucket,
             min_slots=max_rows if exact_batch else 1,
             mask_rank=quirk.mask_rank,
+            attention=attention,
         )
     except UnsupportedCache:
         return SeparateRows(model, max_rows)

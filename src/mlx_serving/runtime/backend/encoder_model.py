@@ -24,8 +24,8 @@ from mlx_serving.runtime.backend.encoder import (
     pack,
     rename,
 )
+from mlx_serving.runtime.backend.kernels import accelerate
 from mlx_serving.runtime.backend.mlx_model import (
-    accelerate,
     arrays,
     cast,
     dtype_name,
@@ -126,7 +126,8 @@ def load(
     mx.eval(model.parameters())
     weight_bytes = sum(a.nbytes for a in arrays(model))
     dtype = dtype_name(model)
-    kernels, _ = accelerate(model, options.kernels, gpu)
+    report = accelerate(model, options.kernels, gpu)
+    kernels = "mlx" if report is None else report.mode
     if kernels != "mlx":
         _use_kernels(model, parsed)
     pooling = read_pooling(path, "mean")

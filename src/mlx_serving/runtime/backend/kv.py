@@ -11,7 +11,8 @@ assigning a length. No reference to a slab may outlive the call that took it: a 
 next write copy the whole slab.
 
 Where attention reads KV: `KVLayer.update_and_fetch`. A kernel that reads and writes slabs in place
-takes `native_view`, `native_slabs` and `native_store` instead (`runtime.native.slab.SlabCache`).
+takes `native_view`, `native_slabs` and `native_store` instead (`runtime.native.slab.SlabCache`;
+`in_place.InPlaceLayer` for models that go layer by layer).
 """
 
 from __future__ import annotations
@@ -227,18 +228,18 @@ class StateLayer(ArraysCache):
 Layer = KVLayer | StateLayer
 
 
-def _adapt(cache: Any, rows: Rows) -> Any:
+def _adapt(cache: Any, rows: Rows, attention: type[KVLayer]) -> Any:
     # Exact types: a subclass may do more than the class that it refines.
     if type(cache) is KVCache:
-        return KVLayer(rows)
+        return attention(rows)
     if type(cache) is RotatingKVCache:
         if cache.keep:
             raise UnsupportedCache("RotatingKVCache that keeps its first tokens")
-        return KVLayer(rows, cache.max_size)
+        return attention(rows, cache.max_size)
     if type(cache) is ArraysCache:
         return StateLayer(rows, len(cache.cache))
     if type(cache) is CacheList:
-        return CacheList(*(_adapt(c, rows) for c in cache.caches))
+        return CacheList(*(_adapt(c, rows, attention) for c in cache.caches))
     raise UnsupportedCache(type(cache).__name__)
 
 
@@ -283,7 +284,8 @@ class RowSlots:
     """The store of slabs. Raises UnsupportedCache where a layer's cache has no such form.
 
     `min_slots` rows are allocated from the start; `mask_rank` 5 is for models whose attention
-    scores are `[rows, kv_heads, repeats, queries, keys]`.
+    scores are `[rows, kv_heads, repeats, queries, keys]`. `attention` is what attention layers keep
+    their KV in.
     """
 
     batched = True
@@ -296,10 +298,11 @@ class RowSlots:
         bucket: int = 256,
         min_slots: int = 1,
         mask_rank: int = 4,
+        attention: type[KVLayer] = KVLayer,
     ) -> None:
         self.rows = Rows(max_rows, bucket, min_slots)
         self.caches = [
-            None if c is None else _adapt(c, self.rows) for c in make_prompt_cache(model)
+            None if c is None else _adapt(c, self.rows, attention) for c in make_prompt_cache(model)
         ]
         self.layers = _flatten(self.caches)
         recurrent = any(isinstance(layer, StateLayer) for layer in self.layers)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime.backend.arch import head_on_last, make_store
 from mlx_serving.runtime.backend.embedder import check_decoder, decoder_classes
 from mlx_serving.runtime.backend.grammar import Grammars, tokenizer_file
+from mlx_serving.runtime.backend.kernels import decoder_kernels
 from mlx_serving.runtime.backend.kv import KVStore
 from mlx_serving.runtime.backend.loader import read_json
 from mlx_serving.runtime.backend.memory import model_budget_bytes
@@ -51,8 +50,6 @@ _CONTEXT_KEYS = (
     "seq_length",
     "n_ctx",
 )
-_NATIVE = "mlx_serving.runtime.native"
-_NATIVE_INSTALL = f"{_NATIVE}.install"
 _WARM_UP_TOKENS = 4
 
 
@@ -64,7 +61,7 @@ def load(
     gpu = mx.default_device().type == mx.gpu
     model, config = _load_weights(path, config, options.dtype, gpu)
     weight_bytes = sum(a.nbytes for a in arrays(model))
-    kernels, invariant = accelerate(model, options.kernels, gpu)
+    kernels = decoder_kernels(model, config["model_type"], options.kernels, gpu)
     eos = eos_token_ids(path, config)
     store = make_store(
         model,
@@ -72,6 +69,7 @@ def load(
         options.max_num_seqs,
         bucket=KV_BUCKET,
         exact_batch=options.exact_batch,
+        attention=kernels.attention,
     )
     vocab_size = _vocab_size(model)
     pooling = read_pooling(path, "last")
@@ -90,10 +88,10 @@ def load(
     grammars.warm()
     on_phase("compiling", model_id)
     kv_bytes, state_bytes = _warm_up(runner, store, vocab_size, options.max_num_seqs)
-    step_size = options.prefill_step_size or _prefill_step(gpu, kernels)
+    step_size = options.prefill_step_size or _prefill_step(gpu, kernels.name)
     room = model_budget_bytes(mx.device_info(), gpu) - weight_bytes
     prefix = prefix_plan(
-        store.prefix_reuse, step_size, invariant, kv_bytes, state_bytes, room, options
+        store.prefix_reuse, step_size, kernels.invariant, kv_bytes, state_bytes, room, options
     )
     if prefix.blocks:
         store.open_pool(prefix.blocks, prefix.block_tokens)
@@ -130,8 +128,8 @@ def load(
         weight_bytes=weight_bytes,
         kv_bytes_per_token=kv_bytes,
         load_s=time.monotonic() - began,
-        kernels=kernels,
-        batch_invariant=invariant or options.exact_batch or not store.batched,
+        kernels=kernels.name,
+        batch_invariant=kernels.invariant or options.exact_batch or not store.batched,
         prefix_reuse=prefix.reuse,
         prefix_reuse_why=prefix.why,
         kind="embedder" if is_embedder(path) else "decoder",
@@ -201,24 +199,6 @@ def cast(model: Module, dtype: mx.Dtype | None) -> None:
         return array.astype(dtype) if dtype == mx.float32 or may_cast(name) else array
 
     model.update(tree_map_with_path(one, model.parameters()))
-
-
-def accelerate(model: Module, mode: str, gpu: bool) -> tuple[str, bool]:
-    """Install the native kernels if they are built and `mode` wants them. Returns what then runs, and
-    whether a row's result is the same bits beside any others: where kernels run every layer."""
-    if gpu or mode == "off":
-        return "mlx", False
-    reason = "this installation has no native kernels"
-    if importlib.util.find_spec(_NATIVE_INSTALL) is not None:
-        native = importlib.import_module(_NATIVE)
-        if native.available():
-            install = importlib.import_module(_NATIVE_INSTALL)
-            report = install.accelerate(model, "exact" if mode == "auto" else mode)
-            return report.mode, bool(report.fused) and not report.fused.startswith("not ")
-        reason = native.why()
-    if mode != "auto":
-        raise ModelBroken(f"kernels '{mode}' cannot run here ({reason}); use 'auto' or 'off'")
-    return "mlx", False
 
 
 def _prefill_step(gpu: bool, kernels: str) -> int:

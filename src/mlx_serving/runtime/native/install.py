@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.linear import Linear
-from mlx.nn.layers.normalization import RMSNorm
+from mlx.nn.layers.normalization import LayerNorm, RMSNorm
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx_lm.models import gemma, gemma2, gemma3_text
 
@@ -25,12 +25,6 @@ GEMMA_NORMS = (gemma.RMSNorm, gemma2.RMSNorm, gemma3_text.RMSNorm)
 
 _READS_WEIGHTS = re.compile(r"\b(\w+)\.(?:weight|scales|biases)\b")
 """A layer whose own arrays a model file uses by name, so that they have to stay."""
-
-_READS_MASKS = re.compile(
-    r"mask\.(dtype|shape|ndim|astype|reshape)|[-+*&|] *mask\b|mask *[-+*&|\[]|where\([^)]*mask"
-    r"|isinstance\(mask|broadcast_to\(mask|mx\.fast\.scaled_dot_product_attention"
-)
-"""A model file that matches computes with masks, so they have to be arrays."""
 
 
 @dataclass
@@ -46,9 +40,17 @@ class Report:
     fused: str = ""
     """The fused decoder's family, or why there is none, after `not fused: `."""
     row_mask: bool = False
-    """The model's attention takes a `RowMask`: caches may return one from `make_mask`."""
+    """The model's attention calls `scaled_dot_product_attention`, which takes a `RowMask` here. Whether
+    the model does nothing else with its masks and keys is for the cache's owner to try."""
+    every_product: bool = False
+    """No weight is multiplied outside the kernels, so a position's result cannot depend on others
+    through a matrix product of MLX's."""
     packed_bytes: int = 0
     """Memory of the packed weights, which replace the model's own."""
+
+    @property
+    def is_fused(self) -> bool:
+        return bool(self.fused) and not self.fused.startswith("not ")
 
 
 def accelerate(
@@ -74,7 +76,8 @@ def accelerate(
         report.fused = fuse(model, mode, _pack_into, keep, kv_dtype)
     for path, module in model.named_modules():
         _move(path, module, mode, keep, report)
-    report.row_mask = _takes_row_mask(model)
+    report.row_mask = any(getattr(type(m), "_native_attention", False) for m in model.modules())
+    report.every_product = all(map(_is_covered, model.modules()))
     seen: set[int] = set()
     for _, module in model.named_modules():
         packed = module.__dict__.get("_packed")
@@ -111,6 +114,15 @@ def _move(path: str, module: Module, mode: ops.Mode, keep: set[str], report: Rep
         module.__class__ = target
         report.replaced[cls.__name__] = report.replaced.get(cls.__name__, 0) + 1
 
+
+NATIVE_LAYERS = (
+    layers.NativeQuantizedLinear,
+    layers.NativeLinear,
+    layers.NativeQuantizedEmbedding,
+    layers.NativeEmbedding,
+    layers.NativeRMSNorm,
+    *layers.NATIVE_ROPES.values(),
+)
 
 _LINEARS: dict[type, type] = {
     QuantizedLinear: layers.NativeQuantizedLinear,
@@ -165,14 +177,12 @@ def _read_by_name(model: Module) -> set[str]:
     }
 
 
-def _takes_row_mask(model: Module) -> bool:
-    """Attention only hands masks on to `scaled_dot_product_attention`, for head dims that the kernel has."""
-    sources = _sources(model)
-    if any(_READS_MASKS.search(source) for source in sources):
-        return False
-    bound = [m for _, m in model.named_modules() if getattr(type(m), "_native_attention", False)]
-    dims = [getattr(m, "head_dim", 16) for m in bound]
-    return bool(bound) and all(isinstance(d, int) and d % 16 == 0 for d in dims)
+def _is_covered(module: Module) -> bool:
+    """The module has no arrays of its own, or a kernel works on them, or row by row they are added
+    and scaled."""
+    if isinstance(module, (*NATIVE_LAYERS, *GEMMA_NORMS, LayerNorm)):
+        return True
+    return not any(isinstance(v, mx.array) for k, v in module.items() if not k.startswith("_"))
 
 
 def _gated(gate: mx.array, x: mx.array) -> mx.array:

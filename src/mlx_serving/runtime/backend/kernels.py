@@ -1,0 +1,66 @@
+"""Whether the native CPU kernels run a model's layers, and what follows from it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from mlx.nn.layers.base import Module
+
+from mlx_serving.errors import ModelBroken
+from mlx_serving.runtime.backend.arch import make_store
+from mlx_serving.runtime.backend.kv import KVLayer, KVStore
+
+_NATIVE = "mlx_serving.runtime.native"
+_INSTALL = f"{_NATIVE}.install"
+_IN_PLACE = "mlx_serving.runtime.backend.in_place"
+_TRIAL_BUCKET = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What runs a decoder's layers."""
+
+    name: str = "mlx"
+    """As in `ModelInfo.kernels`."""
+    attention: type[KVLayer] = KVLayer
+    invariant: bool = False
+    """A row's result is the same bits beside any others, and wherever its prompt was cut."""
+
+
+def accelerate(model: Module, mode: str, gpu: bool) -> Any:
+    """Install the native kernels if they are built and `mode` wants them: `native.install`'s report,
+    or None where stock MLX runs. Raises ModelBroken if `mode` names kernels that cannot run."""
+    if gpu or mode == "off":
+        return None
+    reason = "this installation has no native kernels"
+    if importlib.util.find_spec(_INSTALL) is not None:
+        native = importlib.import_module(_NATIVE)
+        if native.available():
+            install = importlib.import_module(_INSTALL)
+            return install.accelerate(model, "exact" if mode == "auto" else mode)
+        reason = native.why()
+    if mode != "auto":
+        raise ModelBroken(f"kernels '{mode}' cannot run here ({reason}); use 'auto' or 'off'")
+    return None
+
+
+def decoder_kernels(model: Module, model_type: str, mode: str, gpu: bool) -> Kernels:
+    """`accelerate`, and how a decoder's attention then reads KV."""
+    report = accelerate(model, mode, gpu)
+    if report is None:
+        return Kernels()
+    if report.is_fused:
+        return Kernels(report.mode, invariant=True)
+    in_place = importlib.import_module(_IN_PLACE)
+
+    def trial_store(attention: type[KVLayer]) -> KVStore:
+        return make_store(
+            model, model_type, 2, bucket=_TRIAL_BUCKET, exact_batch=False, attention=attention
+        )
+
+    if report.row_mask and in_place.attends_in_place(model, trial_store):
+        return Kernels(report.mode, in_place.InPlaceLayer, report.every_product)
+    return Kernels(report.mode)

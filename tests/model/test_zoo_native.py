@@ -1,0 +1,113 @@
+"""The zoo again on the native kernels: mlx-lm's tokens, and bits that neighbours and cuts leave alone."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.generate import generate_step
+
+from mlx_serving.runtime import native
+from mlx_serving.runtime.backend.arch import make_store
+from mlx_serving.runtime.backend.kv import KVLayer, KVStore
+from mlx_serving.types import SamplingParams
+from model import zoo
+from model.driver import Job, make_runner, run
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.why())
+
+LENGTHS = (5, 41, 1, 23)
+TOKENS = 10
+GREEDY = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+EVERY_PRODUCT = ("llama", "llama_sliding", "qwen2", "qwen3", "gemma3_text")
+ARRAY_MASKS = ("gemma2", "deepseek_v3", "mamba2", "rwkv7")
+"""Models that compute with masks themselves, or have no attention."""
+
+
+def _prompts() -> list[tuple[int, ...]]:
+    rng = random.Random(8)
+    return [tuple(rng.randrange(1, zoo.VOCAB) for _ in range(n)) for n in LENGTHS]
+
+
+PROMPTS = _prompts()
+
+
+def _attention(model: Any, report: Any) -> type[KVLayer]:
+    from mlx_serving.runtime.backend.in_place import InPlaceLayer, attends_in_place
+
+    def stores(attention: type[KVLayer]) -> KVStore:
+        kind = model.model_type
+        return make_store(model, kind, 2, bucket=16, exact_batch=False, attention=attention)
+
+    return InPlaceLayer if report.row_mask and attends_in_place(model, stores) else KVLayer
+
+
+@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+def test_greedy_tokens_are_those_of_mlx_lm(name: str) -> None:
+    from mlx_serving.runtime.native.install import accelerate
+
+    model = zoo.build(name)
+    expected = [
+        [t for t, _ in generate_step(mx.array(p), model, max_tokens=TOKENS)] for p in PROMPTS
+    ]
+    report = accelerate(model, "f32", fused=False)
+    assert not report.left
+    attention = _attention(model, report)
+    in_place = attention is not KVLayer
+    assert in_place == (name not in ARRAY_MASKS)
+    assert report.every_product == (name in (*EVERY_PRODUCT, "gemma2"))
+    runner = make_runner(model, zoo.VOCAB, attention=attention)
+    jobs = [Job(p, GREEDY, joins=2 * i) for i, p in enumerate(PROMPTS)]
+    jobs[0] = Job(PROMPTS[0], GREEDY, leaves=9)
+    for depth, chunk in ((2, 16), (3, 64)):
+        result = run(runner, jobs, depth=depth, prefill_step=chunk)
+        assert result.moves() > 0
+        for i, outcome in result.outcomes.items():
+            assert outcome.tokens == expected[i][: len(outcome.tokens)], f"{i}, depth {depth}"
+        assert all(len(result.outcomes[i].tokens) == TOKENS for i in (1, 2, 3))
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("name", EVERY_PRODUCT)
+def test_bits_do_not_depend_on_neighbours_or_cuts(name: str, quantised: bool) -> None:
+    """Logits of one sequence layer by layer: alone in one chunk, and cut at random beside others."""
+    from mlx_serving.runtime.native.install import accelerate
+
+    model = zoo.build(name)
+    if quantised:
+        nn.quantize(model, group_size=32, bits=4)
+    report = accelerate(model, fused=False)
+    assert report.every_product
+    runner = make_runner(model, zoo.VOCAB, attention=_attention(model, report))
+    tokens = [1 + 7 * i % (zoo.VOCAB - 1) for i in range(48)]
+
+    def logits(cuts: list[int], row: int) -> list[np.ndarray]:
+        """After each cut; between them the row's neighbours go on."""
+        store, rng = runner.store, random.Random(row)
+        store.start(row, len(tokens))
+        out, start = [], 0
+        for end in cuts:
+            out.append(np.array(runner.forward_row(row, mx.array([tokens[start:end]]), start)))
+            for other in range(row):
+                length = rng.randrange(1, 9)
+                if not store.length(other):
+                    store.start(other, 60)
+                new = [[rng.randrange(zoo.VOCAB) for _ in range(length)]]
+                runner.forward_row(other, mx.array(new), store.length(other))
+            start = end
+        positions = {r: store.length(r) for r in range(row + 1)}
+        step = mx.array([[rng.randrange(zoo.VOCAB)] for _ in range(row)] + [[9]])
+        batch = model(step, cache=store.batch_view(positions, row + 1))[row, -1]
+        out.append(np.array(batch[None]))
+        runner.reset()
+        return out
+
+    whole = logits([20, 48], 0)
+    parts = logits([3, 4, 20, 21, 37, 48], 3)
+    assert (parts[2] == whole[0]).all()
+    assert (parts[5] == whole[1]).all()
+    assert (parts[6] == whole[2]).all()
