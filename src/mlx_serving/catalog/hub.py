@@ -1,30 +1,43 @@
 """Pulls a model from a Hugging Face hub into the hub's own cache, and checks what arrived.
 
-huggingface_hub resumes, downloads in parallel, locks against other processes and honours
-HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE. It does not hash what it
-downloads over HTTP; this does, once a commit. It is imported when first used: 0.3 s.
+huggingface_hub honours HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE, lays out the
+cache and fetches the small files. The large ones are fetched by `download`, under the locks and the
+names that huggingface_hub has for them: it deletes what a process has not finished and does not
+hash what comes over HTTP. It is imported when first used: 0.3 s.
 """
 
 from __future__ import annotations
 
 import errno
 import glob
-import hashlib
 import json
 import shutil
+from contextlib import ExitStack
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_serving.catalog.digests import check_digests, remember
+from mlx_serving.catalog.known import Known
 from mlx_serving.catalog.progress import Progress
 from mlx_serving.errors import MLXServingError, ModelBroken, ModelNotFound
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
-WANTED = ("*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")
+    from mlx_serving.catalog.download import Download
+
+WANTED = (
+    "*.json",
+    "model*.safetensors",
+    "tokenizer.model",
+    "*.tiktoken",
+    "*.txt",
+    "*.jinja",
+    "README.md",
+    "LICENSE*",
+)
 """Files at a repository's top that serving needs; never code, never other frameworks' weights."""
-_CHUNK = 1 << 22
 _INFO_TIMEOUT_S = 20.0
 
 
@@ -54,13 +67,10 @@ def pull(repo: str, revision: str | None, *, home: Path, offline: bool, progress
             return _cached(repo, revision, error)
         raise error from e
     files = _wanted(repo, info)
-    mark = home / "verified" / f"{repo.replace('/', '--')}@{info.sha}"
-    snapshot = _snapshot_folder(repo, info)
-    if not (mark.exists() and all(_whole(snapshot, file) for file in files)):
-        _download(repo, revision, files, snapshot, progress)
-        _verify(repo, files, snapshot, progress)
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+    snapshot, known = _snapshot_folder(repo, info), Known(home)
+    if not all(_whole(snapshot, file) for file in files):
+        _download(repo, revision, files, snapshot, known, progress)
+    _verify(repo, files, snapshot, known, progress)
     return snapshot
 
 
@@ -112,21 +122,71 @@ def _whole(snapshot: Path, file: RepoSibling) -> bool:
 
 
 def _download(
-    repo: str, revision: str | None, files: list[RepoSibling], snapshot: Path, progress: Progress
+    repo: str,
+    revision: str | None,
+    files: list[RepoSibling],
+    snapshot: Path,
+    known: Known,
+    progress: Progress,
 ) -> None:
     from huggingface_hub import snapshot_download
 
-    missing = sum(file.size or 0 for file in files if not _whole(snapshot, file))
-    _check_space(snapshot, missing)
-    progress.start(f"pull {repo}", missing)
+    missing = [file for file in files if not _whole(snapshot, file)]
+    large = [_large(repo, file, snapshot) for file in missing if _is_large(file)]
+    small = sum(file.size or 0 for file in missing if not _is_large(file))
+    to_come = small + sum(file.missing_bytes() for file in large)
+    _check_space(snapshot, to_come)
+    progress.start(f"pull {repo}", to_come)
     names = [glob.escape(file.rfilename) for file in files]
     try:
+        _fetch_large(large, snapshot, known, progress)
         snapshot_download(
-            repo, revision=revision, allow_patterns=names, tqdm_class=_byte_meter(progress, missing)
+            repo, revision=revision, allow_patterns=names, tqdm_class=_byte_meter(progress, small)
         )
     except Exception as e:  # as above
         raise _typed(e, repo, revision) from e
     progress.finish()
+
+
+def _is_large(file: RepoSibling) -> bool:
+    """Over 50 GB the hub does not send a file over plain HTTP: huggingface_hub has another way."""
+    from huggingface_hub import constants
+
+    return file.lfs is not None and file.lfs.size <= constants.MAX_HTTP_DOWNLOAD_SIZE
+
+
+def _large(repo: str, file: RepoSibling, snapshot: Path) -> Download:
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    from mlx_serving.catalog.download import Download
+
+    assert file.lfs is not None
+    return Download(
+        name=f"{file.rfilename} of {repo}",
+        url=hf_hub_url(repo, file.rfilename, revision=snapshot.name),
+        target=snapshot.parents[1] / "blobs" / file.lfs.sha256,
+        sha256=file.lfs.sha256,
+        size_bytes=file.lfs.size,
+        headers=build_hf_headers(),
+    )
+
+
+def _fetch_large(files: list[Download], snapshot: Path, known: Known, progress: Progress) -> None:
+    """One lock a file, as the hub's other clients hold it, always in the same order."""
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    from mlx_serving.catalog.download import download_all
+
+    repo_folder = snapshot.parents[1]
+    locks = repo_folder.parent / ".locks" / repo_folder.name
+    locks.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        for sha256 in sorted({file.sha256 for file in files}):
+            held.enter_context(WeakFileLock(locks / f"{sha256}.lock"))
+        download_all(files, progress.advance)
+    for file in files:
+        remember(file.target, f"sha256:{file.sha256}", known)
 
 
 def _check_space(snapshot: Path, needed: int) -> None:
@@ -167,46 +227,42 @@ def _byte_meter(progress: Progress, total: int) -> Any:
     return ByteMeter
 
 
-def _verify(repo: str, files: list[RepoSibling], snapshot: Path, progress: Progress) -> None:
-    progress.start(f"check {repo}", sum(file.size or 0 for file in files))
-    wrong = [
-        file.rfilename for file in files if not _is_right(snapshot / file.rfilename, file, progress)
-    ]
-    if wrong:
-        for name in wrong:
-            path = snapshot / name
-            path.resolve().unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-        raise ModelBroken(
-            f"{repo}: {', '.join(wrong)} did not arrive as published (size or hash); deleted, pull again",
-            code="wrong_hash",
-        )
-    progress.finish()
+def _verify(
+    repo: str, files: list[RepoSibling], snapshot: Path, known: Known, progress: Progress
+) -> None:
+    """Read what was never read, or has changed; delete what is not as published."""
+    wanted = {snapshot / file.rfilename: digest for file in files if (digest := _digest(file))}
+    wrong = [problem.file for problem in check_digests(wanted, known, "unread", progress, repo)]
+    wrong += [file.rfilename for file in files if not _whole(snapshot, file)]
+    if not wrong:
+        return
+    for name in wrong:
+        path = snapshot / name
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    raise ModelBroken(
+        f"{repo}: {', '.join(dict.fromkeys(wrong))} did not arrive as published (size or hash); "
+        "deleted, pull again",
+        code="wrong_hash",
+    )
 
 
-def _is_right(path: Path, file: RepoSibling, progress: Progress) -> bool:
-    if not path.is_file() or (file.size is not None and path.stat().st_size != file.size):
-        return False
+def _digest(file: RepoSibling) -> str | None:
     if file.lfs is not None:
-        digest, expected = hashlib.sha256(), file.lfs.sha256
-    elif file.blob_id is not None:
-        digest, expected = hashlib.sha1(usedforsecurity=False), file.blob_id
-        digest.update(f"blob {path.stat().st_size}\0".encode())
-    else:
-        return True
-    with path.open("rb") as stream:
-        while block := stream.read(_CHUNK):
-            digest.update(block)
-            progress.advance(len(block))
-    return digest.hexdigest() == expected
+        return f"sha256:{file.lfs.sha256}"
+    return f"git:{file.blob_id}" if file.blob_id else None
 
 
 def _typed(error: Exception, repo: str, revision: str | None) -> MLXServingError:
     from huggingface_hub import errors
 
+    from mlx_serving.catalog.download import Refused
+
     named = f"{repo}@{revision}" if revision else repo
     if isinstance(error, MLXServingError):
         return error
+    if isinstance(error, Refused):
+        return _by_status(error.status, named, error)
     if isinstance(error, errors.GatedRepoError):
         return ModelBroken(
             f"{named} is gated: accept its licence on the hub and set HF_TOKEN",

@@ -60,6 +60,11 @@ class FakeHub:
     error_code: str = ""
     cut_once: dict[str, int] = field(default_factory=dict)
     """file → bytes after which its first download is cut off"""
+    stall_once: dict[str, int] = field(default_factory=dict)
+    """file → bytes after which its first download hears no more until `stalled` is set"""
+    stalled: threading.Event = field(default_factory=threading.Event)
+    refused: dict[str, int] = field(default_factory=dict)
+    """file → status that a GET of it gets"""
     claimed: dict[str, int] = field(default_factory=dict)
     """file → size that its listing gives instead of the real one"""
     corrupt: set[str] = field(default_factory=set)
@@ -131,13 +136,22 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             if not body:
                 self.send(200, data, headers, body=False)
                 return
+            if name in hub.refused:
+                self.send(hub.refused[name], b"", {}, body)
+                return
             limit = hub.cut_once.pop(name, None)
+            stall = hub.stall_once.pop(name, None)
             sent = data[start:] if limit is None else data[start:limit]
             hub.served[name] += len(sent)
             self.send_response(206 if start else 200)
             for key, value in {"Content-Length": str(len(data) - start), **headers}.items():
                 self.send_header(key, value)
             self.end_headers()
+            if stall is not None:
+                self.wfile.write(sent[:stall])
+                hub.stalled.wait(60)
+                self.close_connection = True
+                return
             self.wfile.write(sent)
             if limit is not None:
                 self.wfile.flush()
@@ -164,6 +178,7 @@ def fake_hub() -> Iterator[FakeHub]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     yield hub
+    hub.stalled.set()
     server.shutdown()
     server.server_close()
     thread.join()
