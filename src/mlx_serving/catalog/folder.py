@@ -56,7 +56,7 @@ class ModelFolder(msgspec.Struct, frozen=True, kw_only=True):
     context_length: int | None
     vocab_size: int | None
     quantization: str | None
-    """`4-bit g32`, or None for floats."""
+    """`4-bit g32`, `4+6-bit g64` where layers differ, a mode's own name, or None for floats."""
     dtype: str | None
     weight_bytes: int
     eos_token_ids: tuple[int, ...]
@@ -232,8 +232,11 @@ def _quantization(config: Mapping[str, Any]) -> str | None:
     if not isinstance(entry, dict):
         return None
     bits, group = entry.get("bits"), entry.get("group_size")
+    if entry.get("mode", "affine") != "affine":
+        return str(entry["mode"])
     if isinstance(bits, int) and isinstance(group, int):
-        return f"{bits}-bit g{group}"
+        own = {m["bits"] for m in entry.values() if isinstance(m, dict) and "bits" in m} - {bits}
+        return f"{'+'.join(map(str, (bits, *sorted(own))))}-bit g{group}"
     return _text(entry.get("quant_method")) or "quantised"
 
 

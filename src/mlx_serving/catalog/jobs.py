@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -33,6 +34,12 @@ def convert_gguf(
 def convert_tokenizer(source: Path, folder: Path, progress: Progress) -> None:
     """Make a tokenizer.json in `folder` from `source`'s slow tokenizer. Raises as `convert_gguf`."""
     run_job(["tokenizer", str(source.absolute()), str(folder.absolute())], progress)
+
+
+def requantize(source: Path, folder: Path, flags: Sequence[str], progress: Progress) -> None:
+    """Convert an MLX folder to another one. Raises as `convert_gguf`, and already_quantised or
+    unsupported_recipe."""
+    run_job(["mlx", *flags, str(source.absolute()), str(folder.absolute())], progress)
 
 
 def run_job(arguments: list[str], progress: Progress, *, module: str = _MODULE) -> None:

@@ -125,6 +125,46 @@ def health(
 
 
 @app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Alias, hub id, folder or .gguf file.")],
+    bits: Annotated[int | None, typer.Option("--bits", help="2, 3, 4, 5, 6 or 8.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", help="Weights that share a scale: 32, 64 or 128.")
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option("--mode", help="affine (default), mxfp4, nvfp4 or mxfp8.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", help="mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6."),
+    ] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="To floats; with --bits, then to those.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of floats: float32, float16 or bfloat16.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Of the result; default: the model's, and how.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Quantise, dequantise or cast a model into a new one, which `serve` takes by its name."""
+    from mlx_serving.catalog.conversion import Wish
+    from mlx_serving.cli import convert as command
+
+    wish = Wish(
+        bits=bits,
+        group_size=group_size,
+        mode=mode,
+        recipe=recipe,
+        dequantize=dequantize,
+        dtype=dtype,
+    )
+    raise typer.Exit(command.run(model, wish, name=name, json=json))
+
+
+@app.command()
 def doctor(json: Json = False) -> None:
     """Say whether this machine can serve, and how fast its arithmetic is.
 

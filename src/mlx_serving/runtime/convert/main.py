@@ -47,14 +47,26 @@ def _run(options: argparse.Namespace, emit: Emit) -> None:
         emit(jobwire.Started("convert tokenizer", 0))
         convert_tokenizer(options.source, options.folder)
         return
+    meter = _Meter(emit)
+    if options.job == "mlx":
+        _requantize(options, meter)
+        meter.flush()
+        return
     from mlx_serving.runtime.convert.gguf import Options, convert_gguf
 
-    meter = _Meter(emit)
     conversion = Options(quantize=options.quantize, dtype=options.dtype)
     convert_gguf(
         options.source, options.folder, conversion, meter.start, meter.advance, options.again
     )
     meter.flush()
+
+
+def _requantize(options: argparse.Namespace, meter: _Meter) -> None:
+    from mlx_serving.runtime.convert.requantize import Options, requantize
+
+    names = ("quantize", "bits", "group_size", "mode", "recipe", "dequantize", "dtype")
+    wanted = Options(**{name: getattr(options, name) for name in names})
+    requantize(options.source, options.folder, wanted, meter.start, meter.advance, options.again)
 
 
 class _Meter:
@@ -114,7 +126,15 @@ def _parser() -> argparse.ArgumentParser:
     gguf.add_argument("--quantize", type=_quantize, metavar="BITS,GROUP_SIZE")
     gguf.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
     tokenizer = jobs.add_parser("tokenizer", help="slow tokenizer files to tokenizer.json")
-    for job in (gguf, tokenizer):
+    mlx = jobs.add_parser("mlx", help="MLX folder to MLX folder: quantise, dequantise, cast")
+    mlx.add_argument("--quantize", action="store_true")
+    mlx.add_argument("--bits", type=int)
+    mlx.add_argument("--group-size", type=int)
+    mlx.add_argument("--mode", default="affine")
+    mlx.add_argument("--recipe")
+    mlx.add_argument("--dequantize", action="store_true")
+    mlx.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
+    for job in (gguf, tokenizer, mlx):
         job.add_argument("source", type=Path)
         job.add_argument("folder", type=Path)
     return parser
