@@ -19,6 +19,7 @@ from mlx_serving.api import (
     ollama_embed,
     ollama_request,
     openai_request,
+    openapi_answers,
     responses_request,
     tokens,
 )
@@ -92,14 +93,14 @@ _ERRORS = {
 @functools.cache
 def document(endpoints: tuple[tuple[str, str], ...]) -> bytes:
     """The document of `endpoints`: pairs of `METHOD /path` and what it is."""
-    components: dict[str, Any] = dict(_ERRORS)
+    components: dict[str, Any] = {**_ERRORS, **openapi_answers.COMPONENTS}
     paths: dict[str, dict[str, Any]] = {}
     for endpoint, about in endpoints:
         method, path = endpoint.split(" ")
         operation: dict[str, Any] = {
             "summary": about,
             "operationId": _name(f"{method} {path}"),
-            "responses": _responses(path, components),
+            "responses": _responses(endpoint, components),
         }
         if parameters := _parameters(path):
             operation["parameters"] = parameters
@@ -128,20 +129,36 @@ def _parameters(path: str) -> list[dict[str, Any]]:
     return [{"name": n, "in": "path", "required": True, "schema": schema} for n in names]
 
 
-def _responses(path: str, components: dict[str, Any]) -> dict[str, Any]:
+def _responses(endpoint: str, components: dict[str, Any]) -> dict[str, Any]:
+    path = endpoint.split(" ")[1]
     error = "OpenAIError"
     if path.startswith("/api/"):
         error = "OllamaError"
     elif path.startswith("/v1/messages"):
         error = "AnthropicError"
-    schema = {"$ref": _REF.format(name=error)}
-    wrong = {"description": "An error", "content": {"application/json": {"schema": schema}}}
-    right: dict[str, Any] = {"description": "The answer"}
+    wrong = _told("An error", {"$ref": _REF.format(name=error)})
+    responses: dict[str, Any] = {"4XX": wrong, "5XX": wrong}
     if path in ANSWERS:
         (answer,), parts = msgspec.json.schema_components([ANSWERS[path]], ref_template=_REF)
         components.update(parts)
-        right["content"] = {"application/json": {"schema": answer}}
-    return {"200": right, "4XX": wrong, "5XX": wrong}
+        responses["200"] = _told("The answer", answer)
+    elif endpoint in openapi_answers.ANSWERS:
+        responses["200"] = _told("The answer", openapi_answers.ANSWERS[endpoint])
+    else:
+        page = {openapi_answers.OTHERS[path]: {"schema": _TEXT}}
+        responses["200"] = {"description": "The page", "content": page}
+    if stream := openapi_answers.STREAMS.get(path):
+        responses["200"]["content"][stream] = {"schema": _TEXT}
+    if path == "/ready":
+        responses["503"] = responses["200"]
+    return responses
+
+
+_TEXT = {"type": "string"}
+
+
+def _told(description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 
 def _reference(route: str, components: dict[str, Any]) -> dict[str, str]:
