@@ -364,6 +364,10 @@ class TokenEvent(msgspec.Struct, kw_only=True):
     tool_calls: list[ToolCallDelta] | None = None
 
 
+ENCODERS = ("bert", "roberta", "xlm-roberta")
+"""The `model_type`s that our own encoder computes; everything else is mlx-lm's."""
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the worker says of a model that it has loaded."""
 

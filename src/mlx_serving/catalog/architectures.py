@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_serving.catalog.folder import WEIGHTLESS
+from mlx_serving.types import ENCODERS
 
 Modality = Literal["text", "vision", "audio", "embedding"]
 
@@ -45,9 +46,9 @@ def _embeds(config: Mapping[str, Any], folder: Path) -> bool:
 
 
 def supported(config: Mapping[str, Any]) -> bool:
-    """Whether mlx-lm, as it is installed, has this architecture."""
+    """Whether we, or mlx-lm as it is installed, have this architecture."""
     kind = str(config.get("model_type", ""))
-    if kind == WEIGHTLESS:
+    if kind == WEIGHTLESS or kind in ENCODERS:
         return True
     known, renamed, by_class = _mlx_lm()
     names = config.get("architectures")

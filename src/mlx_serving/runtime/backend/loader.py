@@ -8,10 +8,8 @@ from typing import Any
 
 from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
+from mlx_serving.types import ENCODERS
 from mlx_serving.worker.wire import ModelOptions
-
-ENCODERS = ("bert", "roberta", "xlm-roberta")
-"""The `model_type`s of encoder.py; everything else is mlx-lm's."""
 
 __all__ = ["LoadedModel", "OnPhase", "check_weights", "load"]
 
