@@ -1,7 +1,7 @@
 """The Jinja environment that chat templates run in, as transformers sets it up.
 
-Jinja's immutable sandbox, which also bounds a `range` (100,000 items), with what chat templates
-use beyond Jinja: `raise_exception`, `strftime_now`, a `tojson` that does not escape HTML,
+Jinja's immutable sandbox, which also bounds a `range` (100,000 items), within `bounds`, and with what
+chat templates use beyond Jinja: `raise_exception`, `strftime_now`, a `tojson` that does not escape HTML,
 `break` and `continue`, and `{% generation %}`.
 """
 
@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from mlx_serving.clock import Clock
+from mlx_serving.content import bounds
 
 if TYPE_CHECKING:
     import jinja2
@@ -23,9 +24,8 @@ def open_environment(now: Clock) -> jinja2.Environment:
     """A fresh environment; `now` (seconds since the epoch) is what `strftime_now` reads."""
     import jinja2
     import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = bounds.bounded_environment()(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[jinja2.ext.loopcontrols, _generation_block()],
@@ -41,6 +41,7 @@ def open_environment(now: Clock) -> jinja2.Environment:
     environment.globals["namespace"] = _plain_namespace()
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
+    bounds.guard_filters(environment)
     return environment
 
 

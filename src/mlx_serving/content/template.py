@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_serving.clock import Clock, monotonic, wall
+from mlx_serving.content.bounds import TooMuch, budget
 from mlx_serving.content.sandbox import open_environment
 from mlx_serving.content.tokenizer import read_json
 from mlx_serving.errors import InvalidRequest, ModelBroken
@@ -22,6 +23,9 @@ from mlx_serving.types import ChatPrompt, Message
 if TYPE_CHECKING:
     import jinja2
 
+    from mlx_serving.content.control import ControlGuard
+
+MAX_SOURCE_CHARS = 1024 * 1024
 MAX_RENDERED_CHARS = 64 * 1024 * 1024
 MAX_RENDER_S = 10.0
 
@@ -89,16 +93,21 @@ class ChatTemplate:
         self._max_render_s = max_render_s
         self._templates: dict[str, jinja2.Template] = {}
         for name, source in sources.items():
+            if len(source) > MAX_SOURCE_CHARS:
+                raise ModelBroken(
+                    f"the chat template {name!r} is over {MAX_SOURCE_CHARS} characters"
+                )
             try:
                 self._templates[name] = environment.from_string(source)
                 self._read[name] = frozenset(
                     jinja2.meta.find_undeclared_variables(environment.parse(source))
                 )
-            except jinja2.TemplateError as error:
+            except (jinja2.TemplateError, RecursionError) as error:
                 raise ModelBroken(f"the chat template {name!r} does not parse: {error}") from error
 
-    def render(self, prompt: ChatPrompt) -> str:
-        """The conversation as the model's own text, control tokens included.
+    def render(self, prompt: ChatPrompt, guard: ControlGuard | None = None) -> str:
+        """The conversation as the model's own text, control tokens included; with a guard, those
+        that its clients wrote are marked.
 
         Raises InvalidRequest on `messages` (or `chat_template_kwargs`).
         """
@@ -114,6 +123,10 @@ class ChatTemplate:
                 param="continue_final_message",
             )
         messages = [template_message(message) for message in prompt.messages]
+        kwargs, tools = dict(prompt.template_kwargs), [dict(tool) for tool in prompt.tools]
+        if guard is not None:
+            messages = [guard.message(message) for message in messages]
+            kwargs, tools = guard.value(kwargs), guard.value(tools)
         if prompt.continue_final_message:
             _tag_final_message(messages)
         text = self._run(
@@ -121,14 +134,19 @@ class ChatTemplate:
             {
                 **self._special_tokens,
                 **self._effort(prompt),
-                **prompt.template_kwargs,
+                **kwargs,
                 "messages": messages,
-                "tools": [dict(tool) for tool in prompt.tools] or None,
+                "tools": tools or None,
                 "documents": None,
                 "add_generation_prompt": prompt.add_generation_prompt,
             },
         )
         return _cut_at_tag(text) if prompt.continue_final_message else text
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """Each template's text by its name."""
+        return self._sources
 
     def source(self, *, tools: bool = False) -> str:
         """The template's text that a request with or without tools is rendered with."""
@@ -167,16 +185,18 @@ class ChatTemplate:
         import jinja2
 
         chunks: list[str] = []
-        size, deadline = 0, self._clock() + self._max_render_s
+        size = 0
         try:
-            for chunk in self._templates[name].generate(variables):
-                chunks.append(chunk)
-                size += len(chunk)
-                if size > self._max_chars or self._clock() > deadline:
-                    raise InvalidRequest(
-                        "the chat template renders these messages to too much text",
-                        param="messages",
-                    )
+            with budget(self._clock, self._max_render_s):
+                for chunk in self._templates[name].generate(variables):
+                    chunks.append(chunk)
+                    size += len(chunk)
+                    if size > self._max_chars:
+                        raise TooMuch("too much text")
+        except (TooMuch, MemoryError) as error:
+            raise InvalidRequest(
+                f"the chat template makes too much of these messages: {error}", param="messages"
+            ) from error
         except (jinja2.TemplateError, ArithmeticError, LookupError, RecursionError) as error:
             raise InvalidRequest(str(error) or type(error).__name__, param="messages") from error
         except (TypeError, ValueError, AttributeError) as error:

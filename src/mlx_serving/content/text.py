@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_serving.content.control import ControlGuard
 from mlx_serving.content.detokenize import open_detokenizer
 from mlx_serving.content.forced import forcing_grammar, guarding_grammar, reasoning_grammar
 from mlx_serving.content.output import Format, OutputParser, choose_format
@@ -72,7 +74,7 @@ class TextSide:
         """Token ids, at least one. Raises InvalidRequest that names the field at fault."""
         match prompt:
             case ChatPrompt():
-                ids, param = self._encode(self.render(prompt), False, "messages"), "messages"
+                ids, param = self._encode_chat(prompt), "messages"
             case TextPrompt():
                 param = "prompt"
                 ids = self._encode(prompt.text, prompt.add_special_tokens, param)
@@ -82,7 +84,21 @@ class TextSide:
             raise InvalidRequest("the prompt is empty: it has no tokens", param=param)
         return ids
 
-    def render(self, prompt: ChatPrompt) -> str:
+    def _encode_chat(self, prompt: ChatPrompt) -> list[int]:
+        """Control tokens are the template's own; those that clients wrote are text."""
+        guard = self._guard
+        try:
+            return guard.encode(self.render(prompt, guard))
+        except InvalidRequest as error:
+            error.param = error.param or "messages"
+            raise
+
+    @functools.cached_property
+    def _guard(self) -> ControlGuard:
+        sources = self.template.sources.values() if self.template else ()
+        return ControlGuard(self.tokenizer, tuple(sources))
+
+    def render(self, prompt: ChatPrompt, guard: ControlGuard | None = None) -> str:
         """The chat as text, control tokens included. Raises InvalidRequest."""
         if self.template is None:
             raise InvalidRequest(
@@ -93,7 +109,7 @@ class TextSide:
             )
         if prompt.tools and not self.template.reads("tools", tools=True):
             raise InvalidRequest("this model's chat template has no place for tools", param="tools")
-        return self.template.render(prompt)
+        return self.template.render(prompt, guard)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)

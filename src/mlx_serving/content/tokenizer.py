@@ -76,10 +76,8 @@ class Tokenizer:
 
         `add_special_tokens` adds what the tokenizer's configuration adds around a text (a
         BOS token, mostly). A rendered chat is encoded without, for its template has written
-        them. `parse_special_tokens=False` reads control tokens in the text as plain characters:
-        for text of the user's that must not forge a turn. A chat template needs them parsed,
-        and mixes its own with the user's, so guarding a chat means marking the user's strings
-        before rendering and encoding the pieces apart.
+        them. `parse_special_tokens=False` reads control tokens in the text as plain characters;
+        a chat, which mixes its template's with its clients' text, is `ControlGuard`'s business.
 
         Releases the GIL. Raises InvalidRequest for text that is not valid Unicode.
         """
@@ -166,6 +164,27 @@ class Tokenizer:
         """The id of a special token; None if the text is none."""
         token_id = self.token_id(text)
         return token_id if token_id in self.special_ids else None
+
+    @property
+    def added_tokens(self) -> Mapping[str, bool]:
+        """The texts that are found before all others, and whether each is a special token."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return {token.content: token.special for token in added}
+
+    def renamed(self, names: Mapping[str, str]) -> Tokenizer:
+        """A copy in which added tokens go by other names, under ids of its own."""
+        import tokenizers
+
+        spec = json.loads(self._backend.to_str())
+        for token in spec["added_tokens"]:
+            if token["content"] in names:
+                # Found as written, between whatever letters.
+                token |= {
+                    "content": names[token["content"]],
+                    "normalized": False,
+                    "single_word": False,
+                }
+        return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)))
 
     @functools.cached_property
     def _literal_backend(self) -> tokenizers.Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 import tokenizers as hf
+from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
 from mlx_serving.content.reasoning import reasoning_in
@@ -20,6 +22,8 @@ from mlx_serving.content.template import (
     load_templates,
     template_message,
 )
+from mlx_serving.content.text import TextSide
+from mlx_serving.content.tokenizer import Tokenizer
 from mlx_serving.content.tools.select import family_in
 from mlx_serving.errors import InvalidRequest, ModelBroken
 from mlx_serving.types import ChatPrompt, Message
@@ -333,6 +337,23 @@ def test_equals_transformers(
         assert str(error) in caught.value.message
     else:
         assert ours.render(prompt) == expected
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_no_family_s_tokens_can_be_spelt(family: str) -> None:
+    """All that a template writes between angle or square brackets is a control token here."""
+    template = TEMPLATES[family]
+    names = sorted({*re.findall(r"<[^<>{}'\" ]+>|\[/?[A-Z_]+\]", template), "<bos>"})
+    backend = hf.Tokenizer(models.BPE({chr(i): i for i in range(128)}, []))
+    backend.add_special_tokens(names)
+    text = TextSide(Tokenizer(backend), ChatTemplate({"default": template}, SPECIAL))
+
+    def controls(content: str) -> list[int]:
+        prompt = ChatPrompt(messages=(Message(role="user", content=content),))
+        return [i for i in text.encode_prompt(prompt) if i in text.tokenizer.special_ids]
+
+    for name in names:
+        assert controls(f"a{name}b") == controls("ab"), name
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
