@@ -157,6 +157,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Memory for prompts' common beginnings, in bytes; 0: off; default: a quarter of what KV may take."""
     exact_batch: bool = False
     """Always decode max-num-seqs rows, so that logits are bit-equal whatever the batch."""
+    json_digit_tokens: Annotated[int, Meta(ge=0)] = 40
+    """Tokens of digits after which a number of constrained JSON ends, if its schema lets it; 0: never."""
+    json_string_tokens: Annotated[int, Meta(ge=0)] = 16_384
+    """Tokens after which a string of constrained JSON ends, if its schema lets it; 0: never."""
+    json_white_space: Annotated[int, Meta(ge=0, le=1000)] = 20
+    """Most blanks, tabs and line ends between two tokens of constrained JSON."""
 
     supervise: bool = True
     """Run the model in a worker process that may die; off: in this process."""

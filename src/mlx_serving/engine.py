@@ -335,6 +335,9 @@ class Engine:
             kernels=c.kernels,
             exact_batch=c.exact_batch,
             prefix_cache_bytes=c.prefix_cache_bytes,
+            json_digit_tokens=c.json_digit_tokens,
+            json_string_tokens=c.json_string_tokens,
+            json_white_space=c.json_white_space,
             tokenizer_path=str(tokenizer_path),
         )
 

@@ -148,7 +148,8 @@ def _responses(endpoint: str, components: dict[str, Any]) -> dict[str, Any]:
         page = {openapi_answers.OTHERS[path]: {"schema": _TEXT}}
         responses["200"] = {"description": "The page", "content": page}
     if stream := openapi_answers.STREAMS.get(path):
-        responses["200"]["content"][stream] = {"schema": _TEXT}
+        # No schema: OpenAPI 3.1 has no word for what one event is.
+        responses["200"]["content"][stream] = {}
     if path == "/ready":
         responses["503"] = responses["200"]
     return responses

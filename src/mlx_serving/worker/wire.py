@@ -50,6 +50,9 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """Folder of tokenizer.json, where it is not the model's."""
     prefix_cache_bytes: int | None = None
     """Memory for prefix blocks; 0: none are kept; None: a share of what KV may take."""
+    json_digit_tokens: int = 40
+    json_string_tokens: int = 16_384
+    json_white_space: int = 20
 
 
 class LoadModel(msgspec.Struct, frozen=True, tag="load"):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mlx_serving.errors import InvalidRequest, UnsupportedParameter
+from mlx_serving.runtime.backend.runaway import Bounds, Runs, Vocabulary
 from mlx_serving.types import Grammar
 from mlx_serving.worker.wire import ModelOptions
 
@@ -28,13 +29,7 @@ if TYPE_CHECKING:
 MAX_CACHED = 64
 """Compiled grammars kept for a model: clients send the same few over and over."""
 MAX_ERROR_CHARS = 400
-MAX_DIGIT_TOKENS = 40
-"""In a row in a JSON number: one third, greedily written, would else never end."""
-WHITE_SPACE = r"[ \n\t]{1,20}"
-"""Between two tokens of JSON: a line's end and its indentation, and no more."""
 _JSON_OPTIONS: dict[str, Any] = {
-    "whitespace_flexible": True,
-    "whitespace_pattern": WHITE_SPACE,
     "item_separator": ",",
     "key_separator": ":",
     # Nothing is approximated: what cannot be followed is refused.
@@ -55,14 +50,22 @@ class Grammars:
         tokenizer: the model's tokenizer.json.
         vocab_size: the logits' width.
         eos_token_ids: what may come once a grammar is satisfied.
+        bounds: what may not run away in JSON.
     """
 
-    def __init__(self, tokenizer: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Path,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        bounds: Bounds | None = None,
+    ) -> None:
         self._path = tokenizer
         self._vocab_size = vocab_size
         self._eos = list(eos_token_ids)
         self._tokenizer: Future[LLTokenizer] = Future()
-        self._digits: _Digits | None = None
+        self._bounds = bounds or Bounds()
+        self._vocabulary: Vocabulary | None = None
         self._reading = threading.Lock()
         self._compiled: OrderedDict[tuple[str, str, str | None, str], LLMatcher] = OrderedDict()
 
@@ -79,8 +82,10 @@ class Grammars:
             if len(self._compiled) > MAX_CACHED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
-        digits = self._digits if grammar.kind in ("json_schema", "json_object") else None
-        return CompiledGrammar(compiled, frozenset(self._eos), grammar.param, digits)
+        # Forced calls are Lark around JSON.
+        has_json = grammar.kind in ("json_schema", "json_object") or "%json" in grammar.text
+        vocabulary = self._vocabulary if has_json else None
+        return CompiledGrammar(compiled, frozenset(self._eos), grammar.param, vocabulary)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         self._read()
@@ -96,7 +101,7 @@ class Grammars:
         try:
             matcher = LLMatcher(
                 self._tokenizer.result(),
-                _definition(grammar),
+                _definition(self._spaced(grammar)),
                 log_level=0,
                 limits=_limits(),
             )
@@ -111,6 +116,12 @@ class Grammars:
             )
         matcher.reset()
         return matcher
+
+    def _spaced(self, grammar: Grammar) -> Grammar:
+        """With the server's bound on white space, where the request has none of its own."""
+        if grammar.white_space is not None:
+            return grammar
+        return msgspec.structs.replace(grammar, white_space=self._bounds.white_space_pattern)
 
     def _read(self) -> None:
         with self._reading:
@@ -128,34 +139,8 @@ class Grammars:
             raise ValueError("it has no token that ends a sequence")
         text = self._path.read_text(encoding="utf-8")
         tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos)
-        self._digits = _Digits.of(json.loads(text)["model"]["vocab"])
+        self._vocabulary = Vocabulary.read(json.loads(text)["model"], self._bounds)
         return tokenizer
-
-
-class _Digits:
-    """Ends a JSON number whose digits run away, where the grammar lets it end."""
-
-    def __init__(self, ids: frozenset[int], letter: int) -> None:
-        self.ids = ids
-        self._mask = sum(1 << i for i in ids)
-        self._letter = 1 << letter
-
-    @classmethod
-    def of(cls, vocab: dict[str, int] | list[tuple[str, float]]) -> _Digits | None:
-        """From a tokenizer's vocabulary; None where it has no token for `a`."""
-        named = (
-            vocab.items() if isinstance(vocab, dict) else ((t, i) for i, (t, _) in enumerate(vocab))
-        )
-        known = {text: i for text, i in named if text == "a" or (text.isascii() and text.isdigit())}
-        letter = known.pop("a", None)
-        return None if letter is None else cls(frozenset(known.values()), letter)
-
-    def end(self, mask: bytes) -> bytes:
-        """The mask without digits; as it was inside a string (a letter may come), or where nothing
-        but a digit may come."""
-        allowed = int.from_bytes(mask, "little")
-        rest = allowed & ~self._mask
-        return mask if allowed & self._letter or not rest else rest.to_bytes(len(mask), "little")
 
 
 class CompiledGrammar:
@@ -166,15 +151,16 @@ class CompiledGrammar:
         prototype: LLMatcher,
         eos: frozenset[int],
         param: str,
-        digits: _Digits | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self._prototype = prototype
         self._eos = eos
         self._param = param
-        self._digits = digits
+        self._vocabulary = vocabulary
 
     def matcher(self, output: Sequence[int]) -> GrammarMatcher:
-        matcher = GrammarMatcher(self._prototype.deep_copy(), self._eos, self._param, self._digits)
+        runs = None if self._vocabulary is None else Runs(self._vocabulary)
+        matcher = GrammarMatcher(self._prototype.deep_copy(), self._eos, self._param, runs)
         for token_id in output:
             matcher.accept(token_id)
         return matcher
@@ -184,13 +170,12 @@ class GrammarMatcher:
     """Implements `core.plan.Matcher`."""
 
     def __init__(
-        self, matcher: LLMatcher, eos: frozenset[int], param: str, digits: _Digits | None
+        self, matcher: LLMatcher, eos: frozenset[int], param: str, runs: Runs | None
     ) -> None:
         self._matcher = matcher
         self._eos = eos
         self._param = param
-        self._digits = digits
-        self._digit_run = 0
+        self._runs = runs
         self._accepted: list[int] = []
         """Not yet told to the matcher."""
         self._ended = False
@@ -198,8 +183,8 @@ class GrammarMatcher:
     def accept(self, token_id: int) -> None:
         self._ended = self._ended or token_id in self._eos
         self._accepted.append(token_id)
-        is_digit = self._digits is not None and token_id in self._digits.ids
-        self._digit_run = self._digit_run + 1 if is_digit else 0
+        if self._runs is not None:
+            self._runs.accept(token_id)
 
     def mask(self) -> bytes | None:
         if self._ended:
@@ -214,9 +199,7 @@ class GrammarMatcher:
                 f"'{self._param}' cannot be followed any further: {_reason(self._matcher)}",
                 param=self._param,
             )
-        if self._digits is not None and self._digit_run >= MAX_DIGIT_TOKENS:
-            bits = self._digits.end(bits)
-        return bits
+        return bits if self._runs is None else self._runs.bounded(bits)
 
 
 def _definition(grammar: Grammar) -> str:
@@ -269,10 +252,8 @@ def _limits() -> LLParserLimits:
 def _json(schema: dict[str, Any], white_space: str | None) -> str:
     from llguidance import LLMatcher
 
-    options: Any = dict(_JSON_OPTIONS)
-    if white_space is not None:
-        options["whitespace_flexible"] = bool(white_space)
-        options["whitespace_pattern"] = white_space or None
+    spaces = {"whitespace_flexible": bool(white_space), "whitespace_pattern": white_space or None}
+    options: Any = _JSON_OPTIONS | spaces
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)
 
 

@@ -28,6 +28,7 @@ from mlx_serving.runtime.backend.pooling import (
     read_prompts,
 )
 from mlx_serving.runtime.backend.prefix import prefix_plan
+from mlx_serving.runtime.backend.runaway import Bounds
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.backend.sampler import Sampler
 from mlx_serving.runtime.backend.views import round_up
@@ -84,7 +85,7 @@ def load(
         exact_batch=options.exact_batch,
         pooler=RowPooler(pooling),
     )
-    grammars = Grammars(tokenizer_file(path, options), vocab_size, eos)
+    grammars = Grammars(tokenizer_file(path, options), vocab_size, eos, Bounds.of(options))
     grammars.warm()
     on_phase("compiling", model_id)
     kv_bytes, state_bytes = _warm_up(runner, store, vocab_size, options.max_num_seqs)

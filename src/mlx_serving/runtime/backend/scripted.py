@@ -41,6 +41,7 @@ from mlx_serving.clock import monotonic
 from mlx_serving.errors import MLXServingError, ModelBroken
 from mlx_serving.runtime.backend.grammar import Grammars, tokenizer_file
 from mlx_serving.runtime.backend.model import LoadedModel
+from mlx_serving.runtime.backend.runaway import Bounds
 from mlx_serving.runtime.core.plan import (
     DecodeRow,
     Limits,
@@ -283,7 +284,8 @@ def load(model_id: str, path: Path, config: dict[str, Any], options: ModelOption
         prefix_blocks=_prefix_blocks(options.prefix_cache_bytes),
         prefix_block_tokens=PREFIX_BLOCK,
     )
-    grammars = Grammars(tokenizer_file(path, options), parsed.vocab_size, parsed.eos)
+    bounds = Bounds.of(options)
+    grammars = Grammars(tokenizer_file(path, options), parsed.vocab_size, parsed.eos, bounds)
     return LoadedModel(info, ScriptedRunner(parsed), limits, grammars)
 
 

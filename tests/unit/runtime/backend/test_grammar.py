@@ -14,7 +14,8 @@ import pytest
 import byte_vocabulary
 from mlx_serving.content import structured
 from mlx_serving.errors import InvalidRequest
-from mlx_serving.runtime.backend.grammar import MAX_CACHED, MAX_DIGIT_TOKENS, Grammars
+from mlx_serving.runtime.backend.grammar import MAX_CACHED, Grammars
+from mlx_serving.runtime.backend.runaway import Bounds
 from mlx_serving.runtime.core.plan import Constraint, Matcher
 from mlx_serving.types import Grammar
 
@@ -158,24 +159,76 @@ def test_white_space_cannot_run_away(grammars: Grammars) -> None:
     assert not accepts(grammars.compile(own), '{"a":  1}')
 
 
-def test_digits_cannot_run_away(grammars: Grammars) -> None:
-    def longest(schema: Any, begun: str) -> str:
-        """Digits only, for as long as one may come."""
-        matcher = grammars.compile(structured.json_schema(schema, param="p")).matcher(
-            begun.encode()
-        )
-        run = ""
-        while ord("3") in allowed(matcher) and len(run) < 200:
-            matcher.accept(ord("3"))
-            run += "3"
-        return run
+def run_of(letter: str, grammars: Grammars, grammar: Grammar, begun: str) -> int:
+    """How many of `letter` may come after `begun`; 200: as many as one likes."""
+    matcher = grammars.compile(grammar).matcher(begun.encode())
+    run = 0
+    while ord(letter) in allowed(matcher) and run < 200:
+        matcher.accept(ord(letter))
+        run += 1
+    return run
 
-    assert len(longest(NUMBER, "0.")) == len(longest(INTEGER, "1") + "1") == MAX_DIGIT_TOKENS
-    assert len(longest(INTEGER, "-")) == MAX_DIGIT_TOKENS
+
+def of_schema(schema: Any) -> Grammar:
+    return structured.json_schema(schema, param="p")
+
+
+def test_digits_cannot_run_away(grammars: Grammars) -> None:
+    def longest(schema: Any, begun: str) -> int:
+        return run_of("3", grammars, of_schema(schema), begun)
+
+    assert longest(NUMBER, "0.") == longest(INTEGER, "1") + 1 == Bounds().digit_tokens
+    assert longest(INTEGER, "-") == Bounds().digit_tokens
     # Where they mean something else, or nothing but a digit may come, they are left alone.
-    assert len(longest(STRING, '"')) == 200
-    fixed = {"type": "string", "pattern": "^[0-9]{100}$"}
-    assert len(longest(fixed, '"')) == 100
+    assert longest(STRING, '"') == 200
+    assert longest({"type": "string", "pattern": "^[0-9]{100}$"}, '"') == 100
+
+
+@pytest.fixture(scope="module")
+def tight(tmp_path_factory: pytest.TempPathFactory) -> Grammars:
+    path = byte_vocabulary.write(tmp_path_factory.mktemp("tight"), eos=EOS)
+    return Grammars(path, VOCAB, (EOS,), Bounds(digit_tokens=5, string_tokens=8, white_space=2))
+
+
+def test_the_bounds_can_be_set(tight: Grammars) -> None:
+    pair = of_schema(closed(a=STRING, b=INTEGER))
+    assert run_of("3", tight, pair, '{"a":"x","b":') == 5
+    assert run_of("x", tight, pair, '{"a":"') == 8
+    assert accepts(tight.compile(pair), '{  "a":"abc","b":1}')
+    assert not accepts(tight.compile(pair), '{   "a":"abc","b":1}')
+    # A resumed sequence counts on from where it was.
+    assert run_of("x", tight, pair, '{"a":"xxxxx') == 3
+
+
+def test_strings_end_only_where_their_schema_lets_them(tight: Grammars) -> None:
+    assert run_of("x", tight, of_schema({"type": "string", "minLength": 30}), '"') == 30
+    assert run_of("x", tight, of_schema({"type": "string", "maxLength": 5}), '"') == 5
+    assert run_of("x", tight, of_schema({"enum": ["x" * 20, "x" * 25]}), '"') == 25
+    # An escaped quotation mark is no end: backslash and mark are one token's business.
+    assert run_of("x", tight, of_schema(STRING), '"ab\\n') == 4
+
+
+def test_free_text_and_other_grammars_have_no_such_bounds(tight: Grammars) -> None:
+    thought = Grammar(kind="json_object", before='before: /[^<]*/ "</t>"')
+    assert run_of("x", tight, thought, '"') == run_of("3", tight, thought, "1") == 200
+    assert run_of("x", tight, thought, 'a</t>{"') == 8
+    assert run_of("3", tight, Grammar(kind="regex", text="[0-9]{3,99}"), "1") == 98
+    assert run_of("x", tight, Grammar(kind="lark", text='start: "\\"" /x*/ "\\""'), '"') == 200
+
+
+def test_forced_calls_are_bounded_too(tight: Grammars) -> None:
+    schema = json.dumps(closed(a=NUMBER, b=STRING))
+    call = Grammar(kind="lark", text=f"start: /<call>/ args /<.call>/\nargs: %json {schema}")
+    assert run_of("3", tight, call, '<call>{"a":1.') == 5
+    assert run_of("x", tight, call, '<call>{"a":1,"b":"') == 8
+
+
+def test_zero_is_no_bound(tmp_path: Path) -> None:
+    path = byte_vocabulary.write(tmp_path, eos=EOS)
+    loose = Grammars(path, VOCAB, (EOS,), Bounds(digit_tokens=0, string_tokens=0, white_space=0))
+    assert run_of("3", loose, of_schema(NUMBER), "0.") == 200
+    assert run_of("x", loose, of_schema(STRING), '"') == 200
+    assert not accepts(loose.compile(of_schema(closed(a=INTEGER))), '{"a": 1}')
 
 
 @pytest.mark.parametrize("number", [2**53, -(2**53), 0.1, 1e21, 1e-7, 0.30000000000000004, 1.0])
