@@ -1,0 +1,188 @@
+"""A rollout: a variant takes a growing share of a model's traffic, and gives it back when it is worse.
+
+    Running(stage 1) ─▶ Running(stage 2) ─▶ … ─▶ Promoted
+           └──────────────────┴───────────▶ RolledBack(why)
+
+`decide` is a pure function from the figures of both arms to what to do. It may be asked after every
+request, so a fixed-size test would raise a false alarm sooner or later; what ends a rollout is a
+confidence sequence (`stats.anytime`), which covers the true difference at all looks together: a
+metric's bound lies wholly on the worse side, and its estimate is worse by more than matters. The
+chance of a false alarm over the whole rollout, `alpha`, is divided by the number of metrics
+(Bonferroni). Welch's tests, stage by stage, are for the report (`comparisons`).
+
+A stage does not end while a metric's estimate is worse by more than matters: more requests come
+until the bound is sure, or the estimate is not. Stages are strata: the load at different shares
+cannot pass for a difference between the arms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mlx_serving.traffic.stats import Estimate, Moments, Welch, anytime, welch
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One figure of a request, and what difference in it matters."""
+
+    name: str
+    scale: Literal["log", "share"]
+    """log: a positive figure, compared by ratio; share: 0 or 1, compared by difference."""
+    worse: Literal["higher", "lower"]
+    matters: float
+    """The least difference that matters, on the scale: log(1.05) is 5 %, 0.02 two in a hundred."""
+
+    def worsening(self, difference: float) -> float:
+        return difference if self.worse == "higher" else -difference
+
+    def say(self, worsening: float) -> str:
+        if self.scale == "share":
+            return f"{100 * worsening:+.1f} points"
+        return f"{100 * math.expm1(worsening):+.1f} %"
+
+
+_FIVE_PERCENT = math.log(1.05)
+METRICS = (
+    Metric("error", "share", "higher", 0.02),
+    Metric("ttft", "log", "higher", _FIVE_PERCENT),
+    Metric("tpot", "log", "higher", _FIVE_PERCENT),
+    Metric("tokens_per_s", "log", "lower", _FIVE_PERCENT),
+    Metric("empty", "share", "higher", 0.02),
+    Metric("capped", "share", "higher", 0.05),
+    Metric("malformed", "share", "higher", 0.02),
+)
+_SHARE_FLOOR = 0.01
+"""Least variance of a share: twenty requests without an error do not prove that there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    share: float
+    """Of the traffic, that the variant takes."""
+    min_samples: int = 200
+    """Requests that each arm must have answered in this stage."""
+    min_s: float = 60.0
+
+
+STAGES = (Stage(0.10), Stage(0.25), Stage(0.50), Stage(1.0))
+
+Arm = dict[str, Moments]
+"""By metric."""
+
+
+@dataclass(slots=True)
+class Figures:
+    """Both arms' moments, stage by stage."""
+
+    strata: list[tuple[Arm, Arm]] = field(default_factory=list)
+    """(baseline, variant)."""
+
+    def add(self, stage: int, variant: bool, values: Mapping[str, float]) -> None:
+        while len(self.strata) <= stage:
+            self.strata.append(({}, {}))
+        arm = self.strata[stage][variant]
+        for name, value in values.items():
+            arm.setdefault(name, Moments()).add(value)
+
+    def samples(self, stage: int, variant: bool) -> int:
+        if stage >= len(self.strata):
+            return 0
+        moments = self.strata[stage][variant].get("error")  # every request has this one
+        return moments.n if moments is not None else 0
+
+    def of(self, metric: str) -> Iterator[tuple[Moments, Moments]]:
+        none = Moments()
+        for baseline, variant in self.strata:
+            yield baseline.get(metric, none), variant.get(metric, none)
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    stage: int
+
+
+@dataclass(frozen=True, slots=True)
+class Promote:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class RollBack:
+    metric: str
+    why: str
+
+
+Decision = Hold | Advance | Promote | RollBack
+
+
+def decide(
+    stages: Sequence[Stage], stage: int, stage_s: float, figures: Figures, *, alpha: float = 0.05
+) -> Decision:
+    """What to do now.
+
+    Args:
+        stage: index of the present one, which has lasted `stage_s` seconds.
+        alpha: chance that a variant that is no worse is rolled back, over the whole rollout.
+    """
+    worst = guard(figures, alpha)
+    if isinstance(worst, RollBack):
+        return worst
+    now = stages[stage]
+    fewest = min(figures.samples(stage, True), _baseline_samples(stages, stage, figures))
+    if fewest < now.min_samples:
+        return Hold(f"{fewest} of {now.min_samples} requests answered by the arm with fewer")
+    if stage_s < now.min_s:
+        return Hold(f"{stage_s:.0f} of {now.min_s:.0f} s")
+    if worst is not None:
+        return worst
+    return Advance(stage + 1) if stage + 1 < len(stages) else Promote()
+
+
+def guard(figures: Figures, alpha: float) -> RollBack | Hold | None:
+    """RollBack: a metric is surely worse, and by more than matters. Hold: it may be."""
+    doubt: Hold | None = None
+    for metric, estimate in estimates(figures, alpha):
+        worsening = metric.worsening(estimate.difference)
+        surely = estimate.low if metric.worse == "higher" else -estimate.high
+        if worsening <= metric.matters:
+            continue
+        if surely > 0:
+            why = f"{metric.name} {metric.say(worsening)}, at least {metric.say(surely)}"
+            return RollBack(metric.name, why)
+        doubt = doubt or Hold(f"{metric.name} looks {metric.say(worsening)}; more requests decide")
+    return doubt
+
+
+def estimates(figures: Figures, alpha: float) -> Iterator[tuple[Metric, Estimate]]:
+    """Each metric's difference over all stages, with bounds that hold together at every look."""
+    for metric in METRICS:
+        floor = _SHARE_FLOOR if metric.scale == "share" else 0.0
+        each = alpha / len(METRICS)
+        found = anytime(figures.of(metric.name), alpha=each, effect=metric.matters, floor=floor)
+        if found is not None:
+            yield metric, found
+
+
+def comparisons(figures: Figures, stage: int) -> Iterator[tuple[Metric, Welch]]:
+    """Welch's test of each metric in one stage, where both arms have something to say."""
+    for metric in METRICS:
+        pairs = list(figures.of(metric.name))
+        test = welch(*pairs[stage]) if stage < len(pairs) else None
+        if test is not None:
+            yield metric, test
+
+
+def _baseline_samples(stages: Sequence[Stage], stage: int, figures: Figures) -> int:
+    """At a share of 1 nobody is left to compare with; the earlier stages have done that."""
+    if stages[stage].share >= 1.0:
+        return stages[stage].min_samples
+    return figures.samples(stage, False)
