@@ -20,7 +20,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
 
 from mlx_serving.traffic.stats import Estimate, Moments, Welch, anytime, welch
 
@@ -54,18 +57,18 @@ METRICS = (
     Metric("empty", "share", "higher", 0.02),
     Metric("capped", "share", "higher", 0.05),
     Metric("malformed", "share", "higher", 0.02),
+    Metric("disagreement", "share", "higher", 0.05),
 )
 _SHARE_FLOOR = 0.01
 """Least variance of a share: twenty requests without an error do not prove that there are none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    share: float
+class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    share: Annotated[float, Meta(gt=0, le=1)]
     """Of the traffic, that the variant takes."""
-    min_samples: int = 200
+    min_samples: Annotated[int, Meta(ge=1)] = 200
     """Requests that each arm must have answered in this stage."""
-    min_s: float = 60.0
+    min_s: Annotated[float, Meta(ge=0)] = 60.0
 
 
 STAGES = (Stage(0.10), Stage(0.25), Stage(0.50), Stage(1.0))
