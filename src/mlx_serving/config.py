@@ -118,6 +118,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How long a client may leave unread what no longer fits in the buffers before it is cut off."""
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 32 * 1024 * 1024
     """Larger request bodies are refused with 413."""
+    rollouts_file: Annotated[str, Meta(min_length=1)] | None = None
+    """Where canaries and A/B tests are kept; default for servers: rollouts-PORT.json in home."""
     drain_timeout_s: Annotated[float, Meta(ge=0)] = 30.0
     """How long running streams may take to finish after SIGTERM or SIGINT."""
     ping_interval_s: Annotated[float, Meta(ge=0)] = 15.0

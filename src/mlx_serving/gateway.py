@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import msgspec
 
@@ -34,6 +36,8 @@ from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.traffic.admission import Admission
 from mlx_serving.traffic.response_cache import ResponseCache
 from mlx_serving.traffic.reuse import Reuse
+from mlx_serving.traffic.rollouts import FAILED, Arm, Rollout, Rollouts, Spec, measured
+from mlx_serving.traffic.shadow import Shadows, disagreement
 from mlx_serving.traffic.source import Ask, RowSource
 from mlx_serving.traffic.stores import open_store
 from mlx_serving.traffic.stores.port import Bounds, Size
@@ -43,6 +47,7 @@ from mlx_serving.types import (
     EmbedRequest,
     GenerateRequest,
     ModelInfo,
+    Priority,
     Prompt,
     Ranking,
     RankRequest,
@@ -54,6 +59,8 @@ from mlx_serving.worker.port import WorkerClient
 
 _COMPLETE: frozenset[str] = frozenset({"stop", "length", "tool_calls"})
 """Outcomes of requests that got their whole answer."""
+log = logging.getLogger(__name__)
+
 _THREAD_TOKENS = 4_096
 """From here on token ids are better decoded off the event loop."""
 
@@ -76,17 +83,20 @@ class Gateway:
         self._patterns = _patterns(config.model_aliases, slots)
         self._admission = Admission(config.max_queue)
         self._reuse = _reuse(config, metrics)
+        file = config.rollouts_file
+        self.rollouts = Rollouts(Path(file) if file else None)
+        self._shadows = Shadows()
         self._running: set[Generation] = set()
         self._idle = asyncio.Event()
 
     async def open(self, request: GenerateRequest) -> Generation:
         """Accept a request and start its sequences. Raises a typed error before any work is done."""
         arrived_s = clock.monotonic()
-        slot = self._route(request.model)
+        asked = self._route(request.model)
         self._admission.enter(arrived_s)
         self._metrics.open_requests.inc()
         try:
-            served = await slot.ready()
+            slot, served, arm = await self._answerer(asked, request)
             _check_generates(served.info)
             token_ids = await self._tokenise(served, request.prompt)
             sampling = _settle(request, served.info, len(token_ids), self._config.max_tokens)
@@ -94,11 +104,13 @@ class Gateway:
             generation = Generation(
                 request, slot.model_id, served, token_ids, sampling, arrived_s, self._ended
             )
+            generation.arm = arm
             await generation.start(self._rows_for(served, request, token_ids))
         except BaseException:
             self._leave()
             raise
         self._running.add(generation)
+        self._shadow(asked, request, generation)
         self._events.publish(
             RequestStarted(
                 request_id=request.request_id,
@@ -115,6 +127,57 @@ class Gateway:
     async def rank(self, request: RankRequest) -> Ranking:
         """Documents in the order in which they answer a query."""
         return embedding.ranking(request, *await self._pooled(request))
+
+    async def _answerer(
+        self, asked: ModelSlot[Served], request: GenerateRequest
+    ) -> tuple[ModelSlot[Served], Served, Arm | None]:
+        """The model that answers: the one asked for, or a variant in its place."""
+        arm = self.rollouts.arm(asked.model_id, request.session or request.request_id)
+        if arm is not None and arm.is_variant:
+            try:
+                slot = self._route(arm.model)
+                return slot, await slot.ready(), arm
+            except MLXServingError as error:
+                # The variant's fault is not the client's: the model itself answers.
+                log.warning("rollout %s: %s", arm.rollout, error.message)
+                self.rollouts.observe(arm, FAILED)
+                arm = None
+        return asked, await asked.ready(), arm
+
+    def _shadow(
+        self, asked: ModelSlot[Served], request: GenerateRequest, original: Generation
+    ) -> None:
+        """Have a variant answer a copy, if one is to, and compare."""
+        arm = self.rollouts.shadow(asked.model_id, request.session or request.request_id)
+        if arm is None:
+            return
+        original.copied, copied_id = [], f"{request.request_id}-shadow"
+        copied = msgspec.structs.replace(
+            request,
+            request_id=copied_id,
+            model=arm.model,
+            seed=original.seed,
+            n=1,
+            priority=Priority.LOW,
+            caching="none",
+        )
+        original.arm = msgspec.structs.replace(arm, model=asked.model_id, is_variant=False)
+
+        async def compare() -> None:
+            copy = await self.open(copied)
+            copy.arm, copy.copied = arm, []
+            try:
+                async for _ in copy:
+                    pass
+                await original.ended.wait()
+            finally:
+                copy.cancel()
+            found = disagreement(original.copied or (), copy.copied)
+            for arm_, value in ((original.arm, 0.0), (arm, found)):
+                assert arm_ is not None, "set above"
+                self.rollouts.observe(arm_, {"disagreement": value})
+
+        self._shadows.start(compare, copied_id)
 
     async def tokenise(self, model: str, prompt: Prompt) -> list[int]:
         """A prompt's token ids, as `open` would have them."""
@@ -174,6 +237,17 @@ class Gateway:
             "open_requests": self._admission.open_requests,
         }
 
+    def start_rollout(self, spec: Spec) -> Rollout:
+        """Raises InvalidRequest or ModelNotFound, naming the field of `spec`."""
+        for field in ("model", "variant"):
+            try:
+                served = self._route(getattr(spec, field)).model_id
+            except ModelNotFound as error:
+                error.param = field
+                raise
+            spec = msgspec.structs.replace(spec, **{field: served})
+        return self.rollouts.start(spec)
+
     def metrics(self) -> bytes:
         return self._metrics.render()
 
@@ -187,6 +261,8 @@ class Gateway:
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the running ones. True when all of them finished."""
         self._admission.drain(clock.monotonic() + timeout_s)
+        self._shadows.cancel()
+        self.rollouts.save()
         if self._admission.open_requests:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
@@ -317,22 +393,30 @@ class Gateway:
             m.shared_tokens.labels(model, by).inc(usage.shared_tokens)
         duration_s = now_s - generation.arrived_s
         m.duration.labels(model).observe(duration_s)
-        ttft_s = generation.ttft_s
+        ttft_s, tpot_s = generation.ttft_s, None
         if ttft_s is not None:
             m.ttft.labels(model).observe(ttft_s)
             later = usage.completion_tokens - generation.request.n
             if later > 0:
-                m.tpot.labels(model).observe((duration_s - ttft_s) * generation.request.n / later)
-        self._events.publish(
-            RequestFinished(
-                request_id=generation.request_id,
-                model_id=model,
-                outcome=outcome,
-                usage=usage,
-                ttft_ms=None if ttft_s is None else ttft_s * 1e3,
-                duration_ms=duration_s * 1e3,
-            )
+                tpot_s = (duration_s - ttft_s) * generation.request.n / later
+                m.tpot.labels(model).observe(tpot_s)
+        finished = RequestFinished(
+            request_id=generation.request_id,
+            model_id=model,
+            outcome=outcome,
+            usage=usage,
+            ttft_ms=None if ttft_s is None else ttft_s * 1e3,
+            duration_ms=duration_s * 1e3,
+            tpot_ms=None if tpot_s is None else tpot_s * 1e3,
+            priority=generation.request.priority,
+            client=generation.request.client,
+            computed=generation.reused in (None, "miss"),
+            empty=generation.empty,
+            malformed=generation.malformed,
         )
+        if generation.arm is not None and (figures := measured(finished)) is not None:
+            self.rollouts.observe(generation.arm, figures)
+        self._events.publish(finished)
 
 
 def _check_generates(info: ModelInfo) -> None:

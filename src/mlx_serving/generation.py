@@ -16,6 +16,7 @@ from mlx_serving.content.output import OutputParser
 from mlx_serving.content.stream import ChoiceText
 from mlx_serving.content.text import TextSide
 from mlx_serving.errors import Cancelled, MLXServingError, from_code
+from mlx_serving.traffic.rollouts import Arm
 from mlx_serving.traffic.source import Reused, RowSource
 from mlx_serving.types import (
     ChatPrompt,
@@ -68,6 +69,13 @@ class Generation:
         self.seed = sampling.seed
         self.arrived_s = arrived_s
         self.ttft_s: float | None = None
+        self.arm: Arm | None = None
+        """Its place in a rollout, if it has one."""
+        self.ended = asyncio.Event()
+        self.copied: list[int] | None = None
+        """The first choice's tokens, where they are to be compared with another model's."""
+        self.empty = True
+        """Nothing has been said or called yet."""
         self._served = served
         self._sampling = sampling
         self._on_end: Callable[[Generation, str], None] | None = on_end
@@ -87,6 +95,16 @@ class Generation:
         """What every choice is; "miss" where they differ; None: nobody looked."""
         kinds = {source.reused for source in self.sources}
         return kinds.pop() if len(kinds) == 1 else "miss"
+
+    @property
+    def variant(self) -> str | None:
+        """The model that answers in place of the one asked for, because of a rollout."""
+        return self.arm.model if self.arm is not None and self.arm.is_variant else None
+
+    @property
+    def malformed(self) -> bool:
+        """Something in an answer began like a tool call and was not one."""
+        return any(choice.malformed for choice in self._choices)
 
     async def start(self, open_rows: OpenRows) -> None:
         """Start every choice's sequence, or none."""
@@ -118,8 +136,10 @@ class Generation:
         try:
             rows = self._choices[0].rows() if len(self._choices) == 1 else _merge(self._choices)
             async for choice, row in rows:
-                self._observe(row)
+                self._observe(choice, row)
                 event = choice.accept(row)
+                if event.text or event.tool_calls or event.reasoning:
+                    self.empty = False
                 yield [event]
                 outcome = event.finish_reason or outcome
             if self._on_end is None:
@@ -132,7 +152,9 @@ class Generation:
                 choice.cancel()
             self._end(outcome)
 
-    def _observe(self, row: TokenRow) -> None:
+    def _observe(self, choice: _Choice, row: TokenRow) -> None:
+        if self.copied is not None and choice.index == 0:
+            self.copied += row.token_ids
         if self.ttft_s is None and row.token_ids:
             self.ttft_s = clock.monotonic() - self.arrived_s
             self.cached_tokens = row.cached_tokens
@@ -141,6 +163,7 @@ class Generation:
         if self._on_end is not None:
             on_end, self._on_end = self._on_end, None
             on_end(self, outcome)
+            self.ended.set()
 
 
 class _Choice:
@@ -166,6 +189,10 @@ class _Choice:
     def is_shared(self) -> bool:
         """Its tokens were computed for another request."""
         return self.source is not None and self.source.reused in ("hit", "shared")
+
+    @property
+    def malformed(self) -> bool:
+        return self._parser is not None and self._parser.malformed
 
     async def rows(self) -> AsyncIterator[tuple[_Choice, TokenRow]]:
         assert self.source is not None, "start() comes first"

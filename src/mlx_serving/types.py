@@ -193,6 +193,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str | None = None
     client: str | None = None
     """The name of the API key that it came with; None: nobody in particular."""
+    session: str | None = None
+    """Who or what it belongs to, of requests that should be answered alike: a user, a conversation."""
     grammar: Grammar | None = None
     caching: Caching = "use"
 

@@ -15,7 +15,8 @@ import msgspec
 
 from mlx_serving import __version__, clock
 from mlx_serving.api import access, openapi
-from mlx_serving.api.access import Handler, Route, public
+from mlx_serving.api import rollouts as rollout_routes
+from mlx_serving.api.access import Handler, Route, admin, public
 from mlx_serving.api.anthropic import AnthropicRoutes
 from mlx_serving.api.anthropic_response import error_json as anthropic_error
 from mlx_serving.api.anthropic_response import model_list
@@ -40,6 +41,7 @@ from mlx_serving.api.openai import OpenAIRoutes
 from mlx_serving.api.port import GatewayPort
 from mlx_serving.api.requests import RequestRoutes
 from mlx_serving.api.responses import ResponsesRoutes
+from mlx_serving.api.rollouts import RolloutRoutes
 from mlx_serving.api.tokens import TokenRoutes
 from mlx_serving.config import Config
 from mlx_serving.errors import InvalidRequest, MLXServingError, ModelNotFound
@@ -73,6 +75,7 @@ class MethodNotAllowed(InvalidRequest):
 def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
     """The application over `gateway`. Raises ConfigError where the API keys cannot be read."""
     keyring = load_keys(config)
+    rollouts = RolloutRoutes(gateway, config)
     gateway = Guard(gateway, keyring)
     openai, info = OpenAIRoutes(gateway, config), InfoRoutes(gateway)
     anthropic, ollama = AnthropicRoutes(gateway, config), OllamaRoutes(gateway, config)
@@ -94,6 +97,7 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
         "/v1/rerank": {"POST": embeddings.rerank},
         "/v2/rerank": {"POST": embeddings.rerank},
         "/rerank": {"POST": embeddings.rerank},
+        "/v1/rollouts": {"GET": admin(rollouts.all), "POST": admin(rollouts.start)},
         "/tokenize": {"POST": tokens.tokenize},
         "/detokenize": {"POST": tokens.detokenize},
         "/openapi.json": {"GET": public(info.openapi)},
@@ -111,6 +115,11 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
         "/v1/models/": {"GET": info.model},
         "/v1/responses/": {"GET": responses.retrieve, "DELETE": responses.delete},
         "/v1/requests/": {"POST": requests.cancel},
+        rollout_routes.PREFIX: {
+            "GET": admin(rollouts.one),
+            "POST": admin(rollouts.act),
+            "DELETE": admin(rollouts.remove),
+        },
     }
     table = Table(exact, prefixes, keyring, over_uds=config.uds is not None)
 
@@ -277,6 +286,12 @@ ENDPOINTS = (
     ("POST /tokenize", "the token ids of a text or a chat"),
     ("POST /detokenize", "the text of token ids"),
     ("POST /v1/requests/{id}/cancel", "cancel a running request by its id or x-request-id"),
+    ("GET /v1/rollouts", "every canary, A/B test and shadow, with its figures; admin"),
+    ("POST /v1/rollouts", "have a variant take a share of a model's traffic; admin"),
+    ("GET /v1/rollouts/{name}", "one of them; admin"),
+    ("POST /v1/rollouts/{name}/promote", "the variant answers everything from here on; admin"),
+    ("POST /v1/rollouts/{name}/rollback", "the model answers everything from here on; admin"),
+    ("DELETE /v1/rollouts/{name}", "forget it; admin"),
     ("GET /v1/models", "the served models, the default first"),
     ("GET /v1/models/{id}", "one served model"),
     ("GET /health", "what the server and its workers are doing; always 200"),

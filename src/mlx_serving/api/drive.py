@@ -89,7 +89,7 @@ def said(generation: Generation, advisory: Sequence[str]) -> Headers:
     """The headers that name the seed in use, whether the work was shared, and the fields that cannot
     change the tokens."""
     seed = (b"x-mlx-serving-seed", b"%d" % generation.seed)
-    return [seed, *wishes.reused([generation]), *advised(advisory)]
+    return [seed, *wishes.reused([generation]), *wishes.variant([generation]), *advised(advisory)]
 
 
 def advised(advisory: Sequence[str]) -> Headers:

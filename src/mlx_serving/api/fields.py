@@ -62,7 +62,7 @@ _SAMPLING = {
     "cache_salt": "1 to 256 characters; requests share cached prefixes only with equal salts",
 }
 _ADVISORY = {
-    "user": "an end user's identifier",
+    "user": "an end user's identifier; keeps them on one variant of a rollout (docs/rollouts.md)",
     "safety_identifier": "an end user's identifier",
     "metadata": "the client's own notes",
     "store": "nothing is stored",

@@ -15,6 +15,7 @@ from mlx_serving.api.keys import Key, Keyring
 from mlx_serving.api.port import GatewayPort, Generation
 from mlx_serving.errors import Forbidden, MLXServingError
 from mlx_serving.traffic.allowance import Allowance
+from mlx_serving.traffic.rollouts import Rollout, Rollouts, Spec
 from mlx_serving.traffic.source import Reused
 from mlx_serving.types import (
     Embeddings,
@@ -109,6 +110,13 @@ class Guard:
             return {"status": health["status"]}
         models = [m for m in health.get("models", ()) if who.key.allows(m["id"])]
         return {"status": health["status"], "models": models}
+
+    @property
+    def rollouts(self) -> Rollouts:
+        return self._gateway.rollouts
+
+    def start_rollout(self, spec: Spec) -> Rollout:
+        return self._gateway.start_rollout(spec)
 
     def metrics(self) -> bytes:
         return self._gateway.metrics()
@@ -217,6 +225,10 @@ class Metered:
     @property
     def reused(self) -> Reused | None:
         return self._generation.reused
+
+    @property
+    def variant(self) -> str | None:
+        return self._generation.variant
 
     @property
     def prompt_text(self) -> str | None:

@@ -169,7 +169,7 @@ async def _events(
 
 def _headers(call: Call, generations: Sequence[Generation]) -> Headers:
     headers: Headers = [(b"x-mlx-serving-seed", b"%d" % generations[0].seed)]
-    headers += wishes.reused(generations)
+    headers += [*wishes.reused(generations), *wishes.variant(generations)]
     if call.advisory:
         headers.append((b"x-mlx-serving-advisory", ", ".join(call.advisory).encode("ascii")))
     return headers

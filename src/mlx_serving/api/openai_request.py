@@ -176,6 +176,7 @@ def parse_chat(data: bytes, *, default_model: str) -> Call:
         max_tokens=max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         echo=False,
+        user=raw.get("user"),
     )
 
 
@@ -200,6 +201,7 @@ def parse_completion(data: bytes, *, default_model: str, default_max_tokens: int
         max_tokens=fallback if body.max_tokens is None else body.max_tokens,
         logprobs=body.logprobs,
         echo=bool(body.echo),
+        user=raw.get("user"),
     )
 
 
@@ -213,6 +215,7 @@ def _call(
     max_tokens: int | None,
     logprobs: int | None,
     echo: bool,
+    user: object,
 ) -> Call:
     include_usage, more_advisory = _stream_options(body)
     if body.min_tokens and max_tokens is not None and body.min_tokens > max_tokens:
@@ -231,6 +234,7 @@ def _call(
         "priority": parse_priority(body.priority),
         "cache_salt": body.cache_salt,
         "grammar": _grammar(body),
+        "session": user if isinstance(user, str) else None,
     }
     ids = [call_id] if len(prompts) == 1 else [f"{call_id}-{i}" for i in range(len(prompts))]
     return Call(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from mlx_serving.traffic.rollouts import Rollout, Rollouts, Spec
 from mlx_serving.types import (
     Embeddings,
     EmbedRequest,
@@ -47,6 +48,11 @@ class Generation(Protocol):
     @property
     def reused(self) -> Literal["hit", "shared", "miss"] | None:
         """Whether the answer was computed for it; None: nobody looked for another."""
+        ...
+
+    @property
+    def variant(self) -> str | None:
+        """The model that answers in place of the one asked for, because of a rollout."""
         ...
 
     @property
@@ -110,6 +116,13 @@ class GatewayPort(Protocol):
 
     def abilities(self, model: str) -> tuple[str, ...]:
         """Of `tools` and `thinking`, those that a loaded model's chat template knows."""
+        ...
+
+    @property
+    def rollouts(self) -> Rollouts: ...
+
+    def start_rollout(self, spec: Spec) -> Rollout:
+        """Raises InvalidRequest or ModelNotFound, naming the field of `spec`."""
         ...
 
     def metrics(self) -> bytes:

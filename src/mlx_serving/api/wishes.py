@@ -10,11 +10,15 @@ from mlx_serving.api.exchange import Exchange, Headers
 from mlx_serving.api.port import Generation
 from mlx_serving.types import Caching, GenerateRequest
 
+MAX_SESSION_CHARS = 256
+
 
 def apply(exchange: Exchange, request: GenerateRequest) -> GenerateRequest:
     """The request with what its headers say."""
-    caching = _caching(exchange)
-    return msgspec.structs.replace(request, caching=caching) if caching != "use" else request
+    caching, session = _caching(exchange), _session(exchange)
+    if caching == "use" and session is None:
+        return request
+    return msgspec.structs.replace(request, caching=caching, session=session or request.session)
 
 
 def _caching(exchange: Exchange) -> Caching:
@@ -24,6 +28,18 @@ def _caching(exchange: Exchange) -> Caching:
     if b"no-store" in directives:
         return "none"
     return "refresh" if b"no-cache" in directives else "use"
+
+
+def _session(exchange: Exchange) -> str | None:
+    """`x-session-id`: whose requests should be answered by one variant."""
+    given = (exchange.header(b"x-session-id") or b"").strip()
+    return given.decode("utf-8", "replace")[:MAX_SESSION_CHARS] or None
+
+
+def variant(generations: Sequence[Generation]) -> Headers:
+    """`x-mlx-variant: MODEL`, where a rollout had another model answer."""
+    names = {generation.variant for generation in generations} - {None}
+    return [(b"x-mlx-variant", name.encode()) for name in sorted(filter(None, names))]
 
 
 def reused(generations: Sequence[Generation]) -> Headers:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mlx_serving.cli.canary import ab_app, canary_app
 from mlx_serving.cli.flags import documented, from_typer
 
 app = typer.Typer(
@@ -214,6 +215,8 @@ def keys_new(
 
 
 app.add_typer(keys_app, name="keys")
+app.add_typer(canary_app, name="canary")
+app.add_typer(ab_app, name="ab")
 
 
 @app.command()

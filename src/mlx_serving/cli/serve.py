@@ -10,6 +10,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+import msgspec
+
 from mlx_serving import config as settings
 from mlx_serving import host
 from mlx_serving.cli.exits import Exit
@@ -55,6 +57,7 @@ async def _serve(config: Config, say: Say) -> int:
     from mlx_serving.engine import Engine
     from mlx_serving.telemetry import events
 
+    config = msgspec.structs.replace(config, rollouts_file=_rollouts_file(config))
     engine = Engine(config=config, progress=say.progress())
     give_up = asyncio.Event()
 
@@ -89,6 +92,16 @@ async def _serve(config: Config, say: Say) -> int:
         await asyncio.gather(*starting)
         await engine.stop()
     return Exit.NO_MODEL if give_up.is_set() else code
+
+
+def _rollouts_file(config: Config) -> str:
+    """One for each address, so that two servers of one home do not share their rollouts."""
+    from mlx_serving.catalog.home import models_home
+
+    if config.rollouts_file is not None:
+        return config.rollouts_file
+    place = str(config.port) if config.uds is None else config.uds.strip("/").replace("/", "-")
+    return str(models_home(config.home, os.environ) / f"rollouts-{place}.json")
 
 
 def _hung_up(restart: Callable[[], None], minds_terminal: bool) -> None:

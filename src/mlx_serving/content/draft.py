@@ -30,12 +30,14 @@ class Draft:
         calls: how many calls have begun.
         open: whether the last of them still takes arguments.
         done: one call was allowed and is complete.
+        malformed: how often something began like a call and was none, or ended like none.
     """
 
     def __init__(self, *, single: bool = False, new_id: Callable[[], str] = new_call_id) -> None:
         self.calls = 0
         self.open = False
         self.done = False
+        self.malformed = 0
         self._single = single
         self._new_id = new_id
         self._ids: set[str] = set()

@@ -84,6 +84,11 @@ class OutputParser:
         return self._draft.calls
 
     @property
+    def malformed(self) -> bool:
+        """Something began like a call and was not one."""
+        return self._draft.malformed > 0
+
+    @property
     def done(self) -> bool:
         return self._draft.done
 

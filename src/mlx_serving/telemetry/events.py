@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import msgspec
 
-from mlx_serving.types import ModelInfo, Usage
+from mlx_serving.types import ModelInfo, Priority, Usage
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,17 @@ class RequestFinished(msgspec.Struct, frozen=True, kw_only=True, tag="request_fi
     usage: Usage
     ttft_ms: float | None
     duration_ms: float
+    tpot_ms: float | None = None
+    """Mean time per output token after the first; None: there was one at most."""
+    priority: Priority = Priority.NORMAL
+    client: str | None = None
+    """The name of the API key that it came with."""
+    computed: bool = True
+    """False: the answer was computed for another request."""
+    empty: bool = False
+    """The answer has neither text nor a call."""
+    malformed: bool = False
+    """Something in it began like a tool call and was not one."""
 
 
 Event = (

@@ -42,10 +42,10 @@ class Metric:
     def worsening(self, difference: float) -> float:
         return difference if self.worse == "higher" else -difference
 
-    def say(self, worsening: float) -> str:
+    def say(self, difference: float) -> str:
         if self.scale == "share":
-            return f"{100 * worsening:+.1f} points"
-        return f"{100 * math.expm1(worsening):+.1f} %"
+            return f"{100 * difference:+.1f} points"
+        return f"{100 * math.expm1(difference):+.1f} %"
 
 
 _FIVE_PERCENT = math.log(1.05)
@@ -66,7 +66,7 @@ _SHARE_FLOOR = 0.01
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     share: Annotated[float, Meta(gt=0, le=1)]
     """Of the traffic, that the variant takes."""
-    min_samples: Annotated[int, Meta(ge=1)] = 200
+    min_samples: Annotated[int, Meta(ge=1)] = 300
     """Requests that each arm must have answered in this stage."""
     min_s: Annotated[float, Meta(ge=0)] = 60.0
 
@@ -128,15 +128,22 @@ Decision = Hold | Advance | Promote | RollBack
 
 
 def decide(
-    stages: Sequence[Stage], stage: int, stage_s: float, figures: Figures, *, alpha: float = 0.05
+    stages: Sequence[Stage],
+    stage: int,
+    stage_s: float,
+    figures: Figures,
+    *,
+    alpha: float = 0.05,
+    metrics: Sequence[Metric] = METRICS,
 ) -> Decision:
     """What to do now.
 
     Args:
         stage: index of the present one, which has lasted `stage_s` seconds.
         alpha: chance that a variant that is no worse is rolled back, over the whole rollout.
+        metrics: those that count.
     """
-    worst = guard(figures, alpha)
+    worst = guard(figures, alpha, metrics)
     if isinstance(worst, RollBack):
         return worst
     now = stages[stage]
@@ -150,26 +157,31 @@ def decide(
     return Advance(stage + 1) if stage + 1 < len(stages) else Promote()
 
 
-def guard(figures: Figures, alpha: float) -> RollBack | Hold | None:
+def guard(
+    figures: Figures, alpha: float, metrics: Sequence[Metric] = METRICS
+) -> RollBack | Hold | None:
     """RollBack: a metric is surely worse, and by more than matters. Hold: it may be."""
     doubt: Hold | None = None
-    for metric, estimate in estimates(figures, alpha):
+    for metric, estimate in estimates(figures, alpha, metrics):
         worsening = metric.worsening(estimate.difference)
-        surely = estimate.low if metric.worse == "higher" else -estimate.high
+        surely = estimate.low if metric.worse == "higher" else estimate.high
         if worsening <= metric.matters:
             continue
-        if surely > 0:
-            why = f"{metric.name} {metric.say(worsening)}, at least {metric.say(surely)}"
+        said = metric.say(estimate.difference)
+        if metric.worsening(surely) > 0:
+            why = f"{metric.name} {said}, surely {metric.say(surely)} or worse"
             return RollBack(metric.name, why)
-        doubt = doubt or Hold(f"{metric.name} looks {metric.say(worsening)}; more requests decide")
+        doubt = doubt or Hold(f"{metric.name} looks {said}; more requests decide")
     return doubt
 
 
-def estimates(figures: Figures, alpha: float) -> Iterator[tuple[Metric, Estimate]]:
+def estimates(
+    figures: Figures, alpha: float, metrics: Sequence[Metric] = METRICS
+) -> Iterator[tuple[Metric, Estimate]]:
     """Each metric's difference over all stages, with bounds that hold together at every look."""
-    for metric in METRICS:
+    for metric in metrics:
         floor = _SHARE_FLOOR if metric.scale == "share" else 0.0
-        each = alpha / len(METRICS)
+        each = alpha / len(metrics)
         found = anytime(figures.of(metric.name), alpha=each, effect=metric.matters, floor=floor)
         if found is not None:
             yield metric, found

@@ -11,14 +11,16 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, assert_never
+from typing import Annotated, Literal, assert_never, get_args
 
 import msgspec
 from msgspec import Meta
 
 from mlx_serving import clock
 from mlx_serving.errors import InvalidRequest, RequestNotFound
+from mlx_serving.telemetry.events import RequestFinished
 from mlx_serving.traffic.rollout import (
+    METRICS,
     STAGES,
     Advance,
     Figures,
@@ -39,6 +41,9 @@ log = logging.getLogger(__name__)
 Mode = Literal["canary", "ab", "shadow"]
 """canary: stages, decided by the figures; ab: a share that stays; shadow: the variant answers
 copies, and nobody sees its answers."""
+MetricName = Literal[
+    "error", "ttft", "tpot", "tokens_per_s", "empty", "capped", "malformed", "disagreement"
+]
 Status = Literal["running", "promoted", "rolled_back", "stopped"]
 SAVE_EVERY = 20
 """Requests between two writes of the figures."""
@@ -57,6 +62,12 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """The variant's share, stage by stage; ab and shadow stay in the first."""
     alpha: Annotated[float, Meta(gt=0, le=0.5)] = 0.05
     """Chance that a variant that is no worse is rolled back, over the whole rollout."""
+    metrics: Annotated[tuple[MetricName, ...], Meta(min_length=1)] = get_args(MetricName)
+    """Those that count."""
+
+    @property
+    def compared(self) -> tuple[Metric, ...]:
+        return tuple(metric for metric in METRICS if metric.name in self.metrics)
 
 
 class Note(msgspec.Struct, frozen=True):
@@ -118,6 +129,27 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     last: str
     metrics: list[MetricReport]
     notes: list[Note]
+
+
+FAILED: Mapping[str, float] = {"error": 1.0}
+"""The figures of a request without an answer."""
+
+
+def measured(finished: RequestFinished) -> Mapping[str, float] | None:
+    """One request's figures; None where they say nothing of the model that answered."""
+    if finished.outcome == "cancelled" or not finished.computed:
+        return None
+    if finished.outcome not in ("stop", "length", "tool_calls"):
+        return FAILED
+    figures = {
+        "error": 0.0,
+        "empty": float(finished.empty),
+        "capped": float(finished.outcome == "length"),
+        "malformed": float(finished.malformed),
+    }
+    rate = finished.usage.completion_tokens / max(finished.duration_ms, 1e-3)
+    times = {"ttft": finished.ttft_ms, "tpot": finished.tpot_ms, "tokens_per_s": 1e3 * rate}
+    return figures | {name: math.log(ms) for name, ms in times.items() if ms}
 
 
 class Rollouts:
@@ -251,7 +283,14 @@ class Rollouts:
     def _decide(self, found: Rollout) -> None:
         spec, now_s = found.spec, self._now()
         stage_s = now_s - found.stage_began_s
-        decision = decide(spec.stages, found.stage, stage_s, found.figures, alpha=spec.alpha)
+        decision = decide(
+            spec.stages,
+            found.stage,
+            stage_s,
+            found.figures,
+            alpha=spec.alpha,
+            metrics=spec.compared,
+        )
         match decision:
             case Hold(why):
                 found.last = why
@@ -325,7 +364,7 @@ def _metric_reports(found: Rollout) -> list[MetricReport]:
     figures = found.figures
     tests = {m.name: test for m, test in comparisons(figures, found.stage)}
     reports = []
-    for metric, estimate in estimates(figures, found.spec.alpha):
+    for metric, estimate in estimates(figures, found.spec.alpha, found.spec.compared):
         pairs = list(figures.of(metric.name))
         test = tests.get(metric.name)
         reports.append(

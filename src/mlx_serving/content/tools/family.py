@@ -160,6 +160,7 @@ def attempt(calls: Calls, steps: Steps[None], ends: Stops, *, opener: str = "") 
     try:
         yield from steps
     except Malformed as error:
+        draft.malformed += 1
         if draft.open:
             log.warning("The arguments of a tool call are malformed: %s.", error)
             yield from reader.until(ends, draft.arguments)

@@ -1,0 +1,56 @@
+"""Canaries, A/B tests and shadows: start them, look at them, promote or end them."""
+
+from __future__ import annotations
+
+import msgspec
+
+from mlx_serving.api.body import convert, read_object
+from mlx_serving.api.exchange import Exchange
+from mlx_serving.api.port import GatewayPort
+from mlx_serving.config import Config
+from mlx_serving.errors import RequestNotFound
+from mlx_serving.traffic.rollouts import Spec
+
+PREFIX = "/v1/rollouts/"
+
+
+class RolloutRoutes:
+    def __init__(self, gateway: GatewayPort, config: Config) -> None:
+        self._gateway = gateway
+        self._max_body_bytes = config.max_body_bytes
+
+    async def start(self, exchange: Exchange) -> None:
+        spec = convert(read_object(await exchange.body(self._max_body_bytes)), Spec)
+        found = self._gateway.start_rollout(spec)
+        await self._report(exchange, found.spec.name, status=201)
+
+    async def all(self, exchange: Exchange) -> None:
+        rollouts = self._gateway.rollouts
+        data = [rollouts.report(name) for name in rollouts.names()]
+        await exchange.respond(200, msgspec.json.encode({"object": "list", "data": data}))
+
+    async def one(self, exchange: Exchange) -> None:
+        await self._report(exchange, exchange.path.removeprefix(PREFIX))
+
+    async def act(self, exchange: Exchange) -> None:
+        """POST /v1/rollouts/{name}/promote | rollback"""
+        name, _, action = exchange.path.removeprefix(PREFIX).rpartition("/")
+        match action:
+            case "promote":
+                self._gateway.rollouts.promote(name)
+            case "rollback":
+                self._gateway.rollouts.roll_back(name)
+            case _:
+                raise RequestNotFound(
+                    "A rollout can be told to 'promote' or 'rollback'.", code="not_found"
+                )
+        await self._report(exchange, name)
+
+    async def remove(self, exchange: Exchange) -> None:
+        name = exchange.path.removeprefix(PREFIX)
+        self._gateway.rollouts.remove(name)
+        await exchange.respond(200, msgspec.json.encode({"name": name, "deleted": True}))
+
+    async def _report(self, exchange: Exchange, name: str, status: int = 200) -> None:
+        report = self._gateway.rollouts.report(name)
+        await exchange.respond(status, msgspec.json.encode(report))

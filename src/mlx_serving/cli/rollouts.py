@@ -1,0 +1,146 @@
+"""`mlx-serving canary …` and `mlx-serving ab …`: a running server's rollouts, over its admin API."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+from urllib.parse import quote
+
+from mlx_serving.cli.exits import Exit
+from mlx_serving.cli.say import Say
+from mlx_serving.cli.table import print_facts, print_table
+
+SHOWN = "name", "model", "variant", "mode", "status"
+
+
+class Server:
+    """A running server's `/v1/rollouts`.
+
+    Args:
+        url, uds: where it is; `uds` wins.
+        admin_key: default `MLX_SERVING_ADMIN_KEY`; none is needed on its own machine where it has none.
+    """
+
+    def __init__(self, url: str, uds: str | None, admin_key: str | None, say: Say) -> None:
+        self._base = "http://localhost" if uds else url.rstrip("/")
+        self._uds = uds
+        self._key = admin_key or os.environ.get("MLX_SERVING_ADMIN_KEY")
+        self.where = uds or url
+        self.say = say
+
+    def call(self, method: str, path: str, body: object = None) -> Any:
+        """The answer's JSON, or None once the error has been said."""
+        import httpx
+
+        transport = httpx.HTTPTransport(uds=self._uds) if self._uds else None
+        headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
+        try:
+            with httpx.Client(transport=transport, headers=headers, timeout=30.0) as http:
+                answer = http.request(method, f"{self._base}/v1/rollouts{path}", json=body)
+                found = answer.json()
+        except (httpx.HTTPError, ValueError) as error:
+            self.say.error("no_server", f"no server of ours answers at {self.where}: {error}")
+            return None
+        if answer.is_error:
+            wrong = found.get("error", {})
+            place = f"{wrong['param']}: " if wrong.get("param") else ""
+            self.say.error(wrong.get("code") or "refused", place + wrong.get("message", ""))
+            return None
+        return found
+
+
+def start(server: Server, spec: Mapping[str, Any]) -> int:
+    return _shown(server, server.call("POST", "", dict(spec)))
+
+
+def status(server: Server, name: str | None) -> int:
+    """One rollout with its figures, or a line for each."""
+    if name is not None:
+        return _shown(server, server.call("GET", f"/{quote(name, safe='')}"))
+    found = server.call("GET", "")
+    if found is None:
+        return Exit.FAILED
+    if server.say.as_json:
+        print(json.dumps(found["data"]))
+        return Exit.OK
+    rows = [[*(str(r[k]) for k in SHOWN), _share(r), _samples(r), r["last"]] for r in found["data"]]
+    print_table([*SHOWN, "share", "requests", "last"], rows)
+    return Exit.OK
+
+
+def act(server: Server, name: str, action: str) -> int:
+    """`promote` or `rollback`."""
+    return _shown(server, server.call("POST", f"/{quote(name, safe='')}/{action}"))
+
+
+def remove(server: Server, name: str) -> int:
+    found = server.call("DELETE", f"/{quote(name, safe='')}")
+    if found is None:
+        return Exit.FAILED
+    server.say.event("removed", f"{name} is forgotten", name=name)
+    return Exit.OK
+
+
+def plot(server: Server, name: str, png: str | None) -> int:
+    """Each metric's difference with its bound, drawn in the terminal or to a PNG file."""
+    from mlx_serving.cli import rollout_plot
+
+    found = server.call("GET", f"/{quote(name, safe='')}")
+    if found is None:
+        return Exit.FAILED
+    return rollout_plot.draw(found, png, server.say)
+
+
+def _shown(server: Server, report: Any) -> int:
+    if report is None:
+        return Exit.FAILED
+    if server.say.as_json:
+        print(json.dumps(report))
+        return Exit.OK
+    stage = f"{report['stage']} of {report['stages']}" if report["stages"] > 1 else ""
+    facts = [(name, str(report[name])) for name in SHOWN]
+    facts += [("stage", stage), ("share", _share(report)), ("requests", _samples(report))]
+    print_facts([*facts, ("last", report["last"])])
+    if report["metrics"]:
+        print()
+        print_table(*_metrics(report))
+    if report["notes"]:
+        print()
+    for note in report["notes"]:
+        print(f"{datetime.fromtimestamp(note['at_s']):%Y-%m-%d %H:%M:%S}  {note['what']}")
+    return Exit.OK
+
+
+def _metrics(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    head = ["metric", report["model"], report["variant"], "difference", "always within"]
+    rows = [
+        [
+            m["metric"],
+            *(_mean(m, mean) for mean in m["mean"]),
+            m["difference"],
+            f"{m['low']} to {m['high']}",
+            " to ".join(m["ci"]) if m["ci"] else "",
+            f"{m['p']:.2g}" if m["p"] is not None else "",
+            f"{m['d']:+.2f}" if m["d"] is not None else "",
+        ]
+        for m in report["metrics"]
+    ]
+    return [*head, "this stage, 95 %", "p", "d"], rows
+
+
+def _mean(metric: Mapping[str, Any], mean: float) -> str:
+    if metric["scale"] == "share":
+        return f"{100 * mean:.1f} %"
+    return f"{mean:.1f}" + ("" if metric["metric"] == "tokens_per_s" else " ms")
+
+
+def _share(report: Mapping[str, Any]) -> str:
+    return f"{100 * report['share']:g} %"
+
+
+def _samples(report: Mapping[str, Any]) -> str:
+    ours, theirs = report["samples"]
+    return f"{ours} + {theirs}"

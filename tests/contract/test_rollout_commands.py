@@ -1,0 +1,113 @@
+"""`mlx-serving canary` and `ab` against a real server over its socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def server(scripted, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """URL of a server of two scripted models, and the file of its rollouts."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MLX_SERVING_")}
+    models = [
+        str(scripted(name=name, text=text * 40)) for name, text in (("old", "a"), ("new", "b"))
+    ]
+    file = tmp_path / "rollouts.json"
+    command = [sys.executable, "-m", "mlx_serving", "serve", *models, "--json", "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--rollouts-file", str(file)], stdout=subprocess.PIPE, text=True, env=env
+    )
+    assert process.stdout is not None
+    url = json.loads(process.stdout.readline())["url"]
+    for _ in models:
+        assert json.loads(process.stdout.readline())["event"] == "model_loaded"
+    yield url, file
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+
+
+@pytest.fixture
+def run(server) -> Run:
+    def command(*args: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", "mlx_serving", *args, "--url", server[0]]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+
+    return command
+
+
+def test_a_canary_by_hand(server, run: Run) -> None:
+    url, file = server
+    started = run("canary", "start", "old", "new", "--stages", "50,100", "--json")
+    assert started.returncode == 0, started.stderr
+    assert json.loads(started.stdout)["share"] == 0.5
+
+    body = {"model": "old", "prompt": "x", "max_tokens": 4, "temperature": 0}
+    with httpx.Client(base_url=url, timeout=60) as http:
+        seen = set()
+        for user in range(30):
+            headers = {"x-session-id": f"user-{user}"}
+            answer = http.post("/v1/completions", json=body, headers=headers)
+            text = answer.json()["choices"][0]["text"]
+            assert text == ("bbbb" if answer.headers.get("x-mlx-variant") == "new" else "aaaa")
+            again = http.post("/v1/completions", json={**body, "user": f"user-{user}"})
+            assert again.json()["choices"][0]["text"] == text
+            seen.add(text)
+        assert seen == {"aaaa", "bbbb"}
+
+        shown = run("canary", "status", "canary")
+        assert shown.returncode == 0, shown.stderr
+        assert "share     50 %" in shown.stdout and "error" in shown.stdout
+        assert "canary" in run("canary", "status").stdout
+
+        assert run("canary", "promote", "canary").returncode == 0
+        assert http.post("/v1/completions", json=body).headers["x-mlx-variant"] == "new"
+        assert run("canary", "rollback", "canary").returncode == 0
+        assert "x-mlx-variant" not in http.post("/v1/completions", json=body).headers
+    assert json.loads(file.read_text())[0]["status"] == "rolled_back"
+    assert run("canary", "remove", "canary").returncode == 0
+    assert json.loads(file.read_text()) == []
+
+
+def test_an_ab_report(server, run: Run) -> None:
+    assert run("ab", "start", "old", "new", "--name", "t", "--share", "50").returncode == 0
+    early = run("ab", "report", "t", "--plot")
+    assert early.returncode == 1 and "not enough answers" in early.stderr
+    body = {"model": "old", "prompt": "x", "max_tokens": 4, "temperature": 0}
+    with httpx.Client(base_url=server[0], timeout=60) as http:
+        for _ in range(70):
+            http.post("/v1/completions", json=body).raise_for_status()
+    report = run("ab", "report", "t")
+    assert "tpot" in report.stdout and "always within" in report.stdout
+    plot = run("ab", "report", "t", "--plot")
+    assert plot.returncode == 0 and "|" in plot.stdout
+    assert "70" in run("ab", "status").stdout or "+" in run("ab", "status").stdout
+    assert run("ab", "stop", "t").returncode == 0
+
+
+def test_what_is_wrong_is_named(run: Run) -> None:
+    unknown = run("canary", "start", "old", "newer")
+    assert unknown.returncode == 1 and "variant: Model 'newer'" in unknown.stderr
+    assert run("canary", "start", "old", "new", "--stages", "10,x").returncode == 2
+    share = run("canary", "start", "old", "new", "--stages", "0,100")
+    assert share.returncode == 1 and "stages[0].share" in share.stderr
+    missing = run("canary", "status", "none")
+    assert missing.returncode == 1 and "no rollout 'none'" in missing.stderr
+    nobody = subprocess.run(
+        [sys.executable, "-m", "mlx_serving", "ab", "status", "--url", "http://127.0.0.1:9"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert nobody.returncode == 1 and "no server of ours" in nobody.stderr

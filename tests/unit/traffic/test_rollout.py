@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import math
+import random
+from typing import get_args
+
+import pytest
+
+from mlx_serving.traffic.rollout import (
+    METRICS,
+    STAGES,
+    Advance,
+    Figures,
+    Hold,
+    Promote,
+    RollBack,
+    Stage,
+    comparisons,
+    decide,
+)
+from mlx_serving.traffic.rollouts import MetricName
+
+OK = {"error": 0.0, "empty": 0.0, "capped": 0.0, "malformed": 0.0}
+
+
+def figures(n: int = 400, *, stage: int = 0, slower: float = 1.0, failing: float = 0.0, **only):
+    """`n` requests an arm and stage, the variant's `slower` or `failing` in that part."""
+    rng = random.Random(5)
+    found = Figures()
+    for at in range(stage + 1):
+        for variant in (False, True):
+            for i in range(only.get("variant_n", n) if variant else n):
+                bad = variant and i < failing * n
+                factor = slower if variant else 1.0
+                values = {"error": 1.0} if bad else dict(OK)
+                if not bad:
+                    values["ttft"] = rng.gauss(5, 0.3) + math.log(factor)
+                    values["tpot"] = rng.gauss(2, 0.2) + math.log(factor)
+                    values["tokens_per_s"] = rng.gauss(3, 0.3) - math.log(factor)
+                found.add(at, variant, values)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("given", "stage", "stage_s", "expected"),
+    [
+        (figures(), 0, 100.0, Advance(1)),
+        (figures(stage=2), 2, 100.0, Advance(3)),
+        (figures(stage=3), 3, 100.0, Promote()),
+        (figures(), 0, 10.0, Hold),
+        (figures(30), 0, 100.0, Hold),
+        (figures(variant_n=30), 0, 100.0, Hold),
+        (Figures(), 0, 100.0, Hold),
+        (figures(slower=1.3), 0, 10.0, RollBack),
+        (figures(slower=0.5), 0, 100.0, Advance(1)),
+        (figures(failing=0.5), 0, 0.0, RollBack),
+        (figures(60, failing=1.0), 0, 0.0, RollBack),
+        (figures(10, failing=1.0), 0, 0.0, Hold),
+        (figures(320, slower=1.07), 0, 100.0, Hold),
+    ],
+)
+def test_decisions(given, stage, stage_s, expected):
+    found = decide(STAGES, stage, stage_s, given)
+    if isinstance(expected, type):
+        assert isinstance(found, expected), found
+    else:
+        assert found == expected
+
+
+def test_a_rollback_names_the_metric_and_by_how_much():
+    found = decide(STAGES, 0, 0.0, figures(slower=1.5))
+    assert isinstance(found, RollBack)
+    assert found.metric in ("ttft", "tpot", "tokens_per_s")
+    assert "%" in found.why and "or worse" in found.why
+    failing = decide(STAGES, 0, 0.0, figures(failing=0.4))
+    assert isinstance(failing, RollBack)
+    assert failing.metric == "error" and "points" in failing.why
+
+
+def test_a_held_stage_says_what_is_in_doubt():
+    found = decide(STAGES, 0, 100.0, figures(320, slower=1.07))
+    assert isinstance(found, Hold)
+    assert "looks +" in found.why
+
+
+def test_the_last_stage_needs_no_baseline():
+    found = Figures()
+    for _ in range(300):
+        found.add(0, True, OK)
+    assert decide([Stage(1.0, min_samples=200, min_s=0)], 0, 1.0, found) == Promote()
+
+
+def test_each_metric_is_compared_in_its_stage():
+    tests = {metric.name: test for metric, test in comparisons(figures(stage=1, slower=1.2), 1)}
+    assert {"ttft", "tpot", "tokens_per_s"} <= set(tests)
+    assert tests["tpot"].p < 1e-6 and tests["tpot"].d > 0.3
+
+
+def test_every_metric_says_what_matters():
+    assert tuple(metric.name for metric in METRICS) == get_args(MetricName)
+    assert all(metric.matters > 0 for metric in METRICS)
+
+
+def test_only_the_metrics_that_count_decide():
+    errors = [metric for metric in METRICS if metric.name == "error"]
+    assert decide(STAGES, 0, 100.0, figures(slower=2.0), metrics=errors) == Advance(1)
+
+
+def test_a_rate_that_falls_is_told_as_it_is():
+    rates = [metric for metric in METRICS if metric.name == "tokens_per_s"]
+    found = decide(STAGES, 0, 0.0, figures(slower=2.0), metrics=rates)
+    assert isinstance(found, RollBack)
+    assert found.why.startswith("tokens_per_s -")
