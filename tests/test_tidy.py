@@ -9,6 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import typer
+
+from mlx_serving.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 MAX_LINES = 600
@@ -158,8 +161,7 @@ def test_doors_that_the_docs_name_exist() -> None:
 
 
 def test_commands_that_the_docs_name_exist() -> None:
-    app = (ROOT / "src/mlx_serving/cli/app.py").read_text()
-    commands = set(re.findall(r"^def (\w+)\(", app, re.MULTILINE))
+    commands = set(typer.main.get_group(app).commands)
     # A transcript also has what the command prints of itself.
     prose = "\n".join(DOCS.values()).replace("mlx-serving is listening", "")
     named = set(re.findall(r"(?:`|^\s*\$? ?)mlx-serving ([a-z]+)", prose, re.M))

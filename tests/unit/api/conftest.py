@@ -74,6 +74,7 @@ class FakeGeneration:
         self.seed = DRAWN_SEED if request.seed is None else request.seed
         self.prompt_text = "Once upon"
         self.reused = None
+        self.variant = None
         self.cancelled = False
         self.ended = False
         self._steps = steps
