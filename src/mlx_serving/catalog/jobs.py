@@ -16,6 +16,7 @@ from mlx_serving.errors import ModelBroken
 from mlx_serving.worker import jobwire
 
 _MODULE = "mlx_serving.runtime.convert.main"
+_DESCRIBE = "mlx_serving.runtime.describe"
 _STDERR_TAIL_BYTES = 2000
 
 
@@ -87,3 +88,17 @@ def _follow(output: IO[bytes], progress: Progress) -> jobwire.Finished | jobwire
             case jobwire.Finished() | jobwire.Failed():
                 outcome = event
     return outcome
+
+
+def describe(folder: Path) -> jobwire.Described:
+    """What the model's own code says of its caches. Raises ModelBroken (job_died)."""
+    command = [sys.executable, "-m", _DESCRIBE, str(folder.absolute())]
+    job = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    try:
+        return msgspec.json.decode(job.stdout, type=jobwire.Described)
+    except msgspec.DecodeError:
+        said = job.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise ModelBroken(
+            f"the model's code cannot be asked (status {job.returncode}): {''.join(said)}",
+            code="job_died",
+        ) from None

@@ -107,6 +107,17 @@ def list(json: Json = False) -> None:
 
 
 @app.command()
+def show(
+    model: Annotated[str, typer.Argument(help="Alias, hub id, folder or .gguf file.")],
+    json: Json = False,
+) -> None:
+    """Show all that is known of a model on this machine."""
+    from mlx_serving.cli import show as command
+
+    raise typer.Exit(command.run(model, json=json))
+
+
+@app.command()
 def health(
     model: Annotated[
         str | None, typer.Argument(help="Alias, hub id, folder or .gguf file; default: all.")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import msgspec
 
+from mlx_serving.types import PrefixReuse
+
 
 class Started(msgspec.Struct, frozen=True, tag_field="event", tag="start"):
     task: str
@@ -52,3 +54,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     job: tuple[str, ...]
     sha256: dict[str, str]
+
+
+class Described(msgspec.Struct, frozen=True, kw_only=True):
+    """What the describing job prints of a model."""
+
+    prefix_reuse: PrefixReuse
+    why: str
+    kv_bytes_per_token: int = 0
+    """In the type that this machine computes in."""
+    state_bytes_per_row: int = 0
+    """Of recurrent layers, whatever the length."""
+    batched: bool = True
+    """Rows decode in one forward pass; otherwise one after another."""

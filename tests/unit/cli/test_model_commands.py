@@ -11,6 +11,7 @@ import pytest
 
 from mlx_serving.cli import health as health_command
 from mlx_serving.cli import list as list_command
+from mlx_serving.cli import show as show_command
 from mlx_serving.cli.exits import Exit
 from mlx_serving.cli.models import count
 from mlx_serving.cli.table import print_facts, print_table
@@ -130,3 +131,31 @@ def test_large_numbers_are_short() -> None:
         "134.5M",
         "7.2B",
     ]
+
+
+def test_show_says_all_that_is_known(scripted: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    model = scripted("shown", text="x", chat_template="{{ messages }}<tool_call>{{ tools }}")
+    assert show_command.run(str(model), json=True) == Exit.OK
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["name"], shown["status"], shown["context_length"]) == ("shown", "ok", 512)
+    assert shown["chat"] == {
+        "template": True,
+        "tools": True,
+        "thinking": False,
+        "tool_parser": "hermes",
+        "reasoning_parser": None,
+    }
+    assert shown["caches"]["prefix_reuse"] == "none"
+    assert {file["name"] for file in shown["files"]} >= {"config.json", "tokenizer.json"}
+    assert show_command.run(str(model)) == Exit.OK
+    text = capsys.readouterr().out
+    assert "prefix reuse   no: " in text and "tool parser    hermes" in text
+
+
+def test_show_of_a_broken_model_says_what_is_wrong(
+    shelf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(shelf / "home" / "models" / "bad", files() | {"config.json": b"{"})
+    assert show_command.run("bad") == Exit.OK
+    assert "broken: config.json: is not JSON" in capsys.readouterr().out
+    assert show_command.run("absent") == Exit.NO_MODEL
