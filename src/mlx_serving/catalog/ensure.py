@@ -13,7 +13,7 @@ from mlx_serving.catalog import health, hub, jobs, wheels
 from mlx_serving.catalog.aliases import Alias
 from mlx_serving.catalog.digests import check_digests, expected, remember_all
 from mlx_serving.catalog.folder import ModelFolder
-from mlx_serving.catalog.home import exclusive, model_folder, models_home, sweep
+from mlx_serving.catalog.home import exclusive, hold, model_folder, models_home, sweep
 from mlx_serving.catalog.known import Known
 from mlx_serving.catalog.names import default_name, gguf_folder
 from mlx_serving.catalog.progress import Progress, Silent
@@ -33,7 +33,9 @@ def ensure(spec: str, config: Config, progress: Progress | None = None) -> Model
     progress = progress or Silent()
     source = resolve(spec, home)
     path = _materialise(source, home, progress, offline=config.offline)
-    return _ready(path.absolute(), default_name(spec), home, progress)
+    folder = _ready(path.absolute(), default_name(spec), home, progress)
+    hold(home, folder.path)
+    return folder
 
 
 def _materialise(source: Found, home: Path, progress: Progress, *, offline: bool) -> Path:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from mlx_serving.errors import ModelBroken
 
 
 def models_home(home: str | None, environ: Mapping[str, str]) -> Path:
@@ -29,6 +33,43 @@ def exclusive(home: Path, name: str) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+_held: dict[Path, int] = {}
+"""Locks of the models that this process uses; the system frees them when it ends."""
+
+
+def hold(home: Path, model: Path) -> None:
+    """Say that this process uses the model from now on, so that no other removes it."""
+    lock = _use_lock(home, model)
+    if lock in _held:
+        return
+    with suppress(OSError):  # a home that cannot be written, a file system without locks
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        _held[lock] = handle
+
+
+@contextmanager
+def unused(home: Path, model: Path) -> Iterator[None]:
+    """No process can begin to use the model inside. Raises ModelBroken (in_use) if one does already."""
+    lock = _use_lock(home, model)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ModelBroken(
+                f"a running server or engine uses the model in {model}; stop it first",
+                code="in_use",
+            ) from None
+        yield
+
+
+def _use_lock(home: Path, model: Path) -> Path:
+    key = hashlib.sha256(str(model.absolute()).encode()).hexdigest()[:16]
+    return home / "locks" / f"use-{key}.lock"
 
 
 def sweep(parent: Path, prefix: str) -> None:

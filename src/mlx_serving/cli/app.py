@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -174,6 +175,47 @@ def convert(
         dtype=dtype,
     )
     raise typer.Exit(command.run(model, wish, name=name, json=json))
+
+
+@app.command()
+def repair(
+    model: Annotated[str, typer.Argument(help="Alias, hub id, folder or .gguf file.")],
+    json: Json = False,
+) -> None:
+    """Fetch or make again what is broken of a model's files, and nothing else."""
+    from mlx_serving.cli import repair as command
+
+    raise typer.Exit(command.run(model, json=json))
+
+
+@app.command()
+def rm(
+    models: Annotated[builtins.list[str], typer.Argument(help="Aliases, hub ids, names.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: Json = False,
+) -> None:
+    """Remove models from this machine; not while a server uses them."""
+    from mlx_serving.cli import rm as command
+
+    raise typer.Exit(command.run(models, yes=yes, json=json))
+
+
+@app.command()
+def ps(
+    url: Annotated[str, typer.Option("--url", help="The server.")] = "http://127.0.0.1:8000",
+    uds: Annotated[
+        str | None, typer.Option("--uds", help="The server's Unix domain socket.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", help="Where the server asks."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show what a running server has loaded: models, their sizes, running rows, workers."""
+    from mlx_serving.cli import ps as command
+
+    raise typer.Exit(command.run(url, uds, json=json, api_key=api_key))
 
 
 @app.command()

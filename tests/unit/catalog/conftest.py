@@ -35,9 +35,17 @@ class Tell:
     def advance(self, n): self.tasks[-1][2] += n
     def finish(self): pass
 tell = Tell()
-repo, revision, home, offline = json.loads(sys.argv[1])
+repo, revision, home, offline, mend = json.loads(sys.argv[1])
 try:
-    path = hub.pull(repo, revision, home=Path(home), offline=offline, progress=tell)
+    if mend:
+        from mlx_serving.catalog.health import this_machine
+        from mlx_serving.catalog.inventory import Place
+        from mlx_serving.catalog.repair import repair
+        place = Place(name=repo, source="hub", path=Path(mend))
+        repair(place, this_machine(), Path(home), tell, offline=offline)
+        path = mend
+    else:
+        path = hub.pull(repo, revision, home=Path(home), offline=offline, progress=tell)
     result = {"path": str(path), "tasks": tell.tasks}
 except MLXServingError as e:
     result = {"error": type(e).__name__, "code": e.code, "message": e.message}
@@ -189,10 +197,10 @@ class Puller:
     hub: FakeHub
     folder: Path
 
-    def start(self, repo: str = REPO, revision: str | None = None, *, offline: bool = False, **env: str) -> subprocess.Popen[str]:  # fmt: skip
+    def start(self, repo: str = REPO, revision: str | None = None, *, offline: bool = False, mend: str | None = None, **env: str) -> subprocess.Popen[str]:  # fmt: skip
         environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         environment |= {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.folder / "hf"), **env}
-        arguments = json.dumps([repo, revision, str(self.folder / "home"), offline])
+        arguments = json.dumps([repo, revision, str(self.folder / "home"), offline, mend])
         command = [sys.executable, "-c", _PULL, arguments]
         return subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

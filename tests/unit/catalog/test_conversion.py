@@ -13,11 +13,13 @@ from safetensors.numpy import save_file
 from mlx_serving.catalog.conversion import Wish, check, convert
 from mlx_serving.catalog.digests import expected, manifest
 from mlx_serving.catalog.facts import read_facts
-from mlx_serving.catalog.health import Healthy, Machine, examine
+from mlx_serving.catalog.health import Broken, Healthy, Machine, examine
+from mlx_serving.catalog.inventory import Place
 from mlx_serving.catalog.progress import Silent
+from mlx_serving.catalog.repair import repair
 from mlx_serving.config import Config
 from mlx_serving.errors import ConfigError, MLXServingError, ModelBroken
-from model_folders import TOKENIZER
+from model_folders import TOKENIZER, flip_last_byte
 
 MACHINE = Machine(extras=frozenset(), model_bytes=1 << 30)
 WIDTH = 64
@@ -99,6 +101,18 @@ def test_quantised_and_back(model: Path, tmp_path: Path) -> None:
     facts = read_facts(back, "f")
     assert (facts.folder.dtype, facts.folder.quantization) == ("float16", None)
     assert sorted(p.name for p in (tmp_path / "models").iterdir()) == ["f", "tiny-4bit"]
+
+
+def test_a_broken_conversion_is_made_again(model: Path, tmp_path: Path) -> None:
+    made = convert(str(model), Wish(bits=8), Config(home=str(tmp_path)), Silent())
+    whole = (made / "model.safetensors").read_bytes()
+    flip_last_byte(made / "model.safetensors")
+    place = Place(name=made.name, source="converted", path=made)
+    before, after = repair(place, MACHINE, tmp_path, Silent(), offline=True)
+    assert isinstance(before, Broken) and before.problems[0].kind == "wrong_hash"
+    assert after == Healthy()
+    assert (made / "model.safetensors").read_bytes() == whole
+    assert [p.name for p in made.parent.iterdir()] == [made.name]
 
 
 def test_a_mixed_recipe(model: Path, tmp_path: Path) -> None:

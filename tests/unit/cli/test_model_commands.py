@@ -11,6 +11,8 @@ import pytest
 
 from mlx_serving.cli import health as health_command
 from mlx_serving.cli import list as list_command
+from mlx_serving.cli import repair as repair_command
+from mlx_serving.cli import rm as rm_command
 from mlx_serving.cli import show as show_command
 from mlx_serving.cli.exits import Exit
 from mlx_serving.cli.models import count
@@ -159,3 +161,26 @@ def test_show_of_a_broken_model_says_what_is_wrong(
     assert show_command.run("bad") == Exit.OK
     assert "broken: config.json: is not JSON" in capsys.readouterr().out
     assert show_command.run("absent") == Exit.NO_MODEL
+
+
+def test_rm_asks_first(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_folder(shelf / "home" / "models" / "mine")
+    assert rm_command.run(["mine"]) == Exit.FAILED  # nobody is there to say yes
+    assert path.is_dir() and "--yes" in capsys.readouterr().err
+    assert rm_command.run(["mine"], yes=True, json=True) == Exit.OK
+    told = json.loads(capsys.readouterr().out)
+    assert (told["name"], told["freed_bytes"]) == ("mine", sum(map(len, files().values())))
+    assert not path.exists()
+    assert rm_command.run(["mine"], yes=True) == Exit.NO_MODEL
+
+
+def test_repair_says_what_it_did(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folder(shelf / "home" / "models" / "good")
+    assert repair_command.run("good") == Exit.OK
+    assert "no file is broken" in capsys.readouterr().out
+    write_folder(shelf / "home" / "models" / "odd", files(model_type="nobodys"))
+    assert repair_command.run("odd", json=True) == Exit.CANNOT_RUN
+    assert json.loads(capsys.readouterr().out)["status"] == "cannot_run"
+    write_folder(shelf / "home" / "models" / "bad", {})
+    assert repair_command.run("bad") == Exit.NO_MODEL
+    assert "nothing tells its origin" in capsys.readouterr().err
