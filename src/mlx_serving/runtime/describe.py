@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 
 from mlx_serving.errors import MLXServingError
-from mlx_serving.runtime.backend.loader import ENCODERS, read_json
+from mlx_serving.runtime.backend.loader import read_json
+from mlx_serving.types import ENCODERS
 from mlx_serving.worker.jobwire import Described
 
 _TOKENS = 4
