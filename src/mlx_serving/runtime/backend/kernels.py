@@ -12,10 +12,12 @@ from mlx.nn.layers.base import Module
 from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime.backend.arch import make_store
 from mlx_serving.runtime.backend.kv import KVLayer, KVStore
+from mlx_serving.runtime.backend.sampler import Sampler
 
 _NATIVE = "mlx_serving.runtime.native"
 _INSTALL = f"{_NATIVE}.install"
 _IN_PLACE = "mlx_serving.runtime.backend.in_place"
+_SAMPLER = "mlx_serving.runtime.backend.native_sampler"
 _TRIAL_BUCKET = 16
 
 
@@ -26,6 +28,7 @@ class Kernels:
     name: str = "mlx"
     """As in `ModelInfo.kernels`."""
     attention: type[KVLayer] = KVLayer
+    sampler: type[Sampler] = Sampler
     invariant: bool = False
     """A row's result is the same bits beside any others, and wherever its prompt was cut."""
 
@@ -52,8 +55,9 @@ def decoder_kernels(model: Module, model_type: str, mode: str, gpu: bool) -> Ker
     report = accelerate(model, mode, gpu)
     if report is None:
         return Kernels()
+    sampler = importlib.import_module(_SAMPLER).NativeSampler
     if report.is_fused:
-        return Kernels(report.mode, invariant=True)
+        return Kernels(report.mode, sampler=sampler, invariant=True)
     in_place = importlib.import_module(_IN_PLACE)
 
     def trial_store(attention: type[KVLayer]) -> KVStore:
@@ -62,5 +66,5 @@ def decoder_kernels(model: Module, model_type: str, mode: str, gpu: bool) -> Ker
         )
 
     if report.row_mask and in_place.attends_in_place(model, trial_store):
-        return Kernels(report.mode, in_place.InPlaceLayer, report.every_product)
-    return Kernels(report.mode)
+        return Kernels(report.mode, in_place.InPlaceLayer, sampler, report.every_product)
+    return Kernels(report.mode, sampler=sampler)

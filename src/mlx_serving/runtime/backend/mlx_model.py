@@ -30,7 +30,6 @@ from mlx_serving.runtime.backend.pooling import (
 from mlx_serving.runtime.backend.prefix import prefix_plan
 from mlx_serving.runtime.backend.runaway import Bounds
 from mlx_serving.runtime.backend.runner import MLXRunner
-from mlx_serving.runtime.backend.sampler import Sampler
 from mlx_serving.runtime.backend.views import round_up
 from mlx_serving.runtime.core.plan import DecodeRow, Limits, PrefillChunk, RowStart, StepPlan
 from mlx_serving.types import ModelInfo, SamplingParams
@@ -79,7 +78,7 @@ def load(
     runner = MLXRunner(
         model,
         store,
-        Sampler(vocab_size, eos, options.max_num_seqs),
+        kernels.sampler(vocab_size, eos, options.max_num_seqs),
         max_rows=options.max_num_seqs,
         backbone=backbone,
         exact_batch=options.exact_batch,

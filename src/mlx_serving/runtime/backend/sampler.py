@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -48,7 +49,7 @@ def base_key(seed: int, choice: int) -> tuple[int, int]:
 
 
 @dataclass(slots=True)
-class _RowState:
+class RowState:
     params: SamplingParams
     prompt_len: int
     key: tuple[int, int]
@@ -59,7 +60,7 @@ class _RowState:
 
 
 @dataclass(slots=True)
-class _Batch:
+class Batch:
     """What the sampler knows of one set of rows."""
 
     bias: tuple[mx.array, mx.array] | None = None
@@ -69,6 +70,8 @@ class _Batch:
     logprobs: list[tuple[int, int]] = field(default_factory=list)
     """(index in the batch, top k) of the rows that want log-probabilities."""
     logprob_rows: mx.array | None = None
+    native: Any = None
+    """The same for the native kernel: see `native_sampler`."""
 
 
 @dataclass(slots=True)
@@ -135,9 +138,9 @@ class Sampler:
     def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], max_rows: int) -> None:
         self._vocab = vocab_size
         self._eos = tuple(eos_token_ids)
-        self._rows: list[_RowState | None] = [None] * max_rows
+        self._rows: list[RowState | None] = [None] * max_rows
         self._counts = _Counts(vocab_size)
-        self._batches: dict[tuple[int | None, ...], _Batch] = {}
+        self._batches: dict[tuple[int | None, ...], Batch] = {}
 
     def start(self, start: RowStart) -> None:
         self.free(start.row)
@@ -151,7 +154,7 @@ class Sampler:
         slot = None
         if _penalises(params):
             slot = self._counts.take(start.token_ids, start.prompt_len)
-        self._rows[start.row] = _RowState(
+        self._rows[start.row] = RowState(
             params=params,
             prompt_len=start.prompt_len,
             key=base_key(params.seed, params.choice),
@@ -194,8 +197,7 @@ class Sampler:
                 self._batches.clear()
             batch = self._batches[key] = self._describe(key)
         raw = logits.astype(mx.float32)
-        edited = self._edit(_allow(raw, masks) if masks else raw, batch, positions)
-        tokens = self._choose(edited, batch, positions)
+        tokens = self._tokens(raw, batch, positions, masks)
         if batch.penalty is not None:
             self._counts.add(batch.penalty.slots, tokens[batch.penalty.rows])
         draw = Draw(tokens, batch.logprobs)
@@ -203,7 +205,18 @@ class Sampler:
             _log_probabilities(draw, raw, batch.logprob_rows)
         return draw
 
-    def _edit(self, x: mx.array, batch: _Batch, positions: Sequence[int]) -> mx.array:
+    def _tokens(
+        self,
+        raw: mx.array,
+        batch: Batch,
+        positions: Sequence[int],
+        masks: Mapping[int, bytes] | None,
+    ) -> mx.array:
+        """[lines] int32: what `sample` chooses from float32 logits."""
+        edited = self._edit(_allow(raw, masks) if masks else raw, batch, positions)
+        return self._choose(edited, batch, positions)
+
+    def _edit(self, x: mx.array, batch: Batch, positions: Sequence[int]) -> mx.array:
         if batch.bias is not None:
             rows, bias = batch.bias
             x = x.at[rows].add(bias)
@@ -219,7 +232,7 @@ class Sampler:
             x = _put(x, rows, mx.where(some, rest, x[rows]))
         return x
 
-    def _choose(self, x: mx.array, batch: _Batch, positions: Sequence[int]) -> mx.array:
+    def _choose(self, x: mx.array, batch: Batch, positions: Sequence[int]) -> mx.array:
         draw = batch.draw
         if draw is None:
             return mx.argmax(x, axis=-1).astype(mx.int32)
@@ -229,14 +242,14 @@ class Sampler:
         tokens = mx.argmax(x, axis=-1).astype(mx.int32)
         return _put(tokens, draw.rows, _draw(x[draw.rows], at[draw.rows], draw))
 
-    def _describe(self, rows: tuple[int | None, ...]) -> _Batch:
-        states: list[tuple[int, _RowState]] = []
+    def _describe(self, rows: tuple[int | None, ...]) -> Batch:
+        states: list[tuple[int, RowState]] = []
         for index, row in enumerate(rows):
             if row is not None:
                 state = self._rows[row]
                 assert state is not None, f"row {row} was not started"
                 states.append((index, state))
-        batch = _Batch()
+        batch = Batch()
         bias = [(i, s.bias) for i, s in states if s.bias is not None]
         if bias:
             batch.bias = _ints(i for i, _ in bias), mx.stack([b for _, b in bias])
@@ -294,6 +307,11 @@ class _Counts:
     def give_back(self, slot: int) -> None:
         self._free.append(slot)
 
+    def tables(self) -> tuple[mx.array, mx.array]:
+        """Of outputs and of prompts, `[slots, vocabulary]` int32 each."""
+        assert self._output is not None and self._prompt is not None
+        return self._output, self._prompt
+
     def add(self, slots: mx.array, tokens: mx.array) -> None:
         assert self._output is not None
         self._output = self._output.at[slots, tokens].add(mx.array(1, mx.int32))
@@ -338,7 +356,7 @@ def _penalises(p: SamplingParams) -> bool:
     return (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
-def _describe_draw(states: Sequence[tuple[int, _RowState]], lines: int, vocab: int) -> _Draw | None:
+def _describe_draw(states: Sequence[tuple[int, RowState]], lines: int, vocab: int) -> _Draw | None:
     drawing = [(i, s) for i, s in states if s.params.temperature > 0]
     if not drawing:
         return None

@@ -7,8 +7,9 @@ Activations and slabs are float32, float16 or bfloat16; arithmetic is float32 in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 
@@ -26,6 +27,33 @@ Packed = Any
 
 RopeTable = Any
 """Cosines and sines by position, extended as needed: `.dims`, `.traditional`."""
+
+
+SampleLines = Any
+"""What `sample_lines` gives."""
+
+
+class SampleLine(NamedTuple):
+    """How one line of a batch chooses its token. `bias`, `counts` and `ban` name rows of `sample`'s
+    tables, -1 for none."""
+
+    temperature: float = 0.0
+    """0: the likeliest token."""
+    top_k: int = 0
+    """0: all."""
+    top_p: float = 1.0
+    log_min_p: float = -math.inf
+    key0: int = 0
+    key1: int = 0
+    """Of the random numbers; the position is mixed into the second."""
+    bias: int = -1
+    counts: int = -1
+    ban: int = -1
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    ban_until: int = 0
+    """A ban holds for positions below this."""
 
 
 def pack_quantized(
@@ -111,3 +139,29 @@ def attention(
     output has the same bits whatever else the call computes.
     """
     return require().attention(q, keys, values, rows, offsets, scale, window, sinks)
+
+
+def sample_lines(lines: Sequence[SampleLine]) -> SampleLines:
+    """A batch's description, for as many calls of `sample` as it stays the same."""
+    return require().sample_lines(list(lines))
+
+
+def sample(
+    logits: mx.array,
+    lines: SampleLines,
+    positions: Sequence[int],
+    *,
+    allowed: mx.array | None = None,
+    bias: mx.array | None = None,
+    ban: mx.array | None = None,
+    output: mx.array | None = None,
+    prompt: mx.array | None = None,
+) -> mx.array:
+    """A token for each line of `[lines, vocabulary]`: int32 `[lines]`.
+
+    In this order: what `allowed` (uint8 `[lines, vocabulary / 8]`, low bit first) leaves out becomes
+    -inf; `bias` is added; penalties by the counts `output` and `prompt`; `ban` is added while a
+    position is below its line's `ban_until`, unless that leaves nothing; then temperature, top-k, top-p,
+    min-p and a draw keyed by (key0, key1 ^ position). `backend.sampler` is the reference.
+    """
+    return require().sample(logits, lines, list(positions), allowed, bias, ban, output, prompt)

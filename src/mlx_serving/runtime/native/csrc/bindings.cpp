@@ -2,6 +2,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "primitives.h"
@@ -44,6 +45,21 @@ NB_MODULE(_native, m) {
     return nb::make_tuple(r[0], r[1]);
   }, "keys"_a, "values"_a, "k"_a, "v"_a, "rows"_a, "offsets"_a);
   m.def("attention", &attend, "q"_a, "keys"_a, "values"_a, "rows"_a, "offsets"_a, "scale"_a, "window"_a = 0, "sinks"_a.none() = nb::none());
+
+  struct LineList {
+    std::shared_ptr<const std::vector<SampleLine>> lines;
+  };
+  using Line = std::tuple<float, int, float, float, uint32_t, uint32_t, int, int, int, float, float, float, int>;
+  nb::class_<LineList>(m, "SampleLines").def("__len__", [](const LineList& l) { return l.lines->size(); });
+  m.def("sample_lines", [](const std::vector<Line>& given) {
+    std::vector<SampleLine> lines;
+    for (const Line& l : given) lines.push_back(std::apply([](auto... v) { return SampleLine{v...}; }, l));
+    return LineList{std::make_shared<const std::vector<SampleLine>>(std::move(lines))};
+  }, "lines"_a);
+  m.def("sample", [](const mx::array& logits, const LineList& lines, std::vector<uint32_t> positions, std::optional<mx::array> allowed, std::optional<mx::array> bias,
+                     std::optional<mx::array> ban, std::optional<mx::array> output, std::optional<mx::array> prompt) {
+    return sample(logits, lines.lines, std::move(positions), {allowed, bias, ban, output, prompt});
+  }, "logits"_a, "lines"_a, "positions"_a, "allowed"_a.none() = nb::none(), "bias"_a.none() = nb::none(), "ban"_a.none() = nb::none(), "output"_a.none() = nb::none(), "prompt"_a.none() = nb::none());
 
   nb::class_<Decoder>(m, "Decoder")
       .def_prop_ro("layers", &Decoder::layers)

@@ -152,6 +152,25 @@ void check_attention(bool end, Type type, int length, int offset, int window, in
     expect(memcmp(one.get(), out.get() + size_t(i) * heads * dv, size_t(heads) * dv * 4) == 0, "decode and chunk differ");
   }
 }
+void check_sampling(bool end, int n) {
+  Guarded<float> x(n, end), bias(n, end), ban(n, end), scratch(n, end);
+  Guarded<int32_t> output(n, end), prompt(n, end);
+  Guarded<uint8_t> allowed((n + 7) / 8, end);
+  Guarded<uint32_t> words(n, end);
+  memset(allowed.get(), 0xff, allowed.size());
+  for (int i = 0; i < n; i++) bias.get()[i] = noise(), output.get()[i] = i % 3, prompt.get()[i] = i % 2, ban.get()[i] = i % 7 ? 0.f : -INFINITY;
+  for (int top_k : {0, 1, n / 2})
+    for (float top_p : {1.f, 0.5f})
+      for (float min_p : {-INFINITY, -3.f}) {
+        fill(x);
+        kernels().edit_logits({x.get(), n, allowed.get(), bias.get(), output.get(), prompt.get(), 1.2f, 0.1f, 0.2f, ban.get()});
+        int want = 0;
+        for (int i = 0; i < n; i++) want = x.get()[i] > x.get()[want] ? i : want;
+        expect(kernels().argmax(x.get(), n) == want, "argmax of " + std::to_string(n));
+        const int got = kernels().draw_token({x.get(), n, 0.7f, top_k, top_p, min_p, 5u, uint32_t(n), words.get(), scratch.get()});
+        expect(got >= 0 && got < n && (top_k != 1 || got == want), "draw of " + std::to_string(n));
+      }
+}
 }  // namespace
 
 int main() {
@@ -169,6 +188,7 @@ int main() {
           check_matmul(end, 83, 19, t == Type::f32 ? 32 : 16, 0, rows, t, Mode::exact);
         }
       for (int k : {1, 2, 15, 16, 17, 31, 32, 46, 64, 100}) check_rows(end, k);
+      for (int n : {1, 2, 15, 16, 17, 100, 1024, 1025, 2050}) check_sampling(end, n);
       for (Type t : {Type::f32, Type::f16, Type::bf16})
         for (int window : {0, 3, 70})
           for (int length : {1, 7, 37}) {

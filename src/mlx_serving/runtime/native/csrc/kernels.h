@@ -61,6 +61,30 @@ inline size_t attention_scratch(int d, int dv) {
   return size_t(kKeyBlock) * (2 * size_t(d) + size_t(dv)) + 16 * 1024;
 }
 
+// What is done to one row of logits before a token is chosen; see sampler.py.
+struct LogitEdit {
+  float* x;  // [n], in place
+  int n;
+  const uint8_t* allowed = nullptr;  // a bit a token, what is not set becomes -inf
+  const float* bias = nullptr;       // [n], added
+  const int32_t* output = nullptr;   // [n], how often each token occurs: all penalties, or none
+  const int32_t* prompt = nullptr;
+  float repetition = 1.f, presence = 0.f, frequency = 0.f;
+  const float* ban = nullptr;  // [n], added unless that leaves nothing
+};
+
+struct DrawTask {
+  float* x;  // [n] logits, overwritten
+  int n;
+  float temperature;
+  int top_k;        // 0: all
+  float top_p;      // 1: all
+  float log_min_p;  // -inf: all
+  uint32_t key0, key1;
+  uint32_t* words;  // [n]
+  float* scratch;   // [n]
+};
+
 struct Kernels {
   const char* name;
   void (*to_float)(Type, const void* src, int64_t stride, float* dst, int64_t n);
@@ -84,6 +108,10 @@ struct Kernels {
   void (*attention_finish)(float* o, const float* m, const float* l, const float* sink, int nq, int dv);
   // One dequantised row of a packed weight.
   void (*dequantize_row)(const Weight& w, int row, float* out);
+  void (*edit_logits)(const LogitEdit& e);
+  // The first index of the largest value.
+  int (*argmax)(const float* x, int n);
+  int (*draw_token)(const DrawTask& t);
 };
 
 // The best table for this CPU, or the one named by force_isa(); never null.

@@ -4,11 +4,13 @@
 #include "kernel_attention.h"
 #include "kernel_matmul.h"
 #include "kernel_row.h"
+#include "kernel_sample.h"
 
 namespace MS_NS {
 extern const ms::Kernels table;
 const ms::Kernels table = {
     MS_NAME,    to_float, from_float, quantize_rows, matmul,    rms_norm,        rope,
     act_mul,    add,      scale,      attention,     attention_merge, attention_finish, dequantize_row,
+    edit_logits, argmax,     draw_token,
 };
 }  // namespace MS_NS

@@ -53,6 +53,24 @@ mx::array gated(const mx::array& gate, const mx::array& up, const std::string& a
 std::vector<mx::array> kv_write(const mx::array& keys, const mx::array& values, const mx::array& k, const mx::array& v, const mx::array& rows, const mx::array& offsets);
 mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& values, const mx::array& rows, const mx::array& offsets, float scale, int window, const std::optional<mx::array>& sinks);
 
+// How each line of a batch chooses its token; constant over many steps.
+struct SampleLine {
+  float temperature = 0.f;  // 0: the likeliest
+  int top_k = 0;
+  float top_p = 1.f, log_min_p;
+  uint32_t key0 = 0, key1 = 0;
+  int bias = -1, count = -1, ban = -1;  // rows of the arrays given to sample()
+  float repetition = 1.f, presence = 0.f, frequency = 0.f;
+  int ban_until = 0;  // a ban holds for positions below this
+};
+struct SampleArrays {
+  std::optional<mx::array> allowed;         // [lines, >= vocabulary / 8] uint8
+  std::optional<mx::array> bias, ban;       // [rows, vocabulary] f32
+  std::optional<mx::array> output, prompt;  // [rows, vocabulary] int32, both or none
+};
+// logits [lines, vocabulary] -> [lines] int32. Positions are those that the tokens will have.
+mx::array sample(const mx::array& logits, const std::shared_ptr<const std::vector<SampleLine>>& lines, std::vector<uint32_t> positions, const SampleArrays& arrays);
+
 // The arrays behind a DecoderSpec, kept alive together.
 class Decoder {
  public:
