@@ -149,6 +149,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The Redis or Valkey server of response-cache redis."""
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     """Answer length for requests that do not say; default: what the context leaves."""
+    queue_timeout_s: Annotated[float, Meta(gt=0)] | None = None
+    """How long a request may wait to be begun before it gets a 503; default: as long as it takes."""
+    first_token_timeout_s: Annotated[float, Meta(gt=0)] | None = None
+    """How long a request may be without its first token before it gets a 504; default: no limit."""
+    request_timeout_s: Annotated[float, Meta(gt=0)] | None = None
+    """How long a request may take altogether before it is ended with an error; default: no limit."""
     prefill_step_size: Annotated[int, Meta(ge=1)] | None = None
     """Largest prefill chunk, in tokens; default: what suits the device and its kernels."""
     pipeline_depth: Annotated[int, Meta(ge=1, le=3)] = 2

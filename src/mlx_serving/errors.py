@@ -13,6 +13,7 @@
     ├── Cancelled                 499  the client went away or cancelled
     ├── ServerError               500  ours; report it
     │   └── WorkerDied            500  the worker died under this request; retry
+    ├── TimedOut                  504  ask for less, or allow it more time
     ├── ModelBroken               503  the model's files or this runtime: see the reason
     ├── Overloaded                503  wait, then retry (Retry-After)
     ├── Draining                  503  the server is shutting down
@@ -102,6 +103,10 @@ class ServerError(MLXServingError):
 
 class WorkerDied(ServerError):
     code = "worker_died"
+
+
+class TimedOut(MLXServingError):
+    status, type, code = 504, "timeout_error", "timed_out"
 
 
 class ModelBroken(MLXServingError):

@@ -34,6 +34,7 @@ from mlx_serving.generation import Generation, OpenRows, Served
 from mlx_serving.telemetry.events import EventBus, RequestFinished, RequestStarted
 from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.traffic.admission import Admission
+from mlx_serving.traffic.deadlines import TimeLimits
 from mlx_serving.traffic.response_cache import ResponseCache
 from mlx_serving.traffic.reuse import Reuse
 from mlx_serving.traffic.rollouts import FAILED, Arm, Rollout, Rollouts, Spec, measured
@@ -86,6 +87,9 @@ class Gateway:
         file = config.rollouts_file
         self.rollouts = Rollouts(Path(file) if file else None)
         self._shadows = Shadows()
+        self._limits = TimeLimits(
+            config.queue_timeout_s, config.first_token_timeout_s, config.request_timeout_s
+        )
         self._running: set[Generation] = set()
         self._idle = asyncio.Event()
 
@@ -98,11 +102,19 @@ class Gateway:
         try:
             slot, served, arm = await self._answerer(asked, request)
             _check_generates(served.info)
+            _check_room(request.prompt, served.text.least_tokens(request.prompt), served.info)
             token_ids = await self._tokenise(served, request.prompt)
             sampling = _settle(request, served.info, len(token_ids), self._config.max_tokens)
             request = _constrain(request, served.text, token_ids)
             generation = Generation(
-                request, slot.model_id, served, token_ids, sampling, arrived_s, self._ended
+                request,
+                slot.model_id,
+                served,
+                token_ids,
+                sampling,
+                arrived_s,
+                self._ended,
+                self._limits,
             )
             generation.arm = arm
             await generation.start(self._rows_for(served, request, token_ids))
@@ -434,13 +446,7 @@ def _settle(
 ) -> SamplingParams:
     """The sampling parameters with everything decided that the client left open; raises what the
     model cannot do."""
-    room = info.context_length - prompt_tokens
-    if room < 1:
-        raise ContextOverflow(
-            f"The prompt has {prompt_tokens} tokens; the context of '{info.model_id}' is "
-            f"{info.context_length} and at least one must be left to generate.",
-            param="messages" if isinstance(request.prompt, ChatPrompt) else "prompt",
-        )
+    room = _check_room(request.prompt, prompt_tokens, info)
     sampling = request.sampling
     _check_ids("logit_bias", sampling.logit_bias, info.vocab_size)
     _check_ids("stop_token_ids", sampling.stop_token_ids, info.vocab_size)
@@ -450,6 +456,18 @@ def _settle(
         max_tokens=room if wanted is None else min(wanted, room),
         seed=secrets.randbits(63) if request.seed is None else request.seed,
     )
+
+
+def _check_room(prompt: Prompt, prompt_tokens: int, info: ModelInfo) -> int:
+    """The tokens that the context leaves for an answer. Raises ContextOverflow."""
+    room = info.context_length - prompt_tokens
+    if room < 1:
+        raise ContextOverflow(
+            f"The prompt has {prompt_tokens} tokens or more; the context of '{info.model_id}' is "
+            f"{info.context_length} and at least one must be left to generate.",
+            param="messages" if isinstance(prompt, ChatPrompt) else "prompt",
+        )
+    return room
 
 
 def _constrain(request: GenerateRequest, text: TextSide, token_ids: list[int]) -> GenerateRequest:

@@ -16,6 +16,7 @@ from mlx_serving.content.output import OutputParser
 from mlx_serving.content.stream import ChoiceText
 from mlx_serving.content.text import TextSide
 from mlx_serving.errors import Cancelled, MLXServingError, from_code
+from mlx_serving.traffic.deadlines import TimeLimits, overdue
 from mlx_serving.traffic.rollouts import Arm
 from mlx_serving.traffic.source import Reused, RowSource
 from mlx_serving.types import (
@@ -59,6 +60,7 @@ class Generation:
         sampling: SamplingParams,
         arrived_s: float,
         on_end: Callable[[Generation, str], None],
+        limits: TimeLimits = TimeLimits(),  # noqa: B008
     ) -> None:
         self.request = request
         self.request_id = request.request_id
@@ -79,6 +81,9 @@ class Generation:
         self._served = served
         self._sampling = sampling
         self._on_end: Callable[[Generation, str], None] | None = on_end
+        self._limits = limits
+        self._timer: asyncio.TimerHandle | None = None
+        self._overdue: MLXServingError | None = None
         self._choices = [_Choice(i, request, served, token_ids) for i in range(request.n)]
 
     @property
@@ -117,6 +122,7 @@ class Generation:
                 choice.cancel()
             raise
         self.seed = self.sources[0].seed
+        self._look_again()
 
     def usage(self) -> Usage:
         return Usage(
@@ -142,6 +148,8 @@ class Generation:
                     self.empty = False
                 yield [event]
                 outcome = event.finish_reason or outcome
+            if self._overdue is not None:
+                raise self._overdue
             if self._on_end is None:
                 raise Cancelled(f"Request {self.request_id} was cancelled.")
         except MLXServingError as error:
@@ -159,7 +167,26 @@ class Generation:
             self.ttft_s = clock.monotonic() - self.arrived_s
             self.cached_tokens = row.cached_tokens
 
+    def _check_time(self) -> None:
+        begun = all(source.begun for source in self.sources)
+        age_s = clock.monotonic() - self.arrived_s
+        self._overdue = overdue(self._limits, age_s, begun=begun, answered=self.ttft_s is not None)
+        if self._overdue is None:
+            self._look_again()
+            return
+        for choice in self._choices:  # which ends the iteration, and that raises
+            choice.cancel()
+
+    def _look_again(self) -> None:
+        age_s = clock.monotonic() - self.arrived_s
+        next_s = self._limits.next_s(age_s)
+        if next_s is not None and self._on_end is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(next_s - age_s, self._check_time)
+
     def _end(self, outcome: str) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         if self._on_end is not None:
             on_end, self._on_end = self._on_end, None
             on_end(self, outcome)

@@ -21,6 +21,8 @@ from mlx_serving.types import ChatPrompt, Grammar, Prompt, TextPrompt, TokenProm
 
 _TAIL_TOKENS = 32
 """More than a tag that opens the reasoning ever takes."""
+LONG_CHARS = 65_536
+"""From here on it is worth asking whether a prompt can fit at all."""
 THREAD_CHARS = 4_096
 """From here on (about a millisecond's work) a prompt is better encoded off the event loop."""
 
@@ -97,6 +99,18 @@ class TextSide:
     def _guard(self) -> ControlGuard:
         sources = self.template.sources.values() if self.template else ()
         return ControlGuard(self.tokenizer, tuple(sources))
+
+    def least_tokens(self, prompt: Prompt) -> int:
+        """What a prompt has at least, without the seconds that tokenising megabytes takes; 0: not
+        known. Templates may leave out what assistants said."""
+        match prompt:
+            case ChatPrompt():
+                chars = sum(len(m.content or "") for m in prompt.messages if m.role != "assistant")
+            case TextPrompt():
+                chars = len(prompt.text)
+            case TokenPrompt():
+                return len(prompt.token_ids)
+        return chars // self.tokenizer.longest_token if chars > LONG_CHARS else 0
 
     def render(self, prompt: ChatPrompt, guard: ControlGuard | None = None) -> str:
         """The chat as text, control tokens included. Raises InvalidRequest."""

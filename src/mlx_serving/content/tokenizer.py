@@ -171,6 +171,11 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder().values()
         return {token.content: token.special for token in added}
 
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters of a text that one token stands for at most."""
+        return max(map(len, self._backend.get_vocab()), default=1)
+
     def renamed(self, names: Mapping[str, str]) -> Tokenizer:
         """A copy in which added tokens go by other names, under ids of its own."""
         import tokenizers

@@ -112,6 +112,10 @@ class Subscriber:
     def seed(self) -> int:
         return self.flight.ask.sampling.seed
 
+    @property
+    def begun(self) -> bool:
+        return self.flight.source.begun
+
     def __aiter__(self) -> AsyncIterator[TokenRow]:
         return self._rows()
 

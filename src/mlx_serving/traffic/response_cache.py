@@ -55,6 +55,7 @@ class Replay:
     """A `RowSource` that says again what was said, in the same pieces."""
 
     reused: Literal["hit"] = "hit"
+    begun = True
 
     def __init__(self, transcript: Transcript, ask: Ask) -> None:
         self._transcript = transcript

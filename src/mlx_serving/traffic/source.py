@@ -32,6 +32,11 @@ class RowSource(Protocol):
         """The seed that its random numbers are keyed by."""
         ...
 
+    @property
+    def begun(self) -> bool:
+        """Something of it has been computed: it no longer only waits."""
+        ...
+
     def __aiter__(self) -> AsyncIterator[TokenRow]: ...
 
     def cancel(self) -> None:

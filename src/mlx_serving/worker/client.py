@@ -74,6 +74,11 @@ class SequenceStream:
         """Nothing more will arrive (what has arrived may still be unread)."""
         return self._ended
 
+    @property
+    def begun(self) -> bool:
+        """It has taken a row, in this worker or in one before."""
+        return self.starting or bool(self._received)
+
     def cancel(self) -> None:
         """Stop the sequence; its row is free at the worker's next step. Idempotent."""
         if not self._ended:

@@ -16,6 +16,7 @@ class FakeSource:
 
     reused = None
     seed = 5
+    begun = True
 
     def __init__(self) -> None:
         self.cancelled = False
