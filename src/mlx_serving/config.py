@@ -163,6 +163,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """CPU only: which native kernels replace MLX's own; off is stock MLX."""
     prefix_cache_bytes: Annotated[int, Meta(ge=0)] | None = None
     """Memory for prompts' common beginnings, in bytes; 0: off; default: a quarter of what KV may take."""
+    kv_disk_path: Annotated[str, Meta(min_length=1)] | None = None
+    """Folder in which prompts' common beginnings are kept over restarts; default: nowhere."""
+    kv_disk_bytes: Annotated[int, Meta(ge=0)] = 8 * 1024**3
+    """What the files in kv-disk-path may take, in bytes; what is worth least is deleted."""
     exact_batch: bool = False
     """Always decode max-num-seqs rows, so that logits are bit-equal whatever the batch."""
     json_digit_tokens: Annotated[int, Meta(ge=0)] = 40
@@ -306,6 +310,9 @@ def _contradictions(config: Config, places: Mapping[str, str]) -> Iterable[str]:
         if not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/*\s]+/?", origin):
             place = places.get("cors_origin", "cors_origin")
             yield f"{place}: '{origin}' is no origin; expected one like https://chat.example.org"
+    if config.kv_disk_path is not None and config.prefix_cache_bytes == 0:
+        place = places.get("kv_disk_path", "kv_disk_path")
+        yield f"{place}: needs a prefix cache in memory, and prefix_cache_bytes is 0"
     if len(set(models)) < len(models):
         yield f"{places.get('models', 'models')}: a model is given twice"
 

@@ -338,6 +338,8 @@ class Engine:
             json_digit_tokens=c.json_digit_tokens,
             json_string_tokens=c.json_string_tokens,
             json_white_space=c.json_white_space,
+            kv_disk_path=c.kv_disk_path and str(Path(c.kv_disk_path).expanduser().absolute()),
+            kv_disk_bytes=c.kv_disk_bytes,
             tokenizer_path=str(tokenizer_path),
         )
 

@@ -23,6 +23,7 @@ from mlx_serving.runtime.core.plan import (
 )
 from mlx_serving.runtime.core.rows import rectangle
 from mlx_serving.types import SamplingParams, TokenLogprob
+from sim.fake_disk import FakeDisk
 
 VOCAB = 40
 
@@ -53,8 +54,12 @@ class _Row:
 @dataclass(slots=True)
 class _Done:
     result: StepResult
+    disk: FakeDisk | None
+    waits: bool
 
     def wait(self) -> StepResult:
+        if self.disk is not None:
+            self.result.disk = self.disk.events(wait=self.waits)
         return self.result
 
 
@@ -67,8 +72,10 @@ class FakeRunner:
         limits: Limits,
         rng: random.Random | None = None,
         salts: Mapping[int, str | None] | None = None,
+        disk: FakeDisk | None = None,
     ) -> None:
         self.limits = limits
+        self.disk = disk
         self.rows: dict[int, _Row] = {}
         self.blocks: dict[int, tuple[str | None, tuple[int, ...]]] = {}
         """Salt and whole prefix: KV depends on every token before it."""
@@ -95,11 +102,13 @@ class FakeRunner:
             self._decode(decode, result)
         for publish in plan.publish:
             self._publish(publish)
+        if self.disk is not None:
+            self.disk.after(plan, self.blocks)
         longest = max((len(row.kv) for row in self.rows.values()), default=0)
         held = rectangle(len(self.rows), longest, self.limits.kv_bucket_tokens)
         assert held <= self.limits.kv_capacity_tokens, "KV memory overdrawn"
         self._rng.shuffle(result.sampled)
-        return _Done(result)
+        return _Done(result, self.disk, plan.disk.wait)
 
     def _arrange(self, plan: StepPlan) -> None:
         for row in plan.frees:
@@ -107,6 +116,8 @@ class FakeRunner:
         for source, to in plan.moves:
             assert to < source and to not in self.rows, "a move over a row in use"
             self.rows[to] = self.rows.pop(source)
+        if self.disk is not None:
+            self.disk.before(plan, self.blocks)
         for start in plan.starts:
             assert start.row not in self.rows, "a start over a row in use"
             self.rows[start.row] = self._begin(start)

@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 
 from mlx_serving.errors import ContextOverflow
 from mlx_serving.runtime.core import invariants
+from mlx_serving.runtime.core.disk import STAGED_BYTES
 from mlx_serving.runtime.core.plan import Limits, PendingStep, StepPlan
 from mlx_serving.runtime.core.policy import usable_context
 from mlx_serving.runtime.core.rows import bucketed
 from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
 from mlx_serving.runtime.core.sequence import Sequence, Status
 from mlx_serving.types import FinishReason, Priority, SamplingParams, TokenLogprob
+from sim.fake_disk import FakeDisk
 from sim.fake_runner import VOCAB, FakeRunner, next_token
 
 
@@ -88,6 +90,10 @@ class Scenario:
     """When the worker dies: all rows are lost, clients resubmit with what they have."""
     failures_s: list[float]
     """When a step fails inside the worker: rows are lost, the scheduler is reset."""
+    disk_faults: float = 0.0
+    """How often a read of a block file fails; writes fail less often."""
+    disk_losses_s: list[float] = field(default_factory=list)
+    """When all block files are deleted."""
 
 
 def scenario(seed: int) -> Scenario:
@@ -138,7 +144,22 @@ def _sharing(plain: Scenario, rng: random.Random) -> Scenario:
             shared = rng.choice([len(request.prompt), rng.randint(0, len(request.prompt))])
             request.prompt[:shared] = rng.choice(trunks)[:shared]
         request.salt = rng.choice([None, None, None, None, "a"])
-    return dataclasses.replace(plain, limits=limits)
+    return _with_disk(dataclasses.replace(plain, limits=limits), rng)
+
+
+def _with_disk(plain: Scenario, rng: random.Random) -> Scenario:
+    """The same with block files, few or many, on a disk that may fail."""
+    block_bytes = rng.choice([1, STAGED_BYTES, STAGED_BYTES // 3])
+    blocks = rng.choice([0, 1, 5, 30, 1000])
+    horizon_s = max(r.arrives_s for r in plain.requests) + 20
+    return dataclasses.replace(
+        plain,
+        limits=dataclasses.replace(
+            plain.limits, prefix_block_bytes=block_bytes, disk_bytes=blocks * block_bytes
+        ),
+        disk_faults=rng.choice([0, 0, 0.05, 0.5]),
+        disk_losses_s=[rng.uniform(0, horizon_s) for _ in range(rng.choice([0, 0, 1, 2]))],
+    )
 
 
 def _request(rng: random.Random, seq_id: int, context: int, horizon_s: float) -> Request:
@@ -198,6 +219,12 @@ class Report:
     disturbances: int = 0
     """Deaths, failures and pauses that cost somebody a row's contents."""
     deepest: int = 0
+    disk_read: int = 0
+    disk_written: int = 0
+    disk_lost: int = 0
+    disk_not_written: int = 0
+    disk_evicted: int = 0
+    disk_late: int = 0
 
 
 class Simulation:
@@ -208,9 +235,9 @@ class Simulation:
         self._log = log or (lambda line: None)
         self._rng = random.Random(seed ^ 0x5EED)
         self._now_s = 0.0
-        self._scheduler = Scheduler(self.limits)
+        self._disk = FakeDisk(self.limits, random.Random(seed ^ 0xD15C), self.scenario.disk_faults)
         self._salts = {r.seq_id: r.salt for r in self.scenario.requests}
-        self._runner = FakeRunner(self.limits, self._rng, self._salts)
+        self._start_worker()
         self._cached: dict[int, int] = {}
         """Prompt tokens copied at first: what its first tokens have to tell."""
         self._pending: deque[PendingStep] = deque()
@@ -248,6 +275,8 @@ class Simulation:
         room = len(self._pending) < self.scenario.depth
         if room and (not self._pending or self._rng.random() < 0.7) and self._launch():
             return
+        if not self._pending and not self._scheduler.has_work:
+            return  # nothing was left to write
         assert self._pending, "stuck: there is work, no step in flight, and no plan"
         self._deliver()
 
@@ -284,7 +313,7 @@ class Simulation:
             assert admitted == sorted(admitted)
             head = scheduler.queue.peek()
             assert head is None or admitted[-1] < _order(head), "somebody was overtaken"
-        report.steps += 1
+        report.steps += bool(plan.prefill or plan.decode or plan.frees)
 
     def _observe_sharing(self, plan: StepPlan) -> None:
         report, scheduler = self.report, self._scheduler
@@ -333,6 +362,8 @@ class Simulation:
             self._at(at_s, self._die)
         for at_s in self.scenario.failures_s:
             self._at(at_s, self._fail)
+        for at_s in self.scenario.disk_losses_s:
+            self._at(at_s, self._disk.delete_all)
 
     def _at(self, at_s: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (at_s, len(self._events), event))
@@ -390,12 +421,17 @@ class Simulation:
                 if request.paused:
                     self._scheduler.pause(request.seq_id)
 
+    def _start_worker(self) -> None:
+        self._scheduler = Scheduler(self.limits, self._disk.scan())
+        self._runner = FakeRunner(self.limits, self._rng, self._salts, self._disk)
+
     def _begin_anew(self) -> None:
         self._pending.clear()
         self._cached.clear()
         self.report.dropped += self._scheduler.sharing.index.evictions
-        self._scheduler = Scheduler(self.limits)
-        self._runner = FakeRunner(self.limits, self._rng, self._salts)
+        self._count_disk()
+        self._disk.begin_anew()
+        self._start_worker()
         self._last_admission = -(10**9)
 
     def _fail(self) -> None:
@@ -405,12 +441,22 @@ class Simulation:
         self._runner.reset()
         self._scheduler.reset()
 
+    def _count_disk(self) -> None:
+        counts, report = self._scheduler.sharing.disk.counts, self.report
+        report.disk_read += counts.read
+        report.disk_written += counts.written
+        report.disk_lost += counts.lost
+        report.disk_not_written += counts.not_written
+        report.disk_evicted += counts.evicted
+        report.disk_late += counts.late
+
     # -- at the end -------------------------------------------------------------------------
 
     def _check_end(self) -> None:
         assert not self._scheduler.sequences, "somebody was left behind"
         assert not any(b.holders for b in self._scheduler.sharing.index.blocks.values())
         self.report.dropped += self._scheduler.sharing.index.evictions
+        self._count_disk()
         assert not self._scheduler.rows.slots and not self._runner.rows, "a row leaked"
         for request in self._requests.values():
             if request.rejected or request.cancelled:

@@ -68,7 +68,8 @@ class Model:
         self.sequences: set[int] = set()
         """Those that have not ended."""
         self._runner = loaded.runner
-        self._scheduler = Scheduler(loaded.limits)
+        self._scheduler = Scheduler(loaded.limits, loaded.on_disk)
+        self.close = loaded.close
         self._grammars = loaded.grammars
         self._depth = max(1, depth)
         self._in_flight: deque[_Launched] = deque()
@@ -133,7 +134,9 @@ class Model:
                 return None
             oldest = self._in_flight.popleft()
             emitted = self._scheduler.apply(oldest.pending.wait())
-            return wire.Step(self._rows(emitted), self._stats(oldest.plan, oldest.at_s))
+            stats = self._stats(oldest.plan, oldest.at_s)
+            self._scheduler.observe(oldest.plan.prefill_tokens, stats.step_ms / 1e3)
+            return wire.Step(self._rows(emitted), stats)
         except Exception as error:
             log.exception("%s: step failed", self.info.model_id)
             return self._fail_started(error)
@@ -383,6 +386,8 @@ class Loop:
             return
         finally:
             self._pulse.end()
+            for model in self._models.values():
+                model.close()
 
     def _step(self) -> bool:
         """One step of each model that has work. False: none had."""
@@ -460,6 +465,7 @@ class Loop:
         if model is not None:
             message = f"model {model_id!r} was unloaded"
             self._link.send(model.end_all(errors.ModelNotFound.code, message))
+            model.close()
             del model
             self._collector.unloaded()
         self._link.send(wire.ModelUnloaded(model_id))

@@ -53,6 +53,10 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     json_digit_tokens: int = 40
     json_string_tokens: int = 16_384
     json_white_space: int = 20
+    kv_disk_path: str | None = None
+    """Folder in which prefix blocks are kept for later workers; None: nowhere."""
+    kv_disk_bytes: int = 0
+    """What that folder may hold."""
 
 
 class LoadModel(msgspec.Struct, frozen=True, tag="load"):

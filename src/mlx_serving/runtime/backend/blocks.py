@@ -15,10 +15,25 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from mlx_serving.runtime.backend.block_file import Array, Layout
+
 Index = slice | mx.array | tuple[slice, ...]
 
 FIRST_BLOCKS = 64
 """Pools begin with room for as many."""
+
+
+_TYPES = {
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "I32": mx.int32,
+    "U8": mx.uint8,
+    "I8": mx.int8,
+    "BOOL": mx.bool_,
+}
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
 class BlockLayer(Protocol):
@@ -51,8 +66,7 @@ class BlockPool:
         index = _index(blocks)
         for layer, pools in zip(self._layers, self._pools, strict=True):
             parts = layer.to_blocks(row, start, len(blocks), self.size)
-            if not pools:
-                pools += [None] * len(parts)
+            pools += [None] * (len(parts) - len(pools))
             for i, part in enumerate(parts):
                 if part is not None:
                     pools[i] = place(self._fitted(pools[i], part, max(blocks)), index, part)
@@ -62,6 +76,30 @@ class BlockPool:
         index = _index(blocks)
         for layer, pools in zip(self._layers, self._pools, strict=True):
             layer.from_blocks(row, [None if p is None else p[index] for p in pools])
+
+    def copy_out(self, blocks: Sequence[int]) -> tuple[Layout, mx.array]:
+        """Blocks as bytes, `[blocks, bytes of a block]`, and what they are."""
+        index, count = _index(blocks), len(blocks)
+        layout: list[Array] = []
+        parts: list[mx.array] = []
+        for layer, pools in enumerate(self._pools):
+            for i, pool in enumerate(pools):
+                if pool is not None:
+                    layout.append(Array(layer, i, _NAMES[pool.dtype], pool.shape[1:]))
+                    parts.append(pool[index].reshape(count, -1).view(mx.uint8))
+        return tuple(layout), mx.concatenate(parts, axis=1)
+
+    def fill(self, blocks: Sequence[int], layout: Layout, data: mx.array) -> None:
+        """Put back what `copy_out` gave."""
+        index, count, start = _index(blocks), len(blocks), 0
+        for array in layout:
+            end = start + array.nbytes
+            pools = self._pools[array.layer]
+            pools += [None] * (array.part + 1 - len(pools))
+            part = data[:, start:end].view(_TYPES[array.dtype]).reshape(count, *array.shape)
+            fitted = self._fitted(pools[array.part], part, max(blocks))
+            pools[array.part] = place(fitted, index, part)
+            start = end
 
     def drop(self) -> None:
         self._pools = [[] for _ in self._layers]

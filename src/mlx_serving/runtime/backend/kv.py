@@ -31,6 +31,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+from mlx_serving.runtime.backend.block_file import Layout
 from mlx_serving.runtime.backend.blocks import BlockPool, place
 from mlx_serving.runtime.backend.views import BatchView, Mask, Rows, RowView, View
 from mlx_serving.types import PrefixReuse
@@ -276,6 +277,8 @@ class KVStore(Protocol):
     def open_pool(self, blocks: int, size: int, /) -> None: ...
     def copy_blocks(self, row: int, blocks: Sequence[int], /) -> None: ...
     def publish(self, row: int, start: int, blocks: Sequence[int], /) -> list[mx.array]: ...
+    def copy_out(self, blocks: Sequence[int], /) -> tuple[Layout, mx.array]: ...
+    def fill_blocks(self, blocks: Sequence[int], layout: Layout, data: mx.array, /) -> None: ...
     def state_bytes(self) -> int: ...
     def reset(self) -> None: ...
 
@@ -405,6 +408,15 @@ class RowSlots:
         self.pool.publish(row, start, blocks)
         return self.pool.arrays
 
+    def copy_out(self, blocks: Sequence[int]) -> tuple[Layout, mx.array]:
+        """Copies of blocks as bytes, `[blocks, bytes of a block]`."""
+        return self.pool.copy_out(blocks)
+
+    def fill_blocks(self, blocks: Sequence[int], layout: Layout, data: mx.array) -> None:
+        """Put back what `copy_out` gave, in an earlier process perhaps."""
+        self.pool.fill(blocks, layout, data)
+        mx.async_eval(self.pool.arrays)
+
     def state_bytes(self) -> int:
         """Of one row's recurrent state; known once a forward pass was built."""
         return sum(
@@ -513,6 +525,12 @@ class SeparateRows:
         raise UnsupportedCache("separate rows have no blocks")
 
     def publish(self, _row: int, _start: int, _blocks: Sequence[int]) -> list[mx.array]:
+        raise UnsupportedCache("separate rows have no blocks")
+
+    def copy_out(self, _blocks: Sequence[int]) -> tuple[Layout, mx.array]:
+        raise UnsupportedCache("separate rows have no blocks")
+
+    def fill_blocks(self, _blocks: Sequence[int], _layout: Layout, _data: mx.array) -> None:
         raise UnsupportedCache("separate rows have no blocks")
 
     def state_bytes(self) -> int:

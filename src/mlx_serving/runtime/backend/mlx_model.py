@@ -30,6 +30,7 @@ from mlx_serving.runtime.backend.pooling import (
 from mlx_serving.runtime.backend.prefix import prefix_plan
 from mlx_serving.runtime.backend.runaway import Bounds
 from mlx_serving.runtime.backend.runner import MLXRunner
+from mlx_serving.runtime.backend.tier import FILE_OVERHEAD_BYTES, Tier, open_folder
 from mlx_serving.runtime.backend.views import round_up
 from mlx_serving.runtime.core.plan import DecodeRow, Limits, PrefillChunk, RowStart, StepPlan
 from mlx_serving.types import ModelInfo, SamplingParams
@@ -105,6 +106,11 @@ def load(
     if options.exact_batch:
         # The slabs then always have every row.
         context = min(context, max(KV_BUCKET, capacity // rows // KV_BUCKET * KV_BUCKET))
+    folder = open_folder(path, config, options, prefix, step_size, kernels.name, dtype_name(model))
+    on_disk = None
+    if folder is not None:
+        runner.keep_on(Tier(folder, store))
+        on_disk = folder.open()
     limits = Limits(
         max_num_seqs=rows,
         prefill_step_size=step_size,
@@ -115,6 +121,8 @@ def load(
         prefix_blocks=prefix.blocks,
         prefix_block_tokens=prefix.block_tokens,
         prefix_whole_chunks=prefix.whole_chunks,
+        prefix_block_bytes=prefix.block_bytes + FILE_OVERHEAD_BYTES,
+        disk_bytes=0 if folder is None else options.kv_disk_bytes,
     )
     info = ModelInfo(
         model_id=model_id,
@@ -140,7 +148,7 @@ def load(
         default_prompt=default_prompt,
         append_eos=is_embedder(path) and pooling.mode == "last",
     )
-    return LoadedModel(info, runner, limits, grammars)
+    return LoadedModel(info, runner, limits, grammars, on_disk, runner.close)
 
 
 def _load_weights(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from mlx_serving.runtime.core.disk import Scanned
 from mlx_serving.runtime.core.plan import Constraint, Limits, Runner
 from mlx_serving.types import Grammar, ModelInfo
 
@@ -25,3 +26,7 @@ class LoadedModel:
     runner: Runner
     limits: Limits
     grammars: GrammarCompiler | None = None
+    on_disk: Scanned | None = None
+    """Block files that earlier workers left."""
+    close: Callable[[], None] = lambda: None
+    """Ends the threads that the model has."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +25,8 @@ from mlx_serving.errors import MLXServingError
 from mlx_serving.runtime.backend.kv import KVStore
 from mlx_serving.runtime.backend.pooling import RowPooler, to_bytes
 from mlx_serving.runtime.backend.sampler import Draw, Sampler
+from mlx_serving.runtime.backend.tier import Copies, Tier
+from mlx_serving.runtime.core.disk import DiskEvent
 from mlx_serving.runtime.core.plan import (
     DecodeRow,
     Matcher,
@@ -89,8 +92,10 @@ class MLXPendingStep:
         pooled: dict[int, mx.array],
         effect: mx.array,
         settle: Callable[[], None],
+        collect: Callable[[], Sequence[DiskEvent]],
     ) -> None:
         self._step_id = step_id
+        self._collect = collect
         self._forwards = forwards
         self._pooled = pooled
         self._effect = effect
@@ -104,7 +109,7 @@ class MLXPendingStep:
         mx.eval(self._effect, draws, list(self._pooled.values()))
         sampled = [one for forward in self._forwards for one in forward.result()]
         sampled += [Sampled(i, [], vector=to_bytes(vector)) for i, vector in self._pooled.items()]
-        return StepResult(self._step_id, sampled)
+        return StepResult(self._step_id, sampled, self._collect())
 
 
 @dataclass(slots=True)
@@ -149,6 +154,7 @@ class MLXRunner:
         self._model = model
         self._backbone = backbone
         self._pooler = pooler or RowPooler()
+        self._tier: Tier | None = None
         self._exact_rows = max_rows if exact_batch else 0
         self._max_rows = max_rows
         self.store = store
@@ -169,6 +175,8 @@ class MLXRunner:
             self._pooler.free(row)
         for source, target in plan.moves:
             self._move(source, target)
+        if self._tier is not None:
+            self._tier.before(plan.disk)
         for start in plan.starts:
             # All first: the slabs then grow once.
             self.store.start(start.row, len(start.token_ids))
@@ -187,10 +195,15 @@ class MLXRunner:
             self._enqueue(forwards)
         for publish in plan.publish:
             mx.async_eval(self.store.publish(publish.row, publish.start, publish.blocks))
+        copies = None if self._tier is None else self._tier.after(plan.disk)
         slabs = self.store.arrays()
         effect = _probe(slabs[-1]) if slabs and not forwards else self._last
         mx.async_eval(effect)
-        return MLXPendingStep(plan.step_id, forwards, pooled, effect, self._settle)
+        collect = partial(self._collect, copies, plan.disk.wait)
+        return MLXPendingStep(plan.step_id, forwards, pooled, effect, self._settle, collect)
+
+    def _collect(self, copies: Copies | None, wait: bool) -> Sequence[DiskEvent]:
+        return () if self._tier is None else self._tier.collect(copies, wait=wait)
 
     def _enqueue(self, forwards: Sequence[_Forward]) -> None:
         """Start computing what was built. Once for each forward pass: while an earlier one's reads
@@ -237,7 +250,17 @@ class MLXRunner:
             self._draw(forward)
         return forward
 
+    def keep_on(self, tier: Tier) -> None:
+        """From now on plans may order blocks to and from disk."""
+        self._tier = tier
+
+    def close(self) -> None:
+        if self._tier is not None:
+            self._tier.close()
+
     def reset(self) -> None:
+        if self._tier is not None:
+            self._tier.reset()
         self.store.reset()
         self.sampler.reset()
         self._constrained.clear()

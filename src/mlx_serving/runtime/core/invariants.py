@@ -13,6 +13,7 @@ def check(scheduler: Scheduler) -> None:
     _check_rows(scheduler)
     _check_queue(scheduler)
     _check_prefix(scheduler)
+    _check_disk(scheduler)
     for seq_id, seq in scheduler.sequences.items():
         assert seq.seq_id == seq_id
         _check_quantity(seq, scheduler)
@@ -49,9 +50,9 @@ def _check_queue(scheduler: Scheduler) -> None:
 def _check_prefix(scheduler: Scheduler) -> None:
     """Every block that was ever given out is known, once; none in use was freed."""
     sharing, index = scheduler.sharing, scheduler.sharing.index
-    ids = sorted(block.id for block in index.blocks.values())
-    assert ids == list(range(len(index))), "a block was leaked or is used twice"
-    assert len(index) <= index.capacity
+    ids = sorted([block.id for block in index.blocks.values()] + index.spare)
+    assert ids == list(range(len(ids))), "a block was leaked or is used twice"
+    assert len(index) <= len(ids) <= index.capacity
     children = Counter(b.parent.key for b in index.blocks.values() if b.parent is not None)
     holders = Counter(s.tip.key for s in scheduler.sequences.values() if s.tip is not None)
     for key, block in index.blocks.items():
@@ -65,6 +66,26 @@ def _check_prefix(scheduler: Scheduler) -> None:
     for seq in scheduler.sequences.values():
         assert (seq.tip is None) == (seq.shared == 0), f"sequence {seq.seq_id}"
         assert seq.tip is None or seq.keys[seq.shared - 1] == seq.tip.key
+
+
+def _check_disk(scheduler: Scheduler) -> None:
+    """Every file is counted once, and stays while it is read or written."""
+    disk = scheduler.sharing.disk
+    blocks = disk.index.blocks
+    children = Counter(b.parent.key for b in blocks.values() if b.parent is not None)
+    assert disk.files.keys() | disk.lost == blocks.keys()
+    assert not disk.files.keys() & disk.lost
+    total = sum(file.bytes for file in disk.files.values())
+    assert disk.bytes == total + sum(size for _, _, size in disk.others)
+    waiting = disk.reading.difference(disk.arrived)
+    assert disk.writing <= disk.files.keys() and not disk.writing & disk.reading
+    for key, block in blocks.items():
+        assert block.holders == (key in disk.writing) + (key in waiting), (
+            "a file may be deleted in use"
+        )
+        assert block.children == children[key]
+        assert block.parent is None or blocks[block.parent.key] is block.parent
+        assert key not in disk.lost or not block.evictable, "kept for nothing"
 
 
 def _check_quantity(seq: Sequence, scheduler: Scheduler) -> None:

@@ -1,7 +1,7 @@
 """The step as data: what the scheduler wants (`StepPlan`) and what came of it (`StepResult`).
 
-The runner obeys a plan in this order: frees, moves, starts, prefill chunks, the decode forward,
-publications.
+The runner obeys a plan in this order: frees, moves, fills from disk, starts, prefill chunks, the
+decode forward, publications, copies for the disk.
 The device executes plans in the order they were launched, so a plan may reuse a row that
 an earlier, still running plan computes for a sequence that has meanwhile ended.
 
@@ -19,6 +19,7 @@ from typing import Protocol
 import msgspec
 
 from mlx_serving.errors import MLXServingError
+from mlx_serving.runtime.core.disk import NO_ORDERS, DiskEvent, DiskOrders
 from mlx_serving.types import SamplingParams, TokenLogprob
 
 
@@ -110,6 +111,7 @@ class StepPlan:
     decode: tuple[DecodeRow, ...] = ()
     """In order of rows."""
     publish: tuple[Publish, ...] = ()
+    disk: DiskOrders = NO_ORDERS
 
     @property
     def prefill_tokens(self) -> int:
@@ -133,6 +135,8 @@ class Sampled:
 class StepResult:
     step_id: int
     sampled: list[Sampled] = field(default_factory=list)
+    disk: Sequence[DiskEvent] = ()
+    """What the disk has done since the last result, in order."""
 
 
 class PendingStep(Protocol):
@@ -173,3 +177,6 @@ class Limits:
     prefix_whole_chunks: bool = False
     """A block is one whole prefill chunk, and what was computed otherwise is never published. For
     arithmetic that depends on where chunks are cut, and for state that is only there at their ends."""
+    prefix_block_bytes: int = 0
+    disk_bytes: int = 0
+    """What the folder of block files may take; 0: none are kept."""

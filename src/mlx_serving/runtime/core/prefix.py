@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import islice
+from itertools import count, islice
 
 MAX_USES = 8
 COST_DOUBLES_AT = 4096
@@ -47,6 +47,8 @@ class Block:
     id: int
     key: bytes
     parent: Block | None
+    position: int
+    """Of its first token."""
     cost: float
     value: float
     children: int = 0
@@ -54,6 +56,8 @@ class Block:
     uses: int = 0
     offered: bool = False
     """It has an entry in the heap of what may be evicted."""
+    gone: bool = False
+    """It was removed; an entry may be left in the heap."""
 
     @property
     def evictable(self) -> bool:
@@ -61,8 +65,8 @@ class Block:
 
 
 class PrefixIndex:
-    """At most `capacity` blocks. Ids are given out from 0 on, so that a pool of them may grow; once
-    all are, each new block takes an evicted one's."""
+    """At most `capacity` blocks. Ids are given out from 0 on, so that a pool of them may grow; those of
+    blocks that have gone come first."""
 
     def __init__(self, capacity: int, block_tokens: int) -> None:
         self.capacity = capacity
@@ -75,6 +79,9 @@ class PrefixIndex:
         self.evictions = 0
         self._clock = 0.0
         self._heap: list[tuple[float, int, Block]] = []
+        self._entries = count()
+        self.spare: list[int] = []
+        """Ids below the highest that was given out, which no block has."""
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -99,14 +106,11 @@ class PrefixIndex:
         """A new block, whose first token is at `position`; the parent is held. None if every block is
         in use."""
         assert key not in self.blocks and (parent is None or parent.holders)
-        block_id = len(self.blocks)
-        if block_id >= self.capacity:
-            evicted = self._evict()
-            if evicted is None:
-                return None
-            block_id = evicted
+        if len(self.blocks) >= self.capacity and not self.evict():
+            return None
+        block_id = self.spare.pop() if self.spare else len(self.blocks)
         cost = 1 + position / COST_DOUBLES_AT
-        block = Block(block_id, key, parent, cost, self._clock + cost)
+        block = Block(block_id, key, parent, position, cost, self._clock + cost)
         self.blocks[key] = block
         if parent is not None:
             parent.children += 1
@@ -122,27 +126,41 @@ class PrefixIndex:
         block.holders -= 1
         self._offer(block)
 
-    def _evict(self) -> int | None:
-        """Drop the block of least value, and return its id."""
+    def evict(self) -> bool:
+        """Drop the block of least value. False if every block is in use."""
+        block = self.victim()
+        if block is None:
+            return False
+        heapq.heappop(self._heap)
+        block.offered = False
+        self._clock = block.value
+        self.evictions += 1
+        self.remove(block)
+        return True
+
+    def victim(self) -> Block | None:
+        """The block of least value among those that may go."""
         while self._heap:
-            value, _, block = heapq.heappop(self._heap)
+            value, _, block = self._heap[0]
+            if block.evictable and block.value <= value and not block.gone:
+                return block
+            heapq.heappop(self._heap)
             block.offered = False
-            if not block.evictable:
-                continue
-            if block.value > value:
-                self._offer(block)
-                continue
-            self._clock = value
-            self.evictions += 1
-            del self.blocks[block.key]
-            if block.parent is not None:
-                block.parent.children -= 1
-                self._offer(block.parent)
-            return block.id
+            self._offer(block)
         return None
+
+    def remove(self, block: Block) -> None:
+        """Drop a block that may go."""
+        assert block.evictable and not block.gone
+        block.gone = True
+        self.spare.append(block.id)
+        del self.blocks[block.key]
+        if block.parent is not None:
+            block.parent.children -= 1
+            self._offer(block.parent)
 
     def _offer(self, block: Block) -> None:
         """Values only grow: an entry that is too low is put right when it comes up."""
-        if block.evictable and not block.offered:
+        if block.evictable and not (block.offered or block.gone):
             block.offered = True
-            heapq.heappush(self._heap, (block.value, block.id, block))
+            heapq.heappush(self._heap, (block.value, next(self._entries), block))

@@ -11,10 +11,11 @@ that wait cost nothing.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlx_serving.errors import ContextOverflow, InvalidRequest, MLXServingError
 from mlx_serving.runtime.core import policy
+from mlx_serving.runtime.core.disk import DiskOrders, Scanned
 from mlx_serving.runtime.core.plan import (
     DecodeRow,
     Limits,
@@ -61,7 +62,8 @@ class Scheduler:
     preempted and recomputed later. A known prefix is copied, one that is being computed awaited.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, on_disk: Scanned | None = None) -> None:
+        """`on_disk`: the block files that earlier workers left."""
         self.limits = limits
         self.context_length = policy.usable_context(limits)
         """Tokens a sequence may have, prompt and answer together."""
@@ -70,6 +72,8 @@ class Scheduler:
         self.rows = Rows()
         self.queue = WaitingQueue()
         self.sharing = Sharing(limits)
+        if on_disk is not None:
+            self.sharing.disk.take(on_disk)
         self.launched: deque[tuple[int, int]] = deque()
         """Steps in flight, oldest first: (step_id, sequences it samples)."""
         self.paused = 0
@@ -105,6 +109,7 @@ class Scheduler:
         self._arrivals += 1
         self.sequences[seq.seq_id] = seq
         self.queue.push(seq)
+        self.sharing.expect(seq)
 
     def cancel(self, seq_id: int) -> bool:
         """Drop a sequence: nothing more is emitted for it, and the next plan frees its row.
@@ -146,6 +151,7 @@ class Scheduler:
     def schedule(self, now_s: float) -> StepPlan | None:
         """The next step, or None if there is nothing to do before the next `apply` or client's wish."""
         self._shed()
+        self.sharing.prepare(now_s)
         prefill, starts = self._choose_prefill(now_s)
         frees, moves = self.rows.settle()
         decode = [
@@ -155,16 +161,21 @@ class Scheduler:
             and seq.wanted < seq.limit
             and not (seq.paused or seq.pooled)
         ]
-        if not (prefill or decode or frees):
+        chunks = tuple([_prefill(seq, length) for seq, length in prefill])
+        decoded = tuple([_decode(seq) for seq in decode])
+        publish = self._publish(prefill, decode)
+        disk = self._disk_orders(idle=not (chunks or decoded or frees))
+        if not (chunks or decoded or frees or disk):
             return None
         plan = StepPlan(
             step_id=self._steps,
             frees=frees,
             moves=moves,
             starts=tuple([_start(seq, found) for seq, found in starts]),
-            prefill=tuple([_prefill(seq, length) for seq, length in prefill]),
-            decode=tuple([_decode(seq) for seq in decode]),
-            publish=self._publish(prefill, decode),
+            prefill=chunks,
+            decode=decoded,
+            publish=publish,
+            disk=disk,
         )
         samples = len(plan.decode) + sum(chunk.samples for chunk in plan.prefill)
         self.launched.append((self._steps, samples))
@@ -176,6 +187,8 @@ class Scheduler:
         computed past an end, are discarded."""
         step_id, samples = self.launched.popleft()
         assert (result.step_id, len(result.sampled)) == (step_id, samples), (step_id, samples)
+        for event in result.disk:
+            self.sharing.disk.take(event)
         sequences = self.sequences
         emitted = []
         for sampled in result.sampled:
@@ -183,6 +196,21 @@ class Scheduler:
             if seq is not None:
                 emitted.append(self._absorb(seq, sampled))
         return emitted
+
+    def observe(self, prefill_tokens: int, step_s: float) -> None:
+        """How long a step took."""
+        self.sharing.observe(prefill_tokens, step_s)
+
+    def _disk_orders(self, *, idle: bool) -> DiskOrders:
+        orders = self.sharing.orders()
+        if idle and not self.launched and self._awaits_disk:
+            orders = replace(orders, wait=True)
+        return orders
+
+    @property
+    def _awaits_disk(self) -> bool:
+        disk = self.sharing.disk
+        return disk.behind or (bool(disk.reading) and self.queue.peek() is not None)
 
     def _publish(
         self, prefill: list[tuple[Sequence, int]], decode: list[Sequence]
@@ -291,6 +319,7 @@ class Scheduler:
         self.sharing.end(seq)
         seq.forget()
         self.queue.push(seq)
+        self.sharing.expect(seq)
 
     def _finish(self, seq: Sequence) -> None:
         if seq.row is not None:
@@ -327,8 +356,11 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Something to compute, deliver or free. With no step in flight, `schedule` then has a plan."""
-        return bool(self.launched or self.rows.unsettled or len(self.sequences) > self.paused)
+        """Something to compute, deliver, free, or write to disk. With no step in flight, `schedule` then
+        has a plan, or finds that there was nothing left to write."""
+        if self.launched or self.rows.unsettled or len(self.sequences) > self.paused:
+            return True
+        return self.sharing.disk.behind
 
 
 def _row(seq: Sequence) -> int:

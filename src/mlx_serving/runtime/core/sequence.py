@@ -72,6 +72,8 @@ class Sequence:
     """Blocks up to the tip."""
     reused: int = 0
     """Positions that were copied into its row."""
+    reads_until_s: float = 0.0
+    """How long it waits for blocks on their way from disk."""
     promises: bool = False
     """Others may be waiting for what its prefill computes."""
     cached: int = 0

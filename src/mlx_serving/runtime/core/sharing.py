@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 
+from mlx_serving.runtime.core.disk import DiskOrders, DiskTier, patience_s
 from mlx_serving.runtime.core.plan import Limits, Publish
 from mlx_serving.runtime.core.prefix import Block, PrefixIndex, extend_keys
 from mlx_serving.runtime.core.sequence import Sequence
@@ -20,7 +21,17 @@ class Sharing:
 
     def __init__(self, limits: Limits) -> None:
         self.index = PrefixIndex(limits.prefix_blocks, limits.prefix_block_tokens)
+        self.disk = DiskTier(
+            limits.disk_bytes if limits.prefix_blocks else 0,
+            limits.prefix_block_bytes,
+            limits.prefix_block_tokens,
+        )
         self.promised: dict[bytes, Sequence] = {}
+        self.prefill_s_per_token = 0.002
+        """A guess, until it is measured."""
+        self._newcomers: list[Sequence] = []
+        self._fills: dict[int, bytes] = {}
+        """By block."""
         self._enabled = limits.prefix_blocks > 0
         self._whole_chunks = limits.prefix_whole_chunks
         assert not self._whole_chunks or self.block_tokens == limits.prefill_step_size
@@ -30,18 +41,82 @@ class Sharing:
         return self.index.block_tokens
 
     def find(self, seq: Sequence) -> list[Block] | None:
-        """The blocks to begin with; at least one token is left to compute. None: wait, for a sequence
-        before it in order is computing the block that comes next."""
+        """The blocks to begin with; at least one token is left to compute. None: wait, for the block that
+        comes next is being computed by a sequence before it in order, or is on its way from disk."""
         if not self._serves(seq):
             return []
-        extend_keys(seq.keys, seq.salt, seq.tokens, self.block_tokens)
-        most = (len(seq.tokens) - 1) // self.block_tokens
+        most = self._most(seq)
         found = self.index.find(seq.keys, most)
         if len(found) < most:
-            owner = self.promised.get(seq.keys[len(found)])
+            key = seq.keys[len(found)]
+            owner = self.promised.get(key)
             if owner is not None and not owner.paused and owner.order < seq.order:
                 return None
+            if key in self.disk.reading:
+                if self.disk.now_s < seq.reads_until_s:
+                    return None
+                self.disk.late()
         return found
+
+    def _most(self, seq: Sequence) -> int:
+        """Blocks that it may begin with."""
+        extend_keys(seq.keys, seq.salt, seq.tokens, self.block_tokens)
+        return (len(seq.tokens) - 1) // self.block_tokens
+
+    def expect(self, seq: Sequence) -> None:
+        """It waits for a row: have read what memory lacks of its prefix."""
+        if self.disk and self._serves(seq):
+            self._newcomers.append(seq)
+
+    def orders(self) -> DiskOrders:
+        """Of the step being planned, once everything else of it is decided."""
+        fills, self._fills = self._fills, {}
+        return self.disk.orders(self.index, tuple((key, block) for block, key in fills.items()))
+
+    def observe(self, prefill_tokens: int, step_s: float) -> None:
+        """How long a step took."""
+        if prefill_tokens >= self.block_tokens:
+            rate = step_s / prefill_tokens
+            self.prefill_s_per_token += 0.2 * (rate - self.prefill_s_per_token)
+
+    def prepare(self, now_s: float) -> None:
+        """Before a step is planned: take in what was read, order what newcomers lack."""
+        if not self.disk:
+            return
+        self.disk.tick(now_s)
+        for key in self.disk.arrivals():
+            self._fill(key)
+        newcomers, self._newcomers = self._newcomers, []
+        for seq in newcomers:
+            most = min(self._most(seq), self.index.capacity)
+            first = len(self.index.find(seq.keys, most))
+            ordered = self.disk.read_ahead(seq.keys, first, most)
+            tokens = ordered * self.block_tokens
+            seq.reads_until_s = now_s + patience_s(tokens, self.prefill_s_per_token)
+
+    def _fill(self, key: bytes) -> None:
+        """Give a block that was read a place in memory, behind the one before it."""
+        on_disk = self.disk.index.blocks.get(key)
+        parent = None
+        if on_disk is not None and on_disk.parent is not None:
+            parent = self.index.blocks.get(on_disk.parent.key)
+        orphan = on_disk is None or (parent is None and on_disk.parent is not None)
+        if orphan or key in self.index.blocks:
+            self.disk.forget((key,))
+            return
+        assert on_disk is not None
+        if parent is not None:
+            self.index.hold(parent)
+        block = self.index.add(parent, key, on_disk.position)
+        if parent is not None:
+            self.index.release(parent)
+        if block is None:
+            self.disk.forget((key,))
+            return
+        if block.id in self._fills:
+            # Of a block that was evicted in the same step.
+            self.disk.forget((self._fills.pop(block.id),))
+        self._fills[block.id] = key
 
     def begin(self, seq: Sequence, found: Items[Block]) -> None:
         """It takes a row, and `found` is copied into it."""
@@ -54,6 +129,10 @@ class Sharing:
             seq.tip = found[-1]
             self.index.hold(seq.tip)
             self.index.use(found)
+            self.disk.use(seq.keys[: len(found)])
+            for block in found:
+                # It may have been evicted there, or never got so far.
+                self.disk.offer(block)
         for key in seq.keys[len(found) :]:
             self.promised.setdefault(key, seq)
         seq.promises = True
@@ -84,6 +163,8 @@ class Sharing:
         """The runner has forgotten every block. No sequence has a row any more."""
         assert not self.promised
         self.index.clear()
+        self._fills.clear()
+        self.disk.reset()
 
     def _serves(self, seq: Sequence) -> bool:
         return self._enabled and not seq.pooled
@@ -102,6 +183,7 @@ class Sharing:
                     self._withdraw(seq)
                     break
                 new.append(block.id)
+                self.disk.offer(block)
             else:
                 assert not new
             index.hold(block)
