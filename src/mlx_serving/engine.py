@@ -371,3 +371,5 @@ class Engine:
         m.waiting.labels(model).set(stats.waiting)
         m.kv_tokens.labels(model).set(stats.kv_tokens)
         m.kv_capacity.labels(model).set(stats.kv_capacity_tokens)
+        if stats.cache is not None:
+            m.prefix_cache.take(model, stats.cache)

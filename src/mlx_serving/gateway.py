@@ -43,6 +43,7 @@ from mlx_serving.traffic.source import Ask, RowSource
 from mlx_serving.traffic.stores import open_store
 from mlx_serving.traffic.stores.port import Bounds, Size
 from mlx_serving.types import (
+    CacheStats,
     ChatPrompt,
     Embeddings,
     EmbedRequest,
@@ -259,6 +260,16 @@ class Gateway:
                 raise
             spec = msgspec.structs.replace(spec, **{field: served})
         return self.rollouts.start(spec)
+    def cache_stats(self) -> dict[str, CacheStats]:
+        """Each model's prefix cache, as its worker told last."""
+        latest = self._metrics.prefix_cache.latest
+        return {slot.model_id: latest.get(slot.model_id, CacheStats()) for slot in self._slots}
+
+    async def clear_cache(self) -> None:
+        """Forget every prefix that no running sequence uses, in memory and on disk."""
+        for slot in self._slots:
+            stats = await self._worker.clear_cache(slot.model_id)
+            self._metrics.prefix_cache.take(slot.model_id, stats)
 
     def metrics(self) -> bytes:
         return self._metrics.render()

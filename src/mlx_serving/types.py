@@ -405,6 +405,33 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A text ends with the end-of-sequence token, which its vector is taken from."""
 
 
+class CacheStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """One model's prefix cache: what is in it now, and what it has done since the model was loaded."""
+
+    memory_blocks: int = 0
+    memory_bytes: int = 0
+    memory_limit_bytes: int = 0
+    disk_blocks: int = 0
+    disk_bytes: int = 0
+    """Of all block files in the folder, other models' included."""
+    disk_limit_bytes: int = 0
+    memory_hit_tokens: int = 0
+    """Prompt tokens that were copied instead of computed, by the tier that had them."""
+    disk_hit_tokens: int = 0
+    miss_tokens: int = 0
+    memory_evictions: int = 0
+    """Of blocks, for room."""
+    disk_evictions: int = 0
+    disk_reads: int = 0
+    disk_writes: int = 0
+    disk_lost: int = 0
+    """Blocks whose file was missing, damaged or another format's when it was read."""
+    disk_not_written: int = 0
+    """Blocks that a full, broken or slow disk did not take."""
+    disk_late: int = 0
+    """Requests that could not wait for the disk."""
+
+
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     """A configured model as /v1/models shows it; unhealthy ones too, with the reason."""
 

@@ -83,6 +83,27 @@ async def test_a_prompt_is_computed_once_for_each_salt(scripted):
             assert done.usage.cached_tokens == 0
 
 
+async def test_the_prefix_cache_is_counted_and_emptied(scripted):
+    async with Engine(str(scripted(mode="hash"))) as engine:
+
+        async def ask() -> int:
+            done = await engine.complete("x" * 40, max_tokens=4, temperature=0)
+            return done.usage.cached_tokens
+
+        def stats():
+            (found,) = engine.gateway.cache_stats().values()
+            return found
+
+        assert [await ask(), await ask()] == [0, 32]
+        assert (stats().memory_hit_tokens, stats().miss_tokens) == (32, 48)
+        await engine.gateway.clear_cache()
+        assert stats().memory_blocks == 0
+        assert await ask() == 0
+        assert stats().miss_tokens == 88
+        text = engine.gateway.metrics().decode()
+    assert 'mlx_serving_prefix_cache_tokens_total{model="scripted",tier="memory"} 32.0' in text
+
+
 async def test_choices_differ_by_their_key_and_repeat_by_seed(scripted):
     async with Engine(str(scripted(mode="hash"))) as engine:
         kwargs = {"n": 4, "max_tokens": 12, "temperature": 1.0}

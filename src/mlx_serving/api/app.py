@@ -20,6 +20,7 @@ from mlx_serving.api.access import Handler, Route, admin, public
 from mlx_serving.api.anthropic import AnthropicRoutes
 from mlx_serving.api.anthropic_response import error_json as anthropic_error
 from mlx_serving.api.anthropic_response import model_list
+from mlx_serving.api.cache import CacheRoutes
 from mlx_serving.api.embeddings import EmbeddingRoutes
 from mlx_serving.api.exchange import (
     ASGIApp,
@@ -81,7 +82,7 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
     anthropic, ollama = AnthropicRoutes(gateway, config), OllamaRoutes(gateway, config)
     responses, tokens = ResponsesRoutes(gateway, config), TokenRoutes(gateway, config)
     embeddings, ollama_embed = EmbeddingRoutes(gateway, config), OllamaEmbedRoutes(gateway, config)
-    requests = RequestRoutes()
+    requests, cache = RequestRoutes(), CacheRoutes(gateway)
     exact: Mapping[str, Methods] = {
         "/": {"GET": public(info.index)},
         "/health": {"GET": public(info.health)},
@@ -100,6 +101,8 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
         "/v1/rollouts": {"GET": admin(rollouts.all), "POST": admin(rollouts.start)},
         "/tokenize": {"POST": tokens.tokenize},
         "/detokenize": {"POST": tokens.detokenize},
+        "/v1/cache/stats": {"GET": admin(cache.stats)},
+        "/v1/cache": {"DELETE": admin(cache.clear)},
         "/openapi.json": {"GET": public(info.openapi)},
         "/docs": {"GET": public(info.docs)},
         "/api/chat": {"POST": ollama.chat},
@@ -296,6 +299,8 @@ ENDPOINTS = (
     ("GET /v1/models/{id}", "one served model"),
     ("GET /health", "what the server and its workers are doing; always 200"),
     ("GET /ready", "200 when requests can be answered now, else 503"),
+    ("GET /v1/cache/stats", "what the prefix caches hold and did (admin)"),
+    ("DELETE /v1/cache", "empty the prefix caches, in memory and on disk (admin)"),
     ("GET /metrics", "Prometheus metrics"),
     ("GET /openapi.json", "this API as an OpenAPI document"),
     ("GET /docs", "every endpoint and field, on one page"),

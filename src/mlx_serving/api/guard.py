@@ -18,6 +18,7 @@ from mlx_serving.traffic.allowance import Allowance
 from mlx_serving.traffic.rollouts import Rollout, Rollouts, Spec
 from mlx_serving.traffic.source import Reused
 from mlx_serving.types import (
+    CacheStats,
     Embeddings,
     EmbedRequest,
     GenerateRequest,
@@ -117,6 +118,11 @@ class Guard:
 
     def start_rollout(self, spec: Spec) -> Rollout:
         return self._gateway.start_rollout(spec)
+    def cache_stats(self) -> Mapping[str, CacheStats]:
+        return self._gateway.cache_stats()
+
+    async def clear_cache(self) -> None:
+        await self._gateway.clear_cache()
 
     def metrics(self) -> bytes:
         return self._gateway.metrics()

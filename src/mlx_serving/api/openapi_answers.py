@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_serving.types import CacheStats
+
 Schema = dict[str, Any]
 
 TEXT: Schema = {"type": "string"}
@@ -206,6 +208,13 @@ COMPONENTS: Mapping[str, Schema] = {
 }
 """Schemas that the document names."""
 
+_CACHES = _object(
+    object=_one("cache.stats"),
+    models=_list(
+        _object(model=TEXT, prefix=_object(**dict.fromkeys(CacheStats.__struct_fields__, COUNT)))
+    ),
+)
+
 ANSWERS: Mapping[str, Schema] = {
     "POST /v1/chat/completions": _ref("ChatCompletion"),
     "POST /v1/completions": _ref("Completion"),
@@ -248,6 +257,8 @@ ANSWERS: Mapping[str, Schema] = {
         "anyOf": [_object(object=_one("list"), data=_list(_ref("Model"))), _ANTHROPIC_MODELS]
     },
     "GET /v1/models/{id}": _ref("Model"),
+    "GET /v1/cache/stats": _CACHES,
+    "DELETE /v1/cache": _CACHES,
     "GET /health": _ref("Health"),
     "GET /ready": _ref("Health"),
     "GET /openapi.json": OBJECT,

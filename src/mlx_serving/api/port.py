@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 from mlx_serving.traffic.rollouts import Rollout, Rollouts, Spec
 from mlx_serving.types import (
+    CacheStats,
     Embeddings,
     EmbedRequest,
     GenerateRequest,
@@ -123,6 +124,12 @@ class GatewayPort(Protocol):
 
     def start_rollout(self, spec: Spec) -> Rollout:
         """Raises InvalidRequest or ModelNotFound, naming the field of `spec`."""
+    def cache_stats(self) -> Mapping[str, CacheStats]:
+        """Of each model's prefix cache."""
+        ...
+
+    async def clear_cache(self) -> None:
+        """Empty them, but for what running sequences use."""
         ...
 
     def metrics(self) -> bytes:

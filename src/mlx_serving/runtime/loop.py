@@ -29,7 +29,7 @@ from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
 from mlx_serving.runtime.core.plan import Constraint, PendingStep, StepPlan
 from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
 from mlx_serving.runtime.core.sequence import Sequence
-from mlx_serving.types import Grammar
+from mlx_serving.types import CacheStats, Grammar
 from mlx_serving.worker import wire
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class Model:
         self._started: set[int] = set()
         self._now = now
         self._last_done_s = 0.0
+        self._cache_told: CacheStats | None = None
 
     def submit(self, request: wire.Submit) -> None:
         """Raises what the scheduler raises for a sequence that cannot ever run, and InvalidRequest
@@ -181,7 +182,19 @@ class Model:
             step_ms=(now - began_s) * 1e3,
             kv_tokens=self._scheduler.kv_tokens,
             kv_capacity_tokens=self._scheduler.kv_capacity_tokens,
+            cache=self._news_of_cache(),
         )
+
+    def _news_of_cache(self) -> CacheStats | None:
+        stats = self._scheduler.cache_stats()
+        if stats == self._cache_told:
+            return None
+        self._cache_told = stats
+        return stats
+
+    def clear_cache(self) -> CacheStats:
+        self._scheduler.clear_cache()
+        return self._scheduler.cache_stats()
 
     def _fail_started(self, error: Exception) -> wire.Step:
         """Nothing that the failed step or those behind it have computed is kept."""
@@ -426,6 +439,10 @@ class Loop:
                 self._load_model(message)
             case wire.UnloadModel(model_id):
                 self._unload_model(model_id)
+            case wire.ClearCache(model_id):
+                model = self._models.get(model_id)
+                stats = CacheStats() if model is None else model.clear_cache()
+                self._link.send(wire.CacheCleared(model_id, stats))
             case wire.Shutdown():
                 raise AssertionError("handled by run")
             case _:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from mlx_serving.telemetry.prefix_cache import PrefixCacheMeter
+
 _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
@@ -134,6 +136,7 @@ class Metrics:
             ["model"],
             registry=r,
         )
+        self.prefix_cache = PrefixCacheMeter(r)
         self.worker_up = Gauge(
             "mlx_serving_worker_up", "1 while the worker is connected", registry=r
         )

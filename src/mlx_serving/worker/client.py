@@ -23,7 +23,7 @@ from typing import Any, cast
 import msgspec
 
 from mlx_serving import clock, errors
-from mlx_serving.types import ModelInfo
+from mlx_serving.types import CacheStats, ModelInfo
 from mlx_serving.worker import blame, wire
 from mlx_serving.worker.watchdog import Vitals
 
@@ -224,6 +224,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._loads: dict[str, asyncio.Future[ModelInfo]] = {}
         self._unloads: dict[str, asyncio.Future[None]] = {}
+        self._clears: dict[str, asyncio.Future[CacheStats]] = {}
         self._streams: dict[int, SequenceStream] = {}
 
     @classmethod
@@ -274,6 +275,13 @@ class Connection(asyncio.Protocol):
             self.send(wire.UnloadModel(model_id))
         await asyncio.shield(self._unloads[model_id])
 
+    async def clear_cache(self, model_id: str) -> CacheStats:
+        """What is left of a model's prefix cache: what running sequences use."""
+        if model_id not in self._clears:
+            self._clears[model_id] = asyncio.get_running_loop().create_future()
+            self.send(wire.ClearCache(model_id))
+        return await asyncio.shield(self._clears[model_id])
+
     def submit(self, stream: SequenceStream) -> None:
         """Send what the stream still lacks, and attach it.
 
@@ -317,7 +325,8 @@ class Connection(asyncio.Protocol):
             stream.fail(error)
         waiting: list[asyncio.Future[Any]]
         waiting = [self.hello, *self._loads.values(), *self._unloads.values()]
-        self._loads, self._unloads = {}, {}
+        waiting += self._clears.values()
+        self._loads, self._unloads, self._clears = {}, {}, {}
         for future in waiting:
             if not future.done():
                 future.set_exception(error)
@@ -364,6 +373,10 @@ class Connection(asyncio.Protocol):
                 if (load := self._loads.pop(model_id, None)) is not None and not load.done():
                     load.set_exception(errors.from_code(code, reason))
                     load.exception()
+            case wire.CacheCleared(model_id, stats):
+                clear = self._clears.pop(model_id, None)
+                if clear is not None and not clear.done():
+                    clear.set_result(stats)
             case wire.ModelUnloaded(model_id):
                 self.models.pop(model_id, None)
                 unload = self._unloads.pop(model_id, None)

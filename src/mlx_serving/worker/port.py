@@ -12,7 +12,7 @@ from typing import Protocol
 import msgspec
 
 from mlx_serving.errors import MLXServingError
-from mlx_serving.types import Grammar, ModelInfo, Priority, SamplingParams
+from mlx_serving.types import CacheStats, Grammar, ModelInfo, Priority, SamplingParams
 from mlx_serving.worker.client import SequenceStream
 from mlx_serving.worker.wire import ModelOptions, StepStats
 
@@ -161,6 +161,11 @@ class WorkerClient(Protocol):
 
     async def unload_model(self, model_id: str) -> None:
         """Its running sequences end with ModelNotFound. Unknown ids are not an error."""
+        ...
+
+    async def clear_cache(self, model_id: str) -> CacheStats:
+        """Forget every prefix that no running sequence uses, in memory and on disk; returns what is
+        left. Does nothing while the model is not loaded. Raises what ends the worker meanwhile."""
         ...
 
     def submit(

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlx_serving import clock, errors
-from mlx_serving.types import Grammar, ModelInfo, Priority, SamplingParams
+from mlx_serving.types import CacheStats, Grammar, ModelInfo, Priority, SamplingParams
 from mlx_serving.worker import port, reasons, reconcile, wire
 from mlx_serving.worker.backlog import Backlog
 from mlx_serving.worker.breaker import (
@@ -208,6 +208,12 @@ class Supervisor:
         if connection is not None and model_id in connection.models:
             await connection.unload_model(model_id)
             self.on_event(port.ModelGone(model_id))
+
+    async def clear_cache(self, model_id: str) -> CacheStats:
+        connection = self._usable()
+        if connection is None or model_id not in connection.models:
+            return CacheStats()
+        return await connection.clear_cache(model_id)
 
     def submit(
         self,

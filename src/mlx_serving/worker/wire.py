@@ -4,8 +4,8 @@ Frames on a Unix stream socket: 4 bytes little-endian length, then one MessagePa
 message, told apart by its tag. Both ends are the same version of this package (the
 supervisor starts the worker), so fields may change freely between releases.
 
-    to the worker      LoadModel  UnloadModel  Submit  Cancel  Pause  Resume  Shutdown
-    from the worker    Hello  Phase  ModelLoaded  ModelFailed  ModelUnloaded  Started  Step
+    to the worker      LoadModel  UnloadModel  ClearCache  Submit  Cancel  Pause  Resume  Shutdown
+    from the worker    Hello  Phase  ModelLoaded  ModelFailed  ModelUnloaded  CacheCleared  Started  Step
 
 One `Step` frame a step carries the new tokens of every sequence.
 """
@@ -17,6 +17,7 @@ from typing import Literal
 import msgspec
 
 from mlx_serving.types import (
+    CacheStats,
     FinishReason,
     Grammar,
     ModelInfo,
@@ -69,6 +70,12 @@ class UnloadModel(msgspec.Struct, frozen=True, tag="unload"):
     model_id: str
 
 
+class ClearCache(msgspec.Struct, frozen=True, tag="clear_cache"):
+    """Forget every prefix that no running sequence uses, on disk too."""
+
+    model_id: str
+
+
 class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True):
     """Start (or resume) one sequence.
 
@@ -109,7 +116,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Leave now; running sequences are dropped (draining is the gateway's business)."""
 
 
-ToWorker = LoadModel | UnloadModel | Submit | Cancel | Pause | Resume | Shutdown
+ToWorker = LoadModel | UnloadModel | ClearCache | Submit | Cancel | Pause | Resume | Shutdown
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello", kw_only=True):
@@ -146,6 +153,12 @@ class ModelUnloaded(msgspec.Struct, frozen=True, tag="unloaded"):
     model_id: str
 
 
+class CacheCleared(msgspec.Struct, frozen=True, tag="cache_cleared"):
+    model_id: str
+    stats: CacheStats
+    """After it; a model that is not loaded has none."""
+
+
 class TokenRow(msgspec.Struct, frozen=True, array_like=True):
     """One sequence's share of a step. Tokens past the one that finished it are never sent."""
 
@@ -176,6 +189,8 @@ class StepStats(msgspec.Struct, frozen=True, array_like=True):
     kv_tokens: int = 0
     """Tokens of KV capacity that rows hold at this moment."""
     kv_capacity_tokens: int = 0
+    cache: CacheStats | None = None
+    """None: as it was."""
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):
@@ -191,7 +206,9 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     """None: rows that tell of errors between steps (a refusal, an unloaded model)."""
 
 
-FromWorker = Hello | Phase | ModelLoaded | ModelFailed | ModelUnloaded | Started | Step
+FromWorker = (
+    Hello | Phase | ModelLoaded | ModelFailed | ModelUnloaded | CacheCleared | Started | Step
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)

@@ -19,6 +19,7 @@ from mlx_serving.api.server import serve
 from mlx_serving.config import Config
 from mlx_serving.errors import Cancelled, Draining, InvalidRequest, ModelNotFound
 from mlx_serving.types import (
+    CacheStats,
     ChatPrompt,
     Embeddings,
     EmbedRequest,
@@ -119,6 +120,7 @@ class FakeGateway:
         self.prompts: list[tuple[str, Prompt]] = []
         self.pooled: list[EmbedRequest | RankRequest] = []
         self.generations: list[FakeGeneration] = []
+        self.cache = CacheStats(memory_blocks=3, disk_lost=1)
 
     def default_model(self) -> str:
         return "tiny"
@@ -130,6 +132,12 @@ class FakeGateway:
             ),
             ServedModel(id="org/big:4bit", created=8, status="failed", reason="no such file"),
         ]
+
+    def cache_stats(self) -> dict[str, CacheStats]:
+        return {"tiny": self.cache}
+
+    async def clear_cache(self) -> None:
+        self.cache = CacheStats()
 
     def health(self) -> dict[str, Any]:
         return {

@@ -45,6 +45,16 @@ async def test_one_model(client: httpx.AsyncClient, name: str, found: str) -> No
     assert (await client.get(f"/v1/models/{name}")).json()["id"] == found
 
 
+async def test_the_prefix_caches_are_shown_and_emptied(client: httpx.AsyncClient) -> None:
+    (shown,) = (await client.get("/v1/cache/stats")).json()["models"]
+    assert shown["model"] == "tiny"
+    assert (shown["prefix"]["memory_blocks"], shown["prefix"]["disk_lost"]) == (3, 1)
+    response = await client.delete("/v1/cache")
+    assert response.status_code == 200
+    assert response.json()["models"][0]["prefix"]["memory_blocks"] == 0
+    assert (await client.get("/v1/cache")).status_code == 405
+
+
 async def test_a_model_that_is_not_served(client: httpx.AsyncClient) -> None:
     response = await client.get("/v1/models/gpt-9")
     assert response.status_code == 404

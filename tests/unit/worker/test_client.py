@@ -120,10 +120,11 @@ async def test_a_lost_connection_is_told_and_then_abandoned(ends):
     stream = open_stream(connection)
     load = asyncio.create_task(connection.load_model("m", "any"))
     unload = asyncio.create_task(connection.unload_model("n"))
+    clear = asyncio.create_task(connection.clear_cache("n"))
     await worker.receive()
     worker.close()
     await connection.lost
     connection.abandon(errors.WorkerDied("of this"))
-    for waiter in (anext(aiter(stream)), load, unload, connection.hello):
+    for waiter in (anext(aiter(stream)), load, unload, clear, connection.hello):
         with pytest.raises(errors.WorkerDied, match="of this"):
             await waiter

@@ -56,6 +56,8 @@ class Block:
     uses: int = 0
     offered: bool = False
     """It has an entry in the heap of what may be evicted."""
+    from_disk: bool = False
+    """It was read, and nobody has used it since."""
     gone: bool = False
     """It was removed; an entry may be left in the heap."""
 

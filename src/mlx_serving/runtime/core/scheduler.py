@@ -31,7 +31,7 @@ from mlx_serving.runtime.core.rows import Rows, rectangle
 from mlx_serving.runtime.core.sequence import Sequence, Status
 from mlx_serving.runtime.core.sharing import Sharing
 from mlx_serving.runtime.core.waiting import WaitingQueue
-from mlx_serving.types import FinishReason, TokenLogprob
+from mlx_serving.types import CacheStats, FinishReason, TokenLogprob
 
 
 @dataclass(slots=True)
@@ -196,6 +196,13 @@ class Scheduler:
             if seq is not None:
                 emitted.append(self._absorb(seq, sampled))
         return emitted
+
+    def clear_cache(self) -> None:
+        """Forget every prefix that no running sequence uses."""
+        self.sharing.forget_unused()
+
+    def cache_stats(self) -> CacheStats:
+        return self.sharing.stats()
 
     def observe(self, prefill_tokens: int, step_s: float) -> None:
         """How long a step took."""

@@ -13,6 +13,7 @@ from mlx_serving.runtime.core.disk import DiskOrders, DiskTier, patience_s
 from mlx_serving.runtime.core.plan import Limits, Publish
 from mlx_serving.runtime.core.prefix import Block, PrefixIndex, extend_keys
 from mlx_serving.runtime.core.sequence import Sequence
+from mlx_serving.types import CacheStats
 
 
 class Sharing:
@@ -29,6 +30,8 @@ class Sharing:
         self.promised: dict[bytes, Sequence] = {}
         self.prefill_s_per_token = 0.002
         """A guess, until it is measured."""
+        self.memory_hit_tokens = self.disk_hit_tokens = self.miss_tokens = 0
+        self._block_bytes = limits.prefix_block_bytes
         self._newcomers: list[Sequence] = []
         self._fills: dict[int, bytes] = {}
         """By block."""
@@ -113,6 +116,7 @@ class Sharing:
         if block is None:
             self.disk.forget((key,))
             return
+        block.from_disk = True
         if block.id in self._fills:
             # Of a block that was evicted in the same step.
             self.disk.forget((self._fills.pop(block.id),))
@@ -133,9 +137,47 @@ class Sharing:
             for block in found:
                 # It may have been evicted there, or never got so far.
                 self.disk.offer(block)
+        self._count(seq, found)
         for key in seq.keys[len(found) :]:
             self.promised.setdefault(key, seq)
         seq.promises = True
+
+    def _count(self, seq: Sequence, found: Items[Block]) -> None:
+        """What a sequence's first row begins with, by tier."""
+        if seq.admitted_s is None:
+            read = sum(block.from_disk for block in found)
+            self.disk_hit_tokens += read * self.block_tokens
+            self.memory_hit_tokens += (len(found) - read) * self.block_tokens
+            self.miss_tokens += max(0, seq.prompt_len - seq.reused)
+        for block in found:
+            block.from_disk = False
+
+    def forget_unused(self) -> None:
+        """Drop every block that no sequence uses, and its file."""
+        while (block := self.index.victim()) is not None:
+            self.index.remove(block)
+        self.disk.clear()
+
+    def stats(self) -> CacheStats:
+        disk, counts = self.disk, self.disk.counts
+        return CacheStats(
+            memory_blocks=len(self.index),
+            memory_bytes=len(self.index) * self._block_bytes,
+            memory_limit_bytes=self.index.capacity * self._block_bytes,
+            disk_blocks=len(disk.files),
+            disk_bytes=disk.bytes,
+            disk_limit_bytes=disk.max_bytes,
+            memory_hit_tokens=self.memory_hit_tokens,
+            disk_hit_tokens=self.disk_hit_tokens,
+            miss_tokens=self.miss_tokens,
+            memory_evictions=self.index.evictions,
+            disk_evictions=counts.evicted,
+            disk_reads=counts.read,
+            disk_writes=counts.written,
+            disk_lost=counts.lost,
+            disk_not_written=counts.not_written,
+            disk_late=counts.late,
+        )
 
     def advance(self, seq: Sequence, chunk: int = 0) -> Publish | None:
         """Its computed positions have advanced, by a prefill chunk of so many tokens if any."""
