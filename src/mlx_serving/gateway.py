@@ -260,6 +260,7 @@ class Gateway:
                 raise
             spec = msgspec.structs.replace(spec, **{field: served})
         return self.rollouts.start(spec)
+
     def cache_stats(self) -> dict[str, CacheStats]:
         """Each model's prefix cache, as its worker told last."""
         latest = self._metrics.prefix_cache.latest

@@ -118,6 +118,7 @@ class Guard:
 
     def start_rollout(self, spec: Spec) -> Rollout:
         return self._gateway.start_rollout(spec)
+
     def cache_stats(self) -> Mapping[str, CacheStats]:
         return self._gateway.cache_stats()
 

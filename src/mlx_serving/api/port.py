@@ -124,6 +124,7 @@ class GatewayPort(Protocol):
 
     def start_rollout(self, spec: Spec) -> Rollout:
         """Raises InvalidRequest or ModelNotFound, naming the field of `spec`."""
+
     def cache_stats(self) -> Mapping[str, CacheStats]:
         """Of each model's prefix cache."""
         ...
