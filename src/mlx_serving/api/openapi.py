@@ -21,6 +21,7 @@ from mlx_serving.api import (
     openai_request,
     openapi_answers,
     responses_request,
+    rollouts,
     tokens,
 )
 from mlx_serving.api.disposition import Table
@@ -65,8 +66,9 @@ NESTED: Mapping[str, Mapping[str, str]] = {
 ANSWERS: Mapping[str, type[msgspec.Struct]] = {
     **embeddings_response.SHAPES,
     **ollama_embed.ANSWERS,
+    **rollouts.ANSWERS,
 }
-"""The struct of a route's answer, where there is one."""
+"""The struct of a route's answer, by path or by method and path, where there is one."""
 
 _REF = "#/components/schemas/{name}"
 _ERRORS = {
@@ -104,8 +106,9 @@ def document(endpoints: tuple[tuple[str, str], ...]) -> bytes:
         }
         if parameters := _parameters(path):
             operation["parameters"] = parameters
-        if path in fields.ROUTES:
-            schema = _reference(path, components)
+        body = rollouts.BODIES.get(endpoint)
+        if path in fields.ROUTES or body is not None:
+            schema = _of(body, components) if body else _reference(path, components)
             content = {"application/json": {"schema": schema}}
             operation["requestBody"] = {"required": True, "content": content}
         paths.setdefault(path, {})[method.lower()] = operation
@@ -138,10 +141,8 @@ def _responses(endpoint: str, components: dict[str, Any]) -> dict[str, Any]:
         error = "AnthropicError"
     wrong = _told("An error", {"$ref": _REF.format(name=error)})
     responses: dict[str, Any] = {"4XX": wrong, "5XX": wrong}
-    if path in ANSWERS:
-        (answer,), parts = msgspec.json.schema_components([ANSWERS[path]], ref_template=_REF)
-        components.update(parts)
-        responses["200"] = _told("The answer", answer)
+    if shape := ANSWERS.get(endpoint) or ANSWERS.get(path):
+        responses["200"] = _told("The answer", _of(shape, components))
     elif endpoint in openapi_answers.ANSWERS:
         responses["200"] = _told("The answer", openapi_answers.ANSWERS[endpoint])
     else:
@@ -160,6 +161,13 @@ _TEXT = {"type": "string"}
 
 def _told(description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def _of(shape: type[msgspec.Struct], components: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a struct, whose parts are among `components` then."""
+    (schema,), parts = msgspec.json.schema_components([shape], ref_template=_REF)
+    components.update(parts)
+    return schema
 
 
 def _reference(route: str, components: dict[str, Any]) -> dict[str, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal
+
 import msgspec
 
 from mlx_serving.api.body import convert, read_object
@@ -9,9 +12,30 @@ from mlx_serving.api.exchange import Exchange
 from mlx_serving.api.port import GatewayPort
 from mlx_serving.config import Config
 from mlx_serving.errors import RequestNotFound
-from mlx_serving.traffic.rollouts import Spec
+from mlx_serving.traffic.rollouts import Report, Spec
 
 PREFIX = "/v1/rollouts/"
+
+
+class ReportList(msgspec.Struct):
+    data: list[Report]
+    object: Literal["list"] = "list"
+
+
+class Removed(msgspec.Struct):
+    name: str
+    deleted: Literal[True] = True
+
+
+BODIES: Mapping[str, type[msgspec.Struct]] = {"POST /v1/rollouts": Spec}
+ANSWERS: Mapping[str, type[msgspec.Struct]] = {
+    "POST /v1/rollouts": Report,
+    "GET /v1/rollouts": ReportList,
+    "GET /v1/rollouts/{name}": Report,
+    "POST /v1/rollouts/{name}/promote": Report,
+    "POST /v1/rollouts/{name}/rollback": Report,
+    "DELETE /v1/rollouts/{name}": Removed,
+}
 
 
 class RolloutRoutes:
@@ -22,12 +46,12 @@ class RolloutRoutes:
     async def start(self, exchange: Exchange) -> None:
         spec = convert(read_object(await exchange.body(self._max_body_bytes)), Spec)
         found = self._gateway.start_rollout(spec)
-        await self._report(exchange, found.spec.name, status=201)
+        await self._report(exchange, found.spec.name)
 
     async def all(self, exchange: Exchange) -> None:
         rollouts = self._gateway.rollouts
         data = [rollouts.report(name) for name in rollouts.names()]
-        await exchange.respond(200, msgspec.json.encode({"object": "list", "data": data}))
+        await exchange.respond(200, msgspec.json.encode(ReportList(data)))
 
     async def one(self, exchange: Exchange) -> None:
         await self._report(exchange, exchange.path.removeprefix(PREFIX))
@@ -49,8 +73,7 @@ class RolloutRoutes:
     async def remove(self, exchange: Exchange) -> None:
         name = exchange.path.removeprefix(PREFIX)
         self._gateway.rollouts.remove(name)
-        await exchange.respond(200, msgspec.json.encode({"name": name, "deleted": True}))
+        await exchange.respond(200, msgspec.json.encode(Removed(name)))
 
-    async def _report(self, exchange: Exchange, name: str, status: int = 200) -> None:
-        report = self._gateway.rollouts.report(name)
-        await exchange.respond(status, msgspec.json.encode(report))
+    async def _report(self, exchange: Exchange, name: str) -> None:
+        await exchange.respond(200, msgspec.json.encode(self._gateway.rollouts.report(name)))

@@ -56,7 +56,7 @@ def figures(n: int = 400, *, stage: int = 0, slower: float = 1.0, failing: float
         (figures(failing=0.5), 0, 0.0, RollBack),
         (figures(60, failing=1.0), 0, 0.0, RollBack),
         (figures(10, failing=1.0), 0, 0.0, Hold),
-        (figures(320, slower=1.07), 0, 100.0, Hold),
+        (figures(340, slower=1.05), 0, 100.0, Hold),
     ],
 )
 def test_decisions(given, stage, stage_s, expected):
@@ -78,7 +78,7 @@ def test_a_rollback_names_the_metric_and_by_how_much():
 
 
 def test_a_held_stage_says_what_is_in_doubt():
-    found = decide(STAGES, 0, 100.0, figures(320, slower=1.07))
+    found = decide(STAGES, 0, 100.0, figures(340, slower=1.05))
     assert isinstance(found, Hold)
     assert "looks +" in found.why
 
