@@ -15,7 +15,6 @@ import msgspec
 
 from mlx_serving import __version__, clock
 from mlx_serving.api import access, openapi
-from mlx_serving.api import rollouts as rollout_routes
 from mlx_serving.api.access import Handler, Route, admin, public
 from mlx_serving.api.anthropic import AnthropicRoutes
 from mlx_serving.api.anthropic_response import error_json as anthropic_error
@@ -118,11 +117,9 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
         "/v1/models/": {"GET": info.model},
         "/v1/responses/": {"GET": responses.retrieve, "DELETE": responses.delete},
         "/v1/requests/": {"POST": requests.cancel},
-        rollout_routes.PREFIX: {
-            "GET": admin(rollouts.one),
-            "POST": admin(rollouts.act),
-            "DELETE": admin(rollouts.remove),
-        },
+        "/v1/rollouts/*/promote": {"POST": admin(rollouts.promote)},
+        "/v1/rollouts/*/rollback": {"POST": admin(rollouts.roll_back)},
+        "/v1/rollouts/": {"GET": admin(rollouts.one), "DELETE": admin(rollouts.remove)},
     }
     table = Table(exact, prefixes, keyring, over_uds=config.uds is not None)
 
@@ -145,6 +142,7 @@ class Table:
 
     exact: Mapping[str, Methods]
     prefixes: Mapping[str, Methods]
+    """What a path begins with and, after a `*`, ends with."""
     keyring: Keyring
     over_uds: bool
 
@@ -152,9 +150,7 @@ class Table:
         """Raises RouteNotFound."""
         found = self.exact.get(path)
         if found is None:
-            found = next(
-                (m for prefix, m in self.prefixes.items() if path.startswith(prefix)), None
-            )
+            found = next((m for p, m in self.prefixes.items() if _begins(path, p)), None)
         if found is None:
             raise RouteNotFound(f"There is no '{path[:200]}' here; '/' lists what is.")
         return found
@@ -167,6 +163,11 @@ class Table:
             raise error
         exchange.client = who.key.name if who.key else None
         access.caller.set(who)
+
+
+def _begins(path: str, pattern: str) -> bool:
+    prefix, _, suffix = pattern.partition("*")
+    return path.startswith(prefix) and path.endswith(suffix)
 
 
 async def _answer(exchange: Exchange, table: Table) -> None:

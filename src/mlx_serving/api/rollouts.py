@@ -11,7 +11,6 @@ from mlx_serving.api.body import convert, read_object
 from mlx_serving.api.exchange import Exchange
 from mlx_serving.api.port import GatewayPort
 from mlx_serving.config import Config
-from mlx_serving.errors import RequestNotFound
 from mlx_serving.traffic.rollouts import Report, Spec
 
 PREFIX = "/v1/rollouts/"
@@ -54,26 +53,26 @@ class RolloutRoutes:
         await exchange.respond(200, msgspec.json.encode(ReportList(data)))
 
     async def one(self, exchange: Exchange) -> None:
-        await self._report(exchange, exchange.path.removeprefix(PREFIX))
+        await self._report(exchange, _name(exchange))
 
-    async def act(self, exchange: Exchange) -> None:
-        """POST /v1/rollouts/{name}/promote | rollback"""
-        name, _, action = exchange.path.removeprefix(PREFIX).rpartition("/")
-        match action:
-            case "promote":
-                self._gateway.rollouts.promote(name)
-            case "rollback":
-                self._gateway.rollouts.roll_back(name)
-            case _:
-                raise RequestNotFound(
-                    "A rollout can be told to 'promote' or 'rollback'.", code="not_found"
-                )
+    async def promote(self, exchange: Exchange) -> None:
+        name = _name(exchange).removesuffix("/promote")
+        self._gateway.rollouts.promote(name)
+        await self._report(exchange, name)
+
+    async def roll_back(self, exchange: Exchange) -> None:
+        name = _name(exchange).removesuffix("/rollback")
+        self._gateway.rollouts.roll_back(name)
         await self._report(exchange, name)
 
     async def remove(self, exchange: Exchange) -> None:
-        name = exchange.path.removeprefix(PREFIX)
+        name = _name(exchange)
         self._gateway.rollouts.remove(name)
         await exchange.respond(200, msgspec.json.encode(Removed(name)))
 
     async def _report(self, exchange: Exchange, name: str) -> None:
         await exchange.respond(200, msgspec.json.encode(self._gateway.rollouts.report(name)))
+
+
+def _name(exchange: Exchange) -> str:
+    return exchange.path.removeprefix(PREFIX)
