@@ -315,7 +315,9 @@ class Gateway:
             if fnmatchcase(model, pattern):
                 return slot
         served = ", ".join(f"'{slot.model_id}'" for slot in self._slots)
-        raise ModelNotFound(f"Model '{model}' is not served here; served: {served}.", param="model")
+        raise ModelNotFound(
+            f"Model '{model[:200]}' is not served here; served: {served}.", param="model"
+        )
 
     async def _tokenise(self, served: Served, prompt: Prompt) -> list[int]:
         # A long prompt must not hold up the streams that this event loop serves.

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from mlx_serving.api import anthropic_fields as fields
-from mlx_serving.api.body import convert, read_object, refuse, spelled, stop_strings
+from mlx_serving.api.body import MAX_MESSAGES, convert, read_object, refuse, spelled, stop_strings
 from mlx_serving.api.disposition import check
 from mlx_serving.content.structured import json_schema
 from mlx_serving.content.tools.definitions import ToolUse, tool_use
@@ -35,7 +35,7 @@ class MessagesCall(msgspec.Struct, frozen=True, kw_only=True):
 class _Prompt(msgspec.Struct, kw_only=True):
     """What both routes honour. None: the client did not say."""
 
-    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_MESSAGES)]
     model: Annotated[str, Meta(min_length=1)] | None = None
     system: str | list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None

@@ -60,6 +60,8 @@ def convert(value: Any, kind: type[T], *, at: str = "") -> T:
         raise InvalidRequest(f"'{param}': {what}.", param=param or None) from None
 
 
+MAX_MESSAGES = 8192
+"""Of a conversation: each costs the server's process some microseconds before anything is known of it."""
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 

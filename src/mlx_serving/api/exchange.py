@@ -23,6 +23,7 @@ ErrorShape = Callable[[MLXServingError, str], bytes]
 """An error and the request's id → the dialect's JSON."""
 
 JSON = b"application/json"
+MAX_ERROR_CHARS = 1000
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -131,6 +132,8 @@ class Exchange:
         await self.respond(error.status, self.error_json(error), headers)
 
     def error_json(self, error: MLXServingError) -> bytes:
+        if len(error.message) > MAX_ERROR_CHARS:  # it quotes what was sent
+            error.message = error.message[:MAX_ERROR_CHARS] + "..."
         return self.error_shape(error, self.id)
 
 

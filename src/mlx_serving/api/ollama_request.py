@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from mlx_serving.api import ollama_fields as fields
-from mlx_serving.api.body import convert, read_object, refuse, stop_strings
+from mlx_serving.api.body import MAX_MESSAGES, convert, read_object, refuse, stop_strings
 from mlx_serving.api.disposition import Table, check
 from mlx_serving.content.structured import json_schema
 from mlx_serving.content.tools.definitions import tool_use
@@ -56,7 +56,7 @@ class _Body(msgspec.Struct, kw_only=True):
 
 
 class _ChatBody(_Body, kw_only=True):
-    messages: list[dict[str, Any]] | None = None
+    messages: Annotated[list[dict[str, Any]], Meta(max_length=MAX_MESSAGES)] | None = None
     tools: list[dict[str, Any]] | None = None
 
 

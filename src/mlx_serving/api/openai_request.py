@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from mlx_serving.api import fields
+from mlx_serving.api.body import MAX_MESSAGES
 from mlx_serving.api.body import convert as _convert
 from mlx_serving.api.body import read_object as _object
 from mlx_serving.content import structured
@@ -104,7 +105,7 @@ class _Body(msgspec.Struct, kw_only=True):
 
 
 class _ChatBody(_Body, kw_only=True):
-    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None

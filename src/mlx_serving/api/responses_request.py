@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from mlx_serving.api import responses_fields as fields
-from mlx_serving.api.body import convert, read_object, refuse, spelled
+from mlx_serving.api.body import MAX_MESSAGES, convert, read_object, refuse, spelled
 from mlx_serving.api.disposition import check
 from mlx_serving.content import structured
 from mlx_serving.content.tools.definitions import ToolUse, tool_use
@@ -53,7 +53,7 @@ class ResponsesCall(msgspec.Struct, frozen=True, kw_only=True):
 class _Body(msgspec.Struct, kw_only=True):
     """None: the client did not say."""
 
-    input: str | list[dict[str, Any]]
+    input: str | Annotated[list[dict[str, Any]], Meta(max_length=MAX_MESSAGES)]
     model: Annotated[str, Meta(min_length=1)] | None = None
     instructions: str | None = None
     previous_response_id: str | None = None

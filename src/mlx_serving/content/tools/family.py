@@ -162,13 +162,14 @@ def attempt(calls: Calls, steps: Steps[None], ends: Stops, *, opener: str = "") 
     except Malformed as error:
         draft.malformed += 1
         if draft.open:
-            log.warning("The arguments of a tool call are malformed: %s.", error)
+            # The error has words of the model's: not for a log that nobody asked to have them.
+            log.debug("The arguments of a tool call are malformed: %s.", error)
             yield from reader.until(ends, draft.arguments)
             draft.end()
             if draft.done:
                 raise Complete from None
         else:
-            log.warning("What looked like a tool call is text: %s.", error)
+            log.debug("What looked like a tool call is text: %s.", error)
             draft.say(reader.raw())
     reader.unmark()
     return draft.calls > before
