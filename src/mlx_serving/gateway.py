@@ -578,11 +578,13 @@ def _describe(slot: ModelSlot[Served], broken: MLXServingError | None) -> Served
     """`broken`: why the worker cannot serve it, whatever the slot believes."""
     status, reason = status_of(slot.state) if broken is None else ("failed", broken.message)
     loaded = slot.state.loaded if isinstance(slot.state, Ready) else None
+    error = slot.state.error if isinstance(slot.state, Failed) else broken
     return ServedModel(
         id=slot.model_id,
         created=slot.created,
         status=status,
         reason=reason,
+        cause=error.code if error else None,
         aliases=slot.aliases,
         context_length=loaded.info.context_length if loaded else None,
     )

@@ -441,5 +441,7 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     status: str
     """absent, fetching, loading, ready or failed."""
     reason: str | None = None
+    cause: str | None = None
+    """Why it failed, for programs: the `code` that a request for it gets."""
     aliases: tuple[str, ...] = ()
     context_length: int | None = None

@@ -162,8 +162,8 @@ def model_list(models: Sequence[ServedModel]) -> dict[str, Any]:
     return {
         "data": data,
         "has_more": False,
-        "first_id": models[0].id,
-        "last_id": models[-1].id,
+        "first_id": models[0].id if models else None,
+        "last_id": models[-1].id if models else None,
     }
 
 

@@ -252,11 +252,16 @@ class InfoRoutes:
         await exchange.respond(200, openapi.page(ENDPOINTS), PAGE_HEADERS, HTML)
 
     async def models(self, exchange: Exchange) -> None:
+        usable = exchange.flag("usable")
+        models = [
+            served
+            for served in self._gateway.models()
+            if usable is None or usable == (served.status != "failed")
+        ]
         if exchange.header(b"anthropic-version") is not None:
-            await _json(exchange, 200, model_list(self._gateway.models()))
-            return
-        data = [_model(served) for served in self._gateway.models()]
-        await _json(exchange, 200, {"object": "list", "data": data})
+            await _json(exchange, 200, model_list(models))
+        else:
+            await _json(exchange, 200, {"object": "list", "data": [_model(m) for m in models]})
 
     async def model(self, exchange: Exchange) -> None:
         wanted = exchange.path.removeprefix("/v1/models/")
@@ -296,7 +301,7 @@ ENDPOINTS = (
     ("POST /v1/rollouts/{name}/promote", "the variant answers everything from here on; admin"),
     ("POST /v1/rollouts/{name}/rollback", "the model answers everything from here on; admin"),
     ("DELETE /v1/rollouts/{name}", "forget it; admin"),
-    ("GET /v1/models", "the served models, the default first"),
+    ("GET /v1/models", "the configured models, broken ones with the cause; ?usable=true: without"),
     ("GET /v1/models/{id}", "one served model"),
     ("GET /health", "what the server and its workers are doing; always 200"),
     ("GET /ready", "200 when requests can be answered now, else 503"),
@@ -325,6 +330,7 @@ def _model(served: ServedModel) -> dict[str, object]:
         "owned_by": "mlx-serving",
         "status": served.status,
         "reason": served.reason,
+        "cause": served.cause,
         "aliases": served.aliases,
         "context_length": served.context_length,
     }

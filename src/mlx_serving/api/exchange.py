@@ -7,11 +7,12 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
+from urllib.parse import parse_qs
 
 import msgspec
 
 from mlx_serving.api.port import Cancellable
-from mlx_serving.errors import BodyTooLarge, Draining, MLXServingError, ServerError
+from mlx_serving.errors import BodyTooLarge, Draining, InvalidRequest, MLXServingError, ServerError
 
 Scope = MutableMapping[str, Any]
 ASGIMessage = MutableMapping[str, Any]
@@ -76,6 +77,15 @@ class Exchange:
                 found: bytes = value
                 return found
         return None
+
+    def flag(self, name: str) -> bool | None:
+        """`true` or `false` in the query; None: not there. Raises InvalidRequest."""
+        given: list[str] | None = parse_qs(self.scope["query_string"].decode("latin-1")).get(name)
+        if given is None:
+            return None
+        if given[-1] not in ("true", "false"):
+            raise InvalidRequest(f"'{name}' must be true or false.", param=name)
+        return given[-1] == "true"
 
     async def body(self, limit: int) -> bytes:
         """The whole body. Raises BodyTooLarge as soon as it is known to exceed `limit` bytes."""

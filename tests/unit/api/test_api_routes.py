@@ -26,10 +26,24 @@ async def test_models(client: httpx.AsyncClient) -> None:
         "owned_by": "mlx-serving",
         "status": "ready",
         "reason": None,
+        "cause": None,
         "aliases": ["small"],
         "context_length": 8192,
     }
     assert body["data"][1]["reason"] == "no such file"
+
+
+async def test_usable_models_alone(client: httpx.AsyncClient) -> None:
+    async def ids(query: str, **headers: str) -> list[str]:
+        response = await client.get(f"/v1/models?{query}", headers=headers)
+        return [model["id"] for model in response.json()["data"]]
+
+    assert await ids("usable=true") == ["tiny"]
+    assert await ids("usable=false") == ["org/big:4bit"]
+    assert await ids("limit=9") == ["tiny", "org/big:4bit"]
+    assert await ids("usable=true", **{"anthropic-version": "2023-06-01"}) == ["tiny"]
+    response = await client.get("/v1/models?usable=maybe")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "usable")
 
 
 @pytest.mark.parametrize(
