@@ -7,11 +7,11 @@ import asyncio
 import sys
 from pathlib import Path
 
-from mlx_serving.bench import compare, overhead, report
+from mlx_serving.bench import compare, overhead, report, schema
 from mlx_serving.catalog.ensure import ensure
 from mlx_serving.config import DEFAULT_MODEL, Config
 
-PARTS = ("overhead", "depth", "bare", "compare")
+PARTS = ("overhead", "depth", "schema", "bare", "compare")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,6 +44,10 @@ async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> 
     if "depth" in parts:
         print("pipeline depths …", file=sys.stderr, flush=True)
         sections.append(report.depths(await compare.depths(folder, rounds=args.rounds)))
+    if "schema" in parts:
+        print("the cost of a schema …", file=sys.stderr, flush=True)
+        cost = await schema.measure(folder, max_tokens=2 * args.max_tokens, rounds=3 * args.rounds)
+        sections.append(report.schema(cost))
     for kernels in args.kernels:
         extra = ("--kernels", kernels)
         if "bare" in parts:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mlx_serving.bench.compare import Comparison
 from mlx_serving.bench.overhead import Overhead
+from mlx_serving.bench.schema import SchemaCost
 
 
 def machine(model: str) -> str:
@@ -91,6 +92,21 @@ def depths(rates: Mapping[int, Mapping[int, float]]) -> str:
             for n, by in rates.items()
         ],
     )
+
+
+def schema(cost: SchemaCost) -> str:
+    return _table(
+        f"## A JSON schema, {cost.streams} streams through HTTP (kernels: auto)",
+        ("figure", "without", "with a schema", "ratio", "aim"),
+        [
+            ("TTFT, the schema not yet compiled", *_pair(cost.ttft_ms, cost.ttft_ratio), ""),
+            ("TPOT", *_pair(cost.tpot_ms, cost.tpot_ratio), "≤ 1.05"),
+        ],
+    )
+
+
+def _pair(ms: tuple[float, float], ratio: float) -> tuple[str, str, str]:
+    return f"{ms[0]:.1f} ms", f"{ms[1]:.1f} ms", f"{ratio:.3f}"
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
