@@ -143,11 +143,11 @@ def _responses(endpoint: str, components: dict[str, Any]) -> dict[str, Any]:
     responses: dict[str, Any] = {"4XX": wrong, "5XX": wrong}
     if shape := ANSWERS.get(endpoint) or ANSWERS.get(path):
         responses["200"] = _told("The answer", _of(shape, components))
-    elif endpoint in openapi_answers.ANSWERS:
-        responses["200"] = _told("The answer", openapi_answers.ANSWERS[endpoint])
-    else:
+    elif path in openapi_answers.OTHERS:
         page = {openapi_answers.OTHERS[path]: {"schema": _TEXT}}
         responses["200"] = {"description": "The page", "content": page}
+    else:
+        responses["200"] = _told("The answer", openapi_answers.ANSWERS.get(endpoint, {}))
     if stream := openapi_answers.STREAMS.get(path):
         # No schema: OpenAPI 3.1 has no word for what one event is.
         responses["200"]["content"][stream] = {}

@@ -106,3 +106,11 @@ async def test_the_page_needs_nothing_else(client: httpx.AsyncClient) -> None:
         assert path in text
         for name in fields.ROUTES[path]:
             assert f"<code>{name}</code>" in text
+
+
+def test_every_answer_is_told() -> None:
+    for path, methods in DOCUMENT["paths"].items():
+        for method, operation in methods.items():
+            content = operation["responses"]["200"]["content"]
+            told = [media.get("schema") for media in content.values()]
+            assert told[0], f"{method} {path}: its answer belongs in openapi_answers.ANSWERS"
