@@ -1,26 +1,34 @@
-"""Our kernels in-process beside llama.cpp's `llama-batched-bench`, on the same GGUF, run by run.
+"""Ours beside llama.cpp on the same GGUF, run by run: in-process and through HTTP, with the machine's peaks.
 
-    python benchmarks/llamacpp.py --bin DIR --gguf FILE [--modes exact fast] [--append REPORT]
+    python benchmarks/llamacpp.py --bin DIR --gguf FILE [--modes exact fast] [--parts …] [--append REPORT]
 
 DIR holds llama.cpp's programs, built with `cmake -DGGML_NATIVE=ON` (or set LLAMA_CPP_BIN). Each
 round runs llama.cpp, then ours in each mode, each in a process of its own; ratios are taken pair by
-pair. Decoding starts behind 80 tokens on both sides; tokens per second are over whole runs.
+pair. Decoding starts behind 80 tokens on both sides; tokens per second are over whole runs. Through
+HTTP the same load goes to our server and to `llama-server` in turn. The run fails if the default
+mode's logits are not as good as f32's (`quality.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from mlx_serving.bench.compare import comparable
+from mlx_serving.bench import report
+from mlx_serving.bench.compare import comparable, compare, llama_server
 from mlx_serving.catalog.ensure import ensure
 from mlx_serving.config import Config
 
+PARTS = ("peaks", "quality", "in-process", "http")
+STREAMS = (1, 8, 16)
 WHAT = ("prefill 512", "decode 1", "decode 8", "decode 16")
 AIMS = {"prefill 512": 2.0, "decode 1": 1.0, "decode 8": 1.5, "decode 16": 1.5}
 Rates = dict[str, float]
@@ -61,27 +69,102 @@ def table(mode: str, pairs: list[tuple[Rates, Rates]]) -> str:
     return "\n".join([title, "", "| | ours | llama.cpp | ratio | aim |", "|---|---|---|---|---|", *rows, ""])  # fmt: skip
 
 
+def peaks(folder: Path, threads: int, rates: Rates | None) -> str:
+    """What the machine can do at most, and how much of it the default mode reaches."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return "## The machine's peaks\n\nNot measured: no C++ compiler.\n"
+    with tempfile.TemporaryDirectory() as scratch:
+        program = Path(scratch) / "peaks"
+        source = Path(__file__).with_name("peaks.cpp")
+        flags = ["-O3", "-march=native", "-std=c++20", "-pthread"]
+        subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
+        runs = [_json([str(program), str(threads)]) for _ in range(3)]
+    best = {key: max(run[key] for run in runs) for key in runs[0]}
+    lines = [
+        f"## The machine's peaks ({threads} threads, best of three)",
+        "",
+        f"f32 FMA {best['f32_gflops']:.0f} GFLOP/s, int8 dot products {best['int8_gops']:.0f} GOP/s, "
+        f"reading memory {best['dram_gb_s']:.1f} GB/s.",
+    ]
+    if rates:
+        weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        # Two int8 planes a weight, a product and a sum each; a 4-bit weight takes 0.625 bytes.
+        operations = 4 * weights / 0.625
+        lines += [
+            "",
+            f"Of these, mode `exact` reaches {rates['decode 1'] * weights / best['dram_gb_s'] / 1e9:.0%} of "
+            f"memory's rate decoding one stream ({weights / 1e6:.0f} MB a token; caches may hold a part), and "
+            f"{rates['prefill 512'] * operations / best['int8_gops'] / 1e9:.0%} of the int8 rate in prefill.",
+        ]
+    return "\n".join([*lines, ""])
+
+
+def _json(command: list[str]) -> dict[str, float]:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def quality(folder: Path, tokens: int) -> str:
+    """Raises CalledProcessError where the default mode is not as good as f32."""
+    script = Path(__file__).with_name("quality.py")
+    command = [sys.executable, str(script), str(folder), "--tokens", str(tokens)]
+    done = subprocess.run([*command, "--require", "exact"], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"quality.py failed:\n{done.stdout}")
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    table = [f"| {r['mode']} | {r['mean_kl']:.1e} | {r['top1']:.2%} |" for r in rows]
+    title = f"## Quality in the same run (teacher-forced, {rows[0]['tokens']} tokens)"
+    return "\n".join([title, "", "| mode | mean KL | top-1 |", "|---|---|---|", *table, ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bin", type=Path, default=os.environ.get("LLAMA_CPP_BIN"))
     parser.add_argument("--gguf", type=Path, default=os.environ.get("LLAMA_CPP_GGUF"))
     parser.add_argument("--model", default="smollm2-135m", help="the same weights, for ours")
     parser.add_argument("--modes", nargs="*", default=["exact", "fast"])
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--quality-tokens", type=int, default=4000)
     parser.add_argument("--append", type=Path)
     args = parser.parse_args()
     if not args.bin or not args.gguf:
         print("llama.cpp: skipped; set LLAMA_CPP_BIN and LLAMA_CPP_GGUF to compare with it")
         return
     threads = len(os.sched_getaffinity(0))
-    folder = comparable(ensure(args.model, Config()).path)
-    pairs: dict[str, list[tuple[Rates, Rates]]] = {mode: [] for mode in args.modes}
-    for _ in range(args.rounds):
-        theirs = llama(Path(args.bin) / "llama-batched-bench", args.gguf, threads, args.tokens)
+    stored = ensure(args.model, Config()).path
+    folder = comparable(stored)
+    sections: list[str] = []
+    if "quality" in args.parts:
+        sections.append(quality(folder, args.quality_tokens))
+    best: Rates | None = None
+    if "in-process" in args.parts:
+        pairs: dict[str, list[tuple[Rates, Rates]]] = {mode: [] for mode in args.modes}
+        for _ in range(args.rounds):
+            theirs = llama(Path(args.bin) / "llama-batched-bench", args.gguf, threads, args.tokens)
+            for mode in args.modes:
+                pairs[mode].append((ours(folder, mode, args.tokens), theirs))
+        sections += [table(mode, rows) for mode, rows in pairs.items()]
+        if "exact" in pairs:
+            best = {w: statistics.median(a[w] for a, _ in pairs["exact"]) for w in WHAT}
+    if "http" in args.parts:
+        rival = llama_server(Path(args.bin), args.gguf, threads, max(STREAMS))
         for mode in args.modes:
-            pairs[mode].append((ours(folder, mode, args.tokens), theirs))
-    text = "\n".join(table(mode, rows) for mode, rows in pairs.items())
+            load = compare(
+                folder,
+                streams=STREAMS,
+                max_tokens=args.tokens,
+                rounds=args.rounds,
+                extra=("--kernels", mode),
+                rival=rival,
+            )
+            sections.append(report.comparison(mode, asyncio.run(load), "llama-server"))
+    if "peaks" in args.parts:
+        sections.append(peaks(stored, threads, best))
+    text = "\n".join(sections)
     print(text)
     if args.append:
         with args.append.open("a") as file:

@@ -24,6 +24,7 @@ from mlx_serving.runtime.native.install import accelerate
 
 WINDOW = 512
 CHECK_TOKENS = 48
+MAX_KL, MIN_TOP1 = 1e-3, 0.99
 
 
 class Rows:
@@ -75,6 +76,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--modes", nargs="+", default=["exact", "fast"])
     parser.add_argument("--kv", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument(
+        "--require", nargs="*", default=[], help="modes that must be as good as f32"
+    )
     args = parser.parse_args()
     mx.set_default_device(mx.Device(mx.cpu))
 
@@ -106,6 +110,10 @@ def main() -> None:
             agree[mode].append(same)
     for mode in args.modes:
         kl, same = np.concatenate(result[mode]), np.concatenate(agree[mode])
+        if mode in args.require and (kl.mean() > MAX_KL or same.mean() < MIN_TOP1):
+            raise SystemExit(
+                f"{mode}: mean KL {kl.mean():.1e}, top-1 {same.mean():.2%}: not enough"
+            )
         print(
             json.dumps(
                 {

@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_serving.runtime import native
 from mlx_serving.runtime.backend.arch import make_store
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason=native.why())
 LENGTHS = (5, 41, 1, 23)
 TOKENS = 10
 GREEDY = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
-EVERY_PRODUCT = ("llama", "llama_sliding", "qwen2", "qwen3", "gemma3_text")
+EVERY_PRODUCT = ("llama", "llama_sliding", "qwen2", "qwen3", "qwen3_moe", "gemma3_text")
 ARRAY_MASKS = ("gemma2", "deepseek_v3", "mamba2", "rwkv7")
 """Models that compute with masks themselves, or have no attention."""
 
@@ -111,3 +112,25 @@ def test_bits_do_not_depend_on_neighbours_or_cuts(name: str, quantised: bool) ->
     assert (parts[2] == whole[0]).all()
     assert (parts[5] == whole[1]).all()
     assert (parts[6] == whole[2]).all()
+
+
+@pytest.mark.parametrize("form", [(3, "affine"), (6, "affine"), (4, "mxfp4")])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_quantised_models_have_mlx_lms_logits(name: str, form: tuple[int, str]) -> None:
+    from mlx_serving.runtime.native.install import accelerate
+
+    bits, mode = form
+    model = zoo.build(name)
+
+    def chosen(_path: str, module: nn.Module) -> bool:
+        # An embedding of mxfp4 would make MLX's activations bfloat16.
+        return isinstance(module, (nn.Linear, SwitchLinear))
+
+    nn.quantize(model, 32, bits, mode=mode, class_predicate=chosen)
+    tokens = mx.array([PROMPTS[1], PROMPTS[1][::-1]])
+    want = np.array(model(tokens))
+    report = accelerate(model, "f32", fused=False)
+    assert not report.left
+    assert ("QuantizedSwitchLinear" in report.replaced) == (name != "llama")
+    got = np.array(model(tokens))
+    assert np.abs(got - want).max() <= 1e-3 * np.abs(want).max()

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,33 @@ class Comparison:
     ttft_ratio: float
     """Theirs over ours: above 1, ours answers sooner."""
     tpot_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """Another server that speaks OpenAI's API."""
+
+    name: str
+    command: Callable[[int], list[str]]
+    """For a port."""
+    model: str
+    """What its requests name."""
+
+
+def mlx_lm_server(folder: Path) -> Rival:
+    command = [sys.executable, "-m", "mlx_lm.server", "--model", str(folder)]
+    return Rival(
+        "mlx_lm",
+        lambda port: [*command, "--port", str(port), "--log-level", "ERROR"],
+        "default_model",
+    )
+
+
+def llama_server(programs: Path, gguf: Path, threads: int, slots: int) -> Rival:
+    """`programs`: the folder of llama.cpp's binaries."""
+    command = [str(programs / "llama-server"), "-m", str(gguf), "-np", str(slots)]
+    command += ["-c", str(1024 * slots), "-t", str(threads), "-tb", str(threads)]
+    return Rival("llama_cpp", lambda port: [*command, "--port", str(port)], "any")
 
 
 _CAST = """
@@ -95,26 +122,26 @@ async def compare(
     max_tokens: int = 24,
     rounds: int = 3,
     extra: Sequence[str] = (),
+    rival: Rival | None = None,
 ) -> list[Comparison]:
-    """Ours and `mlx_lm.server` in turn, each alone on the machine while it is measured."""
+    """Ours and a rival (`mlx_lm.server`) in turn, each alone on the machine while it is measured."""
+    rival = rival or mlx_lm_server(folder)
     rows: dict[int, list[tuple[Load, Load]]] = {n: [] for n in streams}
     our_port, their_port = servers.free_port(), servers.free_port()
     ours = servers.ours(
         str(folder), "--port", str(our_port), "--served-model-name", "bench", *extra
     )
-    theirs = [sys.executable, "-m", "mlx_lm.server", "--model", str(folder)]
-    theirs += ["--port", str(their_port), "--log-level", "ERROR"]
     async with (
         servers.running("ours", ours, port=our_port, ready="/ready") as our_server,
-        servers.running("mlx_lm", theirs, port=their_port) as their_server,
+        servers.running(rival.name, rival.command(their_port), port=their_port) as their_server,
     ):
         # Idle servers use no CPU (ours) or next to none (theirs): both may stay up.
         await run_load(our_server, 1, 4, "bench")
-        await run_load(their_server, 1, 4, "default_model")
+        await run_load(their_server, 1, 4, rival.model)
         for turn in range(1, rounds + 1):
             for n in streams:
                 a = await run_load(our_server, n, max_tokens, "bench", turn)
-                b = await run_load(their_server, n, max_tokens, "default_model", turn)
+                b = await run_load(their_server, n, max_tokens, rival.model, turn)
                 rows[n].append((a, b))
     return [_summary(n, pairs) for n, pairs in rows.items()]
 

@@ -54,9 +54,9 @@ def bare(kernels: str, figures: tuple[float, float, float]) -> str:
     )
 
 
-def comparison(kernels: str, rows: Sequence[Comparison]) -> str:
+def comparison(kernels: str, rows: Sequence[Comparison], rival: str = "mlx_lm.server") -> str:
     return _table(
-        f"## Against `mlx_lm.server`, same weights, same load (kernels: {kernels})",
+        f"## Against `{rival}`, same weights, same load (kernels: {kernels})",
         ("streams", "tokens/s ours", "theirs", "ratio", "TTFT ours", "theirs", "ratio", "TPOT ours", "theirs", "ratio"),
         [
             (

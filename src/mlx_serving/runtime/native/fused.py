@@ -111,11 +111,10 @@ _FUSED: dict[type, type] = {
 
 def _quantisation(module: Module) -> tuple[Any, ...]:
     if type(module) is QuantizedLinear:
-        if module.mode != "affine" or module.bits not in (4, 8):
+        form = layers.quantisation(module)
+        if form is None:
             raise Unfusable(f"{module.bits}-bit {module.mode} weights")
-        if module.group_size not in (32, 64, 128) or module.get("biases") is None:
-            raise Unfusable(f"groups of {module.group_size}")
-        return module.bits, module.group_size
+        return form
     if type(module) is Linear:
         return ("dense", module.weight.dtype)
     raise Unfusable(f"a projection is a {type(module).__name__}")
@@ -137,8 +136,9 @@ def _pack_together(modules: list[Module], pack_into: PackInto) -> tuple[Any, mx.
         return mx.concatenate([m[name] for m in modules])
 
     if isinstance(first, QuantizedLinear):
+        biases_of = None if first.get("biases") is None else joined("biases")
         packed = ops.pack_quantized(
-            joined("weight"), joined("scales"), joined("biases"), first.group_size, first.bits
+            joined("weight"), joined("scales"), biases_of, first.group_size, first.bits
         )
     else:
         packed = ops.pack_dense(joined("weight"))
@@ -170,10 +170,8 @@ def _check(inner: Any, family: str) -> None:
         raise Unfusable("no sliding-window pattern")
     embed = inner.embed_tokens
     if type(embed) is QuantizedEmbedding:
-        if embed.mode != "affine" or embed.bits not in (4, 8) or embed.get("biases") is None:
+        if layers.quantisation(embed) is None:
             raise Unfusable("embeddings of another kind")
-        if embed.group_size not in (32, 64, 128):
-            raise Unfusable(f"groups of {embed.group_size}")
     elif type(embed) is not Embedding:
         raise Unfusable(f"embeddings are a {type(embed).__name__}")
 

@@ -16,6 +16,7 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.normalization import LayerNorm, RMSNorm
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx_lm.models import gemma, gemma2, gemma3_text
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_serving.runtime.native import _load, layers, ops, slab
 from mlx_serving.runtime.native.fused import fuse
@@ -36,7 +37,7 @@ class Report:
     replaced: dict[str, int] = field(default_factory=dict)
     """Class name of each kind of layer moved, and how many."""
     left: list[str] = field(default_factory=list)
-    """Paths of linear layers that no kernel takes (other bit widths, odd shapes)."""
+    """Paths of linear layers that no kernel takes (other formats, odd shapes)."""
     fused: str = ""
     """The fused decoder's family, or why there is none, after `not fused: `."""
     row_mask: bool = False
@@ -120,6 +121,8 @@ NATIVE_LAYERS = (
     layers.NativeLinear,
     layers.NativeQuantizedEmbedding,
     layers.NativeEmbedding,
+    layers.NativeQuantizedSwitchLinear,
+    layers.NativeSwitchLinear,
     layers.NativeRMSNorm,
     *layers.NATIVE_ROPES.values(),
 )
@@ -129,28 +132,38 @@ _LINEARS: dict[type, type] = {
     Linear: layers.NativeLinear,
     QuantizedEmbedding: layers.NativeQuantizedEmbedding,
     Embedding: layers.NativeEmbedding,
+    QuantizedSwitchLinear: layers.NativeQuantizedSwitchLinear,
+    SwitchLinear: layers.NativeSwitchLinear,
 }
 
 
 def pack(module: Module) -> ops.Packed | None:
-    """A linear or embedding layer's weights packed, or None for a form that no kernel takes."""
-    if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
-        biases = module.get("biases")
-        if module.mode != "affine" or biases is None or module.weight.ndim != 2:
-            return None
-        if module.bits not in (4, 8) or module.group_size not in (32, 64, 128):
-            return None
-        scales = module.scales
-        return ops.pack_quantized(module.weight, scales, biases, module.group_size, module.bits)
+    """A linear, expert or embedding layer's weights packed, or None for a form that no kernel takes."""
     weight = module.weight
-    if weight.ndim != 2 or weight.dtype not in (mx.float32, mx.bfloat16, mx.float16):
+    if isinstance(module, (SwitchLinear, QuantizedSwitchLinear)) and weight.shape[1] % 16:
         return None
-    return ops.pack_dense(weight)
+    if isinstance(module, (QuantizedLinear, QuantizedEmbedding, QuantizedSwitchLinear)):
+        if layers.quantisation(module) is None:
+            return None
+        biases = module.get("biases")
+        return ops.pack_quantized(
+            weight.flatten(0, -2),
+            module.scales.flatten(0, -2),
+            None if biases is None else biases.flatten(0, -2),
+            module.group_size,
+            module.bits,
+        )
+    if weight.dtype not in (mx.float32, mx.bfloat16, mx.float16):
+        return None
+    return ops.pack_dense(weight.flatten(0, -2))
 
 
 def _pack_into(module: Module, packed: ops.Packed, keep: bool = False) -> None:
     """Give the layer its packed weights and take its own away."""
-    module._dtype = (module.scales if "scales" in module else module.weight).dtype
+    if isinstance(module, (SwitchLinear, QuantizedSwitchLinear)):
+        module._outputs = module.weight.shape[1]
+    dtype = (module.scales if "scales" in module else module.weight).dtype
+    module._dtype = dtype if mx.issubdtype(dtype, mx.floating) else mx.float32
     object.__setattr__(module, "_packed", packed)
     if not keep:
         for name in ("weight", "scales", "biases"):

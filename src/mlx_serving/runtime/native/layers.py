@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.linear import Linear
@@ -16,12 +17,27 @@ from mlx.nn.layers.normalization import RMSNorm
 from mlx.nn.layers.positional_encoding import RoPE
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx_lm.models import rope_utils
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_serving.runtime.native import ops
 
 
 def _linear(self: Any, x: mx.array) -> mx.array:
     return ops.linear(x, self._packed, self.get("bias"), self._mode)
+
+
+GROUPS = (32, 64, 128)
+BITS = (2, 3, 4, 5, 6, 8)
+
+
+def quantisation(module: Any) -> tuple[str, int, int] | None:
+    """(mode, bits, group size) of a quantised layer, or None for a form that no kernel takes."""
+    form: tuple[str, int, int] = (module.mode, module.bits, module.group_size)
+    if module.get("global_scale") is not None:
+        return None
+    if module.mode == "affine" and module.get("biases") is not None:
+        return form if module.bits in BITS and module.group_size in GROUPS else None
+    return form if form == ("mxfp4", 4, 32) else None
 
 
 class NativeQuantizedLinear(QuantizedLinear):
@@ -46,6 +62,26 @@ class NativeQuantizedEmbedding(QuantizedEmbedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         return ops.linear(x, self._packed, None, self._mode)
+
+
+def _switch(self: Any, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+    """As gather_mm has it: x `[…, M, k]` and indices broadcast against each other. Their order does not
+    matter here."""
+    del sorted_indices
+    *_, m, k = x.shape
+    lead = np.broadcast_shapes(x.shape[:-2], indices.shape)
+    rows = mx.broadcast_to(x, (*lead, m, k))
+    experts = mx.broadcast_to(indices[..., None], (*lead, m))
+    out = ops.gather_linear(rows, experts, self._packed, self._outputs, self._mode)
+    return out + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else out
+
+
+class NativeSwitchLinear(SwitchLinear):
+    __call__ = _switch
+
+
+class NativeQuantizedSwitchLinear(QuantizedSwitchLinear):
+    __call__ = _switch
 
 
 class NativeRMSNorm(RMSNorm):

@@ -57,10 +57,11 @@ class SampleLine(NamedTuple):
 
 
 def pack_quantized(
-    w: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+    w: mx.array, scales: mx.array, biases: mx.array | None, group_size: int, bits: int
 ) -> Packed:
-    """MLX's affine form `[n, k·bits/32]`, `[n, k/group_size]` ×2, packed. Bits 4, 8; groups 32, 64, 128.
+    """MLX's affine form `[n, k·bits/32]`, `[n, k/group_size]` ×2, packed; without biases mxfp4.
 
+    Bits 2 to 6 and 8 (2 and 3 are kept as 4, 5 and 6 as 8), groups 32, 64, 128; mxfp4 has 4 and 32.
     Scales are kept in half precision where that loses nothing.
     """
     return require().pack_quantized(w, scales, biases, group_size, bits)
@@ -74,6 +75,14 @@ def pack_dense(w: mx.array) -> Packed:
 def linear(x: mx.array, w: Packed, bias: mx.array | None = None, mode: Mode = "exact") -> mx.array:
     """`x @ w.T + bias`: `[…, k]` to `[…, n]` in x's type."""
     return require().linear(x, w, bias, mode)
+
+
+def gather_linear(
+    x: mx.array, experts: mx.array, w: Packed, n: int, mode: Mode = "exact"
+) -> mx.array:
+    """Each row of `[…, k]` times its expert's weight: `[…, n]`. Expert e has w's outputs from `e·n` on
+    (n a multiple of 16); experts int32 `[…]`."""
+    return require().gather_linear(x, experts, w, n, mode)
 
 
 def embed(ids: mx.array, w: Packed, dtype: mx.Dtype) -> mx.array:

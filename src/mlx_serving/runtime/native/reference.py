@@ -17,15 +17,20 @@ def _f32(x: mx.array | Array) -> Array:
 
 
 def dequantize(
-    w: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+    w: mx.array, scales: mx.array, biases: mx.array | None, group_size: int, bits: int
 ) -> Array:
-    """MLX's affine form as `[n, k]`: code · scale + bias."""
-    words = np.array(w)
-    per_word = 32 // bits
-    shifts = np.arange(per_word, dtype=np.uint32) * bits
-    codes = (words[..., None] >> shifts) & ((1 << bits) - 1)
-    codes = codes.reshape(words.shape[0], -1, group_size).astype(np.float32)
-    return (codes * _f32(scales)[..., None] + _f32(biases)[..., None]).reshape(words.shape[0], -1)
+    """MLX's affine form as `[n, k]`: code · scale + bias. Without biases it is mxfp4: E2M1 · 2^(scale - 127)."""
+    rows = np.array(w)
+    stream = np.unpackbits(rows.view(np.uint8), axis=-1, bitorder="little")
+    codes = (stream.reshape(rows.shape[0], -1, bits) << np.arange(bits)).sum(-1)
+    groups = codes.reshape(rows.shape[0], -1, group_size)
+    if biases is None:
+        values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+        fp4 = np.concatenate([values, -values])[groups]
+        exponents = np.array(scales).astype(np.int32) - 127
+        return np.ldexp(fp4, exponents[..., None]).astype(np.float32).reshape(rows.shape[0], -1)
+    out = groups.astype(np.float32) * _f32(scales)[..., None] + _f32(biases)[..., None]
+    return out.reshape(rows.shape[0], -1)
 
 
 def quantize_activations(x: mx.array | Array, group_size: int, mode: Mode) -> Array:
@@ -57,6 +62,22 @@ def linear(
     rows = quantize_activations(x, group_size, mode).astype(np.float64)
     out = rows @ w.astype(np.float64).T
     return (out if bias is None else out + _f32(bias)).astype(np.float32)
+
+
+def gather_linear(
+    x: mx.array | Array,
+    experts: Sequence[int],
+    weights: Sequence[Array],
+    mode: Mode,
+    group_size: int,
+) -> Array:
+    """Row by row, each with its expert's `[n, k]`."""
+    rows = _f32(x)
+    parts = [
+        linear(row[None], weights[e], None, mode, group_size)
+        for row, e in zip(rows, experts, strict=True)
+    ]
+    return np.concatenate(parts)
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> Array:

@@ -16,11 +16,17 @@ QUICK = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+FP4 = 0
+"""Stands for mxfp4 among the affine widths."""
+FORMATS = (2, 3, 4, 5, 6, 8, FP4)
 ROUNDING = {mx.float32: 2e-6, mx.float16: 2e-3, mx.bfloat16: 1.2e-2}
 
 
 def quantized(n: int, k: int, group: int, bits: int, dtype=mx.float32, seed: int = 0):
     w = mx.random.normal((n, k), key=mx.random.key(seed)) * 0.05
+    if bits == FP4:
+        q, s = mx.quantize(w, group_size=32, bits=4, mode="mxfp4")
+        return ops.pack_quantized(q, s, None, 32, 4), reference.dequantize(q, s, None, 32, 4)
     q, s, b = mx.quantize(w, group_size=group, bits=bits)
     s, b = s.astype(dtype), b.astype(dtype)
     return ops.pack_quantized(q, s, b, group, bits), reference.dequantize(q, s, b, group, bits)
@@ -33,8 +39,8 @@ def bits_of(x: mx.array) -> np.ndarray:
 @QUICK
 @given(data=st.data())
 def test_matches_the_reference(isa: str, data: st.DataObject) -> None:
-    group = data.draw(st.sampled_from((32, 64, 128)))
-    bits = data.draw(st.sampled_from((4, 8)))
+    bits = data.draw(st.sampled_from(FORMATS))
+    group = 32 if bits == FP4 else data.draw(st.sampled_from((32, 64, 128)))
     mode = data.draw(st.sampled_from(("exact", "fast", "f32")))
     rows = data.draw(st.integers(1, 19))
     n = data.draw(st.integers(1, 70))
@@ -50,9 +56,11 @@ def test_matches_the_reference(isa: str, data: st.DataObject) -> None:
     assert np.abs(got - expected).max() <= (step * 0.2 + ROUNDING[dtype]) * max(scale, 1.0)
 
 
-@pytest.mark.parametrize("bits,mode", list(itertools.product((4, 8), ("exact", "fast", "f32"))))
+@pytest.mark.parametrize(
+    "bits,mode", list(itertools.product((4, 8, FP4), ("exact", "fast", "f32")))
+)
 def test_a_row_does_not_depend_on_its_neighbours(isa: str, bits: int, mode: ops.Mode) -> None:
-    packed, _ = quantized(200, 256, 64, bits)
+    packed, _ = quantized(200, 256, 32, bits)
     x = mx.random.normal((150, 256), key=mx.random.key(1))
     full = bits_of(ops.linear(x, packed, None, mode))
     for count in (1, 2, 3, 4, 7, 8, 9, 33, 97):
@@ -124,7 +132,18 @@ def test_strided_input_bias_and_slices(isa: str) -> None:
     assert (bits_of(part) == bits_of(got)[..., 32:80]).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", FORMATS)
+def test_the_reference_reads_mlxs_formats(bits: int) -> None:
+    w = mx.random.normal((24, 128), key=mx.random.key(9))
+    mode, width = ("mxfp4", 4) if bits == FP4 else ("affine", bits)
+    parts = mx.quantize(w, group_size=32, bits=width, mode=mode)
+    q, s, b = parts if len(parts) == 3 else (*parts, None)
+    want = mx.dequantize(q, s, b, group_size=32, bits=width, mode=mode)
+    got = reference.dequantize(q, s, b, 32, width)
+    assert np.abs(got - np.array(want.astype(mx.float32))).max() < 1e-6
+
+
+@pytest.mark.parametrize("bits", FORMATS)
 def test_embed_gives_dequantised_rows(isa: str, bits: int) -> None:
     packed, w = quantized(50, 128, 32, bits)
     ids = mx.array([[3, 49], [0, 17]])
@@ -132,6 +151,42 @@ def test_embed_gives_dequantised_rows(isa: str, bits: int) -> None:
     assert np.allclose(got, w[np.array(ids)], atol=1e-7)
     with pytest.raises(RuntimeError):
         mx.eval(ops.embed(mx.array([50]), packed, mx.float32))
+
+
+@QUICK
+@given(data=st.data())
+def test_rows_meet_their_experts(isa: str, data: st.DataObject) -> None:
+    bits = data.draw(st.sampled_from((3, 4, 8, 16, FP4)))
+    mode = data.draw(st.sampled_from(("exact", "fast", "f32")))
+    experts, n, k = data.draw(st.integers(1, 7)), 16 * data.draw(st.integers(1, 5)), 96
+    rows = data.draw(st.integers(1, 40))
+    chosen = data.draw(st.lists(st.integers(0, experts - 1), min_size=rows, max_size=rows))
+    if bits == 16:
+        dense = mx.random.normal((experts * n, k), key=mx.random.key(1))
+        packed, w = ops.pack_dense(dense), np.array(dense)
+    else:
+        packed, w = quantized(experts * n, k, 32, bits)
+    x = mx.random.normal((rows, k), key=mx.random.key(data.draw(st.integers(0, 99))))
+    ids = mx.array(chosen)
+    got = np.array(ops.gather_linear(x, ids, packed, n, mode))
+    each = list(w.reshape(experts, n, k))
+    want = reference.gather_linear(x, chosen, each, "f32" if bits == 16 else mode, 32)
+    step = {"exact": 2e-4, "fast": 2e-2, "f32": 2e-6}[mode]
+    assert np.abs(got - want).max() <= step * 0.2 * max(np.abs(w).sum(-1).max(), 1.0)
+    for row in range(0, rows, 7):  # the same bits alone
+        alone = ops.gather_linear(x[row : row + 1], ids[row : row + 1], packed, n, mode)
+        assert (bits_of(alone)[0] == got[row].view(np.uint32)).all()
+
+
+def test_an_expert_that_is_not_there_is_refused() -> None:
+    packed, _ = quantized(32, 64, 32, 4)
+    x = mx.zeros((2, 64))
+    with pytest.raises(RuntimeError):
+        mx.eval(ops.gather_linear(x, mx.array([0, 2]), packed, 16))
+    with pytest.raises(ValueError, match="multiple of 16"):
+        ops.gather_linear(x, mx.array([0, 1]), packed, 8)
+    with pytest.raises(ValueError, match="for each row"):
+        ops.gather_linear(x, mx.array([0]), packed, 16)
 
 
 def test_wrong_shapes_are_refused() -> None:

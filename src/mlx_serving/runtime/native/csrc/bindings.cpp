@@ -32,10 +32,11 @@ NB_MODULE(_native, m) {
       .def_prop_ro("traditional", &RopeTable::traditional);
   m.def("rope_table", [](std::vector<double> f, bool traditional, double magnitude) { return std::make_shared<RopeTable>(std::move(f), traditional, magnitude); },
         "inv_freq"_a, "traditional"_a, "magnitude"_a = 1.0);
-  m.def("pack_quantized", &Packed::quantized, "w"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a);
+  m.def("pack_quantized", &Packed::quantized, "w"_a, "scales"_a, "biases"_a.none(), "group_size"_a, "bits"_a);
   m.def("pack_dense", &Packed::dense, "w"_a);
 
   m.def("linear", &linear, "x"_a, "w"_a, "bias"_a.none() = nb::none(), "mode"_a = "exact");
+  m.def("gather_linear", &gather_linear, "x"_a, "experts"_a, "w"_a, "n"_a, "mode"_a = "exact");
   m.def("embed", &embed, "ids"_a, "w"_a, "dtype"_a);
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a);
   m.def("rope", &rope, "x"_a, "offsets"_a, "table"_a);

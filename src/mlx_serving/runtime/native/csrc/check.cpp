@@ -56,9 +56,9 @@ void expect(bool ok, const std::string& what) {
   }
 }
 
-void check_matmul(bool end, int n, int k, int bits, int group, int rows, Type scale_type, Mode mode) {
+void check_matmul(bool end, int n, int k, int bits, int group, int rows, Type scale_type, Mode mode, bool fp4 = false) {
   Weight w;
-  w.n = n, w.k = k, w.bits = bits, w.group = group, w.scale_type = scale_type;
+  w.n = n, w.k = k, w.bits = bits, w.group = group, w.scale_type = scale_type, w.fp4 = fp4;
   Guarded<uint8_t> data(w.bytes(), end);
   memset(data.get(), 0, w.bytes());
   for (size_t i = 0; i < w.bytes(); i++) {
@@ -99,6 +99,26 @@ void check_matmul(bool end, int n, int k, int bits, int group, int rows, Type sc
       expect(std::fabs(want - out.get()[size_t(r) * n + c]) < step * total, "matmul " + std::to_string(n) + "x" + std::to_string(k));
     }
   }
+}
+
+// Rows of several experts together, and each expert's alone.
+void check_experts(bool end, int rows) {
+  const int experts = 3, n = 32, k = 48;
+  Weight w;
+  w.n = experts * n, w.k = k, w.bits = 32, w.scale_type = Type::f32;
+  Guarded<float> data(w.bytes() / 4, end), x(size_t(rows) * k, end), out(size_t(rows) * n, end), one(size_t(rows) * n, end);
+  fill(data), fill(x);
+  w.data = reinterpret_cast<uint8_t*>(data.get());
+  Activations a;
+  a.x = x.get(), a.k = k;
+  const std::vector<int> begin{0, rows / 2, rows / 2, rows};  // the second has none
+  gathered_matmul(w, n, a, Mode::f32, begin, out.get());
+  for (int e = 0; e < experts; e++) {
+    Weight expert = w;
+    expert.n = n, expert.data = w.data + size_t(e) * n / kLanes * w.block_bytes();
+    if (begin[e] < begin[e + 1]) kernels().matmul(expert, a, Mode::f32, 0, expert.blocks(), begin[e], begin[e + 1], one.get(), n);
+  }
+  expect(memcmp(one.get(), out.get(), size_t(rows) * n * 4) == 0, "experts together and alone differ");
 }
 
 void check_rows(bool end, int k) {
@@ -185,8 +205,10 @@ int main() {
           for (int bits : {4, 8})
             for (int group : {32, 64, 128})
               for (Mode m : {Mode::exact, Mode::fast, Mode::f32}) check_matmul(end, 37, 2 * group, bits, group, rows, t, m);
+          for (Mode m : {Mode::exact, Mode::fast, Mode::f32}) check_matmul(end, 37, 64, 4, 32, rows, t, m, true);
           check_matmul(end, 83, 19, t == Type::f32 ? 32 : 16, 0, rows, t, Mode::exact);
         }
+      for (int rows : {1, 5, 40}) check_experts(end, rows);
       for (int k : {1, 2, 15, 16, 17, 31, 32, 46, 64, 100}) check_rows(end, k);
       for (int n : {1, 2, 15, 16, 17, 100, 1024, 1025, 2050}) check_sampling(end, n);
       for (Type t : {Type::f32, Type::f16, Type::bf16})

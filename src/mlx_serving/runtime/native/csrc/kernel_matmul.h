@@ -64,7 +64,16 @@ static inline int word(const int8_t* p) {
   return x;
 }
 
-template <int BITS, int PLANES, int MB>
+template <bool FP4>
+static inline vi codes_lo(vi q) {
+  return FP4 ? lookup16(kFp4, nibble_lo(q)) : nibble_lo(q);
+}
+template <bool FP4>
+static inline vi codes_hi(vi q) {
+  return FP4 ? lookup16(kFp4, nibble_hi(q)) : nibble_hi(q);
+}
+
+template <int BITS, int PLANES, int MB, bool FP4 = false>
 static inline void integer_block(const Weight& w, const Activations& a, const uint8_t* p, int row, float* out, int64_t ld, int n) {
   const int groups = w.groups(), gs = w.group, sb = kLanes * size_of(w.scale_type);
   vf acc[MB];
@@ -81,7 +90,7 @@ static inline void integer_block(const Weight& w, const Activations& a, const ui
     for (int j = 0; j < gs; j += STEP, p += 64) {
       vi q = iload(p);
       if constexpr (BITS == 4) {
-        vi w0 = nibble_lo(q), w1 = nibble_hi(q);
+        vi w0 = codes_lo<FP4>(q), w1 = codes_hi<FP4>(q);
 #pragma GCC unroll 8
         for (int m = 0; m < MB; m++) {
           h[m] = dot_u<4>(h[m], w0, word(xh + int64_t(m) * a.k + j));
@@ -108,7 +117,7 @@ static inline void integer_block(const Weight& w, const Activations& a, const ui
   for (int m = 0; m < MB; m++) vstore_n(out + m * ld, acc[m], n);
 }
 
-template <int BITS, int MB>
+template <int BITS, int MB, bool FP4 = false>
 static inline void float_block(const Weight& w, const Activations& a, const uint8_t* p, int row, float* out, int64_t ld, int n) {
   const int groups = w.groups(), gs = w.group, sb = kLanes * size_of(w.scale_type);
   vf acc[MB];
@@ -121,12 +130,13 @@ static inline void float_block(const Weight& w, const Activations& a, const uint
     const float* x = a.x + int64_t(row) * a.k + g * gs;
     constexpr int STEP = BITS == 4 ? 8 : 4;
     for (int j = 0; j < gs; j += STEP, p += 64) {
-      vi q = iload(p);
+      vi q = iload(p), lo = q, hi = q;
+      if constexpr (FP4) lo = codes_lo<true>(q), hi = codes_hi<true>(q);
 #pragma GCC unroll 4
       for (int i = 0; i < STEP / 2; i++) {
         // 4 bits: inputs i and i + 4 share a byte. 8 bits: inputs i and i + 2.
-        vf u = BITS == 4 ? ifield<BITS>(q, 8 * i) : ifield<BITS>(q, 8 * i);
-        vf v = BITS == 4 ? ifield<BITS>(q, 8 * i + 4) : ifield<BITS>(q, 8 * (i + 2));
+        vf u = FP4 ? ifield<8>(lo, 8 * i) : ifield<BITS>(q, 8 * i);
+        vf v = FP4 ? ifield<8>(hi, 8 * i) : ifield<BITS>(q, BITS == 4 ? 8 * i + 4 : 8 * (i + 2));
 #pragma GCC unroll 8
         for (int m = 0; m < MB; m++) {
           const float* y = x + int64_t(m) * a.k + j + i;
@@ -213,6 +223,9 @@ static void matmul(const Weight& w, const Activations& a, Mode mode, int block0,
     const int n = w.n - b * kLanes;
     float* o = out + int64_t(b) * kLanes;
 #define MS_INT(B, P, M) integer_block<B, P, M>(w, a, p, r, o + int64_t(r) * ld, ld, n)
+#define MS_FPE(M) integer_block<4, 2, M, true>(w, a, p, r, o + int64_t(r) * ld, ld, n)
+#define MS_FPF(M) integer_block<4, 1, M, true>(w, a, p, r, o + int64_t(r) * ld, ld, n)
+#define MS_FPX(M) float_block<4, M, true>(w, a, p, r, o + int64_t(r) * ld, ld, n)
 #define MS_4E(M) MS_INT(4, 2, M)
 #define MS_8E(M) MS_INT(8, 2, M)
 #define MS_4F(M) MS_INT(4, 1, M)
@@ -220,11 +233,11 @@ static void matmul(const Weight& w, const Activations& a, Mode mode, int block0,
 #define MS_4X(M) float_block<4, M>(w, a, p, r, o + int64_t(r) * ld, ld, n)
 #define MS_8X(M) float_block<8, M>(w, a, p, r, o + int64_t(r) * ld, ld, n)
     if (mode == Mode::exact) {
-      if (w.bits == 4) MS_ROWS(MS_4E) else MS_ROWS(MS_8E)
+      if (w.fp4) MS_ROWS(MS_FPE) else if (w.bits == 4) MS_ROWS(MS_4E) else MS_ROWS(MS_8E)
     } else if (mode == Mode::fast) {
-      if (w.bits == 4) MS_ROWS(MS_4F) else MS_ROWS(MS_8F)
+      if (w.fp4) MS_ROWS(MS_FPF) else if (w.bits == 4) MS_ROWS(MS_4F) else MS_ROWS(MS_8F)
     } else {
-      if (w.bits == 4) MS_ROWS(MS_4X) else MS_ROWS(MS_8X)
+      if (w.fp4) MS_ROWS(MS_FPX) else if (w.bits == 4) MS_ROWS(MS_4X) else MS_ROWS(MS_8X)
     }
   }
 }
@@ -245,7 +258,7 @@ static void dequantize_row(const Weight& w, int row, float* out) {
     const uint8_t* q = p + 2 * sb;
     for (int i = 0; i < w.group; i++) {
       int code = w.bits == 4 ? (q[i / 8 * 64 + c * 4 + i % 4] >> (i % 8 / 4 * 4)) & 15 : q[i / 4 * 64 + c * 4 + i % 4];
-      out[g * w.group + i] = s * float(code) + b;
+      out[g * w.group + i] = s * float(w.fp4 ? kFp4[code] : code) + b;
     }
   }
 }

@@ -11,15 +11,20 @@ constexpr int kLanes = 16;      // output columns of one packed weight block
 constexpr int kKeyBlock = 64;   // keys per step of the online softmax
 constexpr int kKeySplit = 256;  // keys per partial result; merged in ascending order
 
+// E2M1 as integers: twice the value, plus 12. So mxfp4 is affine in them.
+constexpr uint8_t kFp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
 // A weight matrix [n, k], packed in blocks of 16 output columns.
 //   bits 4, 8:  per block, per group: 16 scales, 16 biases, then the codes,
 //               64 bytes for every 8 (4 bits) or 4 (8 bits) inputs; lane c of
 //               those 64 bytes holds column c.
+//               With `fp4`, a 4-bit code stands for kFp4[code].
 //   bits 16, 32: per block, per input: 16 values (bf16 or f16 by `scale_type`; f32).
 struct Weight {
   const uint8_t* data = nullptr;
   int n = 0, k = 0, bits = 0, group = 0;
   Type scale_type = Type::f32;
+  bool fp4 = false;
 
   int groups() const { return group ? k / group : 0; }
   int blocks() const { return (n + kLanes - 1) / kLanes; }

@@ -83,6 +83,35 @@ void gated_matmul(const Weight& gate, const Weight& up, const Activations& a, Mo
   });
 }
 
+void gathered_matmul(const Weight& w, int n, const Activations& a, Mode mode, const std::vector<int>& begin, float* out) {
+  struct Task {
+    int expert, block0, block1;
+  };
+  const Kernels& k = kernels();
+  Pool& pool = Pool::get();
+  Weight one = w;
+  one.n = n;
+  const int experts = int(begin.size()) - 1;
+  thread_local std::vector<Task> mine;
+  mine.clear();
+  int active = 0;
+  for (int e = 0; e < experts; e++) active += begin[e] < begin[e + 1];
+  // Enough tasks for all threads, however few experts were chosen.
+  const int parts = std::max(1, pool.threads() * 4 / std::max(1, active));
+  const int chunk = std::clamp((one.blocks() + parts - 1) / parts, 1, 64);
+  for (int e = 0; e < experts; e++) {
+    if (begin[e] == begin[e + 1]) continue;
+    for (int b = 0; b < one.blocks(); b += chunk) mine.push_back({e, b, std::min(one.blocks(), b + chunk)});
+  }
+  const Task* tasks = mine.data();
+  pool.run(int(mine.size()), [&, tasks](int i) {
+    const Task& t = tasks[i];
+    Weight expert = one;
+    expert.data = w.data + size_t(t.expert) * one.bytes();
+    k.matmul(expert, a, mode, t.block0, t.block1, begin[t.expert], begin[t.expert + 1], out, n);
+  });
+}
+
 RopeTable::RopeTable(std::vector<double> inv_freq, bool traditional, double magnitude)
     : inv_freq_(std::move(inv_freq)), traditional_(traditional), magnitude_(magnitude), chunks_(new std::unique_ptr<float[]>[kSpine]) {}
 

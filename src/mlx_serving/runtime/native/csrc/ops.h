@@ -59,6 +59,9 @@ void matmul(const Weight& w, const Activations& a, Mode mode, int rows, float* o
 // out[rows, n] = act(a @ gate.T) * (a @ up.T)
 void gated_matmul(const Weight& gate, const Weight& up, const Activations& a, Mode mode, Act act, int rows, float* out);
 
+// out[rows, n]: rows [begin[e], begin[e + 1]) times outputs [e * n, (e + 1) * n) of w.
+void gathered_matmul(const Weight& w, int n, const Activations& a, Mode mode, const std::vector<int>& begin, float* out);
+
 // f(row0, row1) over [0, rows) in chunks; on the caller alone when `work` (floats) is small.
 template <class F>
 void parallel_rows(int rows, int64_t work, F&& f);

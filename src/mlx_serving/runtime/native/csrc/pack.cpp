@@ -1,4 +1,5 @@
 // Packing of weights at load: see Weight for the layout.
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -55,19 +56,59 @@ std::vector<float> floats(const mx::array& a) {
 }
 }  // namespace
 
-PackedPtr Packed::quantized(const mx::array& w_, const mx::array& scales_, const mx::array& biases_, int group, int bits) {
-  if (bits != 4 && bits != 8) throw std::invalid_argument("native: 4 or 8 bits");
+namespace {
+// Codes of `bits` bits, lowest first, one after another.
+void read_codes(const uint8_t* src, int64_t first, int count, int bits, uint8_t* out) {
+  for (int i = 0; i < count; i++) {
+    const int64_t bit = (first + i) * bits;
+    unsigned word = src[bit / 8];
+    if (bit % 8 + bits > 8) word |= unsigned(src[bit / 8 + 1]) << 8;
+    out[i] = uint8_t(word >> (bit % 8) & ((1u << bits) - 1));
+  }
+}
+
+// One column's codes of one group into their places among the 16 columns'.
+void place_codes(const uint8_t* codes, int group, int bits, int column, uint8_t* q) {
+  if (bits == 8) {
+    for (int i = 0; i < group; i += 4) memcpy(q + i / 4 * 64 + column * 4, codes + i, 4);
+    return;
+  }
+  for (int i = 0; i < group; i += 8)
+    for (int j = 0; j < 4; j++) q[i / 8 * 64 + column * 4 + j] = uint8_t(codes[i + j] | codes[i + j + 4] << 4);
+}
+
+// mxfp4's scales are exponents: value = 2^(e - 127) * E2M1, affine in kFp4's integers.
+void fp4_scales(const mx::array& exponents, std::vector<float>& s, std::vector<float>& b) {
+  const uint8_t* e = exponents.data<uint8_t>();
+  s.resize(exponents.size()), b.resize(exponents.size());
+  for (size_t i = 0; i < s.size(); i++) {
+    s[i] = std::ldexp(1.f, int(e[i]) - 128);
+    b[i] = -12.f * s[i];
+  }
+}
+}  // namespace
+
+PackedPtr Packed::quantized(const mx::array& w_, const mx::array& scales_, const std::optional<mx::array>& biases_, int group, int bits) {
+  const bool fp4 = !biases_;
+  if (bits < 2 || bits > 8 || bits == 7) throw std::invalid_argument("native: 2, 3, 4, 5, 6 or 8 bits");
   if (group != 32 && group != 64 && group != 128) throw std::invalid_argument("native: group size 32, 64 or 128");
+  if (fp4 && (bits != 4 || group != 32 || scales_.dtype() != mx::uint8)) throw std::invalid_argument("native: without biases, mxfp4: 4 bits, groups of 32, uint8 scales");
   if (w_.ndim() != 2 || w_.dtype() != mx::uint32) throw std::invalid_argument("native: weights must be [n, words] uint32");
-  const int n = w_.shape(0), k = w_.shape(1) * 32 / bits, groups = k / group;
+  const int n = w_.shape(0), k = int(int64_t(w_.shape(1)) * 32 / bits), groups = k / group;
   const mx::Shape expected{n, groups};
-  if (groups * group != k || scales_.shape() != expected || biases_.shape() != expected) {
+  if (groups * group != k || scales_.shape() != expected || (biases_ && biases_->shape() != expected)) {
     throw std::invalid_argument("native: scales and biases must be [n, k / group_size]");
   }
-  const mx::array w = ready(w_), scales = ready(scales_), biases = ready(biases_);
-  const std::vector<float> s = floats(scales), b = floats(biases);
+  const mx::array w = ready(w_), scales = ready(scales_);
+  std::vector<float> s, b;
+  if (fp4) {
+    fp4_scales(scales, s, b);
+  } else {
+    s = floats(scales), b = floats(ready(*biases_));
+  }
   Weight meta;
-  meta.n = n, meta.k = k, meta.bits = bits, meta.group = group;
+  // Odd widths are kept in the next even one that a kernel reads.
+  meta.n = n, meta.k = k, meta.bits = bits <= 4 ? 4 : 8, meta.group = group, meta.fp4 = fp4;
   // Half precision where it loses nothing: fewer bytes to read for the same values.
   meta.scale_type = Type::f32;
   for (Type t : {Type::f16, Type::bf16}) {
@@ -79,30 +120,21 @@ PackedPtr Packed::quantized(const mx::array& w_, const mx::array& scales_, const
   mx::array data = bytes_array(meta.bytes());
   uint8_t* out = data.data<uint8_t>();
   memset(out, 0, meta.bytes());
-  const uint8_t* codes = w.data<uint8_t>();
-  const size_t row_bytes = size_t(k) * bits / 8;
+  const uint8_t* packed = w.data<uint8_t>();
+  const size_t row_bytes = size_t(w.shape(1)) * 4;
   const int es = size_of(meta.scale_type);
   const Kernels& kern = kernels();
   parallel_rows(meta.blocks(), int64_t(n) * k, [&](int b0, int b1) {
+    uint8_t codes[128];
     for (int block = b0; block < b1; block++) {
       for (int g = 0; g < groups; g++) {
         uint8_t* p = out + block * meta.block_bytes() + g * meta.group_bytes();
-        uint8_t* q = p + 2 * kLanes * es;
         for (int c = 0; c < kLanes && block * kLanes + c < n; c++) {
           const size_t row = size_t(block) * kLanes + c;
           kern.from_float(meta.scale_type, &s[row * groups + g], p + c * es, 1);
           kern.from_float(meta.scale_type, &b[row * groups + g], p + (kLanes + c) * es, 1);
-          const uint8_t* src = codes + row * row_bytes + size_t(g) * group * bits / 8;
-          if (bits == 8) {
-            for (int i = 0; i < group; i += 4) memcpy(q + i / 4 * 64 + c * 4, src + i, 4);
-          } else {
-            // MLX keeps inputs 2i, 2i + 1 in byte i; here i and i + 4 of each 8 share one.
-            for (int i = 0; i < group; i += 8) {
-              uint8_t v[8];
-              for (int j = 0; j < 4; j++) v[2 * j] = src[i / 2 + j] & 15, v[2 * j + 1] = src[i / 2 + j] >> 4;
-              for (int j = 0; j < 4; j++) q[i / 8 * 64 + c * 4 + j] = uint8_t(v[j] | v[j + 4] << 4);
-            }
-          }
+          read_codes(packed + row * row_bytes, int64_t(g) * group, group, bits, codes);
+          place_codes(codes, group, meta.bits, c, p + 2 * kLanes * es);
         }
       }
     }

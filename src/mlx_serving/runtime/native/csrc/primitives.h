@@ -16,7 +16,8 @@ class Packed {
  public:
   Packed(Weight meta, mx::array data) : meta_(meta), data_(std::move(data)) {}
   // w: [n, k * bits / 32] uint32; scales, biases: [n, k / group_size], f32, f16 or bf16.
-  static std::shared_ptr<Packed> quantized(const mx::array& w, const mx::array& scales, const mx::array& biases, int group_size, int bits);
+  // Without biases it is mxfp4, and the scales are uint8 exponents.
+  static std::shared_ptr<Packed> quantized(const mx::array& w, const mx::array& scales, const std::optional<mx::array>& biases, int group_size, int bits);
   // w: [n, k], f32, f16 or bf16.
   static std::shared_ptr<Packed> dense(const mx::array& w);
 
@@ -46,6 +47,9 @@ Mode mode_of(const std::string& name);
 Act act_of(const std::string& name);
 
 mx::array linear(const mx::array& x, const PackedPtr& w, const std::optional<mx::array>& bias, const std::string& mode);
+// Each row of x [..., k] times its expert's weight: expert e has outputs [e * n, (e + 1) * n) of w,
+// n a multiple of 16. experts: one for each row, x's shape without its last axis.
+mx::array gather_linear(const mx::array& x, const mx::array& experts, const PackedPtr& w, int n, const std::string& mode);
 mx::array embed(const mx::array& ids, const PackedPtr& w, mx::Dtype dtype);
 mx::array rms_norm(const mx::array& x, const std::optional<mx::array>& weight, float eps);
 mx::array rope(const mx::array& x, const mx::array& offsets, const RopePtr& table);

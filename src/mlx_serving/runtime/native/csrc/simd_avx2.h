@@ -106,6 +106,10 @@ static inline vi nibble_lo(vi x) {
 static inline vi nibble_hi(vi x) {
   return nibble_lo({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)});
 }
+static inline vi lookup16(const uint8_t* table, vi x) {
+  __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
+  return {_mm256_shuffle_epi8(t, x.a), _mm256_shuffle_epi8(t, x.b)};
+}
 template <int BITS>
 static inline vf ifield(vi x, int shift) {
   __m128i s = _mm_cvtsi32_si128(shift);

@@ -108,6 +108,10 @@ static inline vi ishl7(vi a) { return _mm512_slli_epi32(a, 7); }
 static inline vf i2f(vi a) { return _mm512_cvtepi32_ps(a); }
 static inline vi nibble_lo(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 static inline vi nibble_hi(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+// Each byte, 0 to 15, looked up in a table of 16.
+static inline vi lookup16(const uint8_t* table, vi a) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), a);
+}
 // Field of `bits` bits at `shift` of each 32-bit lane, as float.
 template <int BITS>
 static inline vf ifield(vi a, int shift) {

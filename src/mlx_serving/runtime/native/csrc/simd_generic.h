@@ -117,6 +117,13 @@ static inline vi isar7(vi x) { return x >> 7; }
 static inline vf i2f(vi x) { return __builtin_convertvector(x, vf); }
 static inline vi nibble_lo(vi x) { return x & 0x0f0f0f0f; }
 static inline vi nibble_hi(vi x) { return (x >> 4) & 0x0f0f0f0f; }
+static inline vi lookup16(const uint8_t* table, vi x) {
+  uint8_t b[64];
+  memcpy(b, &x, 64);
+  for (int i = 0; i < 64; i++) b[i] = table[b[i]];
+  memcpy(&x, b, 64);
+  return x;
+}
 template <int BITS>
 static inline vf ifield(vi x, int shift) {
   return i2f((x >> shift) & ((1 << BITS) - 1));
