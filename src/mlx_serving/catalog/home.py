@@ -72,6 +72,17 @@ def _use_lock(home: Path, model: Path) -> Path:
     return home / "locks" / f"use-{key}.lock"
 
 
+def check_space(folder: Path, needed: int) -> None:
+    """Raises ModelBroken (no_space) unless `needed` bytes are free where `folder` is, or will be."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ModelBroken(
+            f"fetching needs {needed >> 20} MiB in {existing}, {free >> 20} MiB are free",
+            code="no_space",
+        )
+
+
 def sweep(parent: Path, prefix: str) -> None:
     """Remove what a killed process left half-done; call while holding its lock."""
     for leftover in parent.glob(f"{prefix}*"):

@@ -11,13 +11,13 @@ from __future__ import annotations
 import errno
 import glob
 import json
-import shutil
 from contextlib import ExitStack
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_serving.catalog.digests import check_digests, remember
+from mlx_serving.catalog.home import check_space
 from mlx_serving.catalog.known import Known
 from mlx_serving.catalog.progress import Progress
 from mlx_serving.errors import MLXServingError, ModelBroken, ModelNotFound
@@ -135,7 +135,7 @@ def _download(
     large = [_large(repo, file, snapshot) for file in missing if _is_large(file)]
     small = sum(file.size or 0 for file in missing if not _is_large(file))
     to_come = small + sum(file.missing_bytes() for file in large)
-    _check_space(snapshot, to_come)
+    check_space(snapshot, to_come)
     progress.start(f"pull {repo}", to_come)
     names = [glob.escape(file.rfilename) for file in files]
     try:
@@ -187,16 +187,6 @@ def _fetch_large(files: list[Download], snapshot: Path, known: Known, progress: 
         download_all(files, progress.advance)
     for file in files:
         remember(file.target, f"sha256:{file.sha256}", known)
-
-
-def _check_space(snapshot: Path, needed: int) -> None:
-    existing = next(parent for parent in snapshot.parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ModelBroken(
-            f"pulling needs {needed >> 20} MiB in {existing}, {free >> 20} MiB are free",
-            code="no_space",
-        )
 
 
 def _byte_meter(progress: Progress, total: int) -> Any:

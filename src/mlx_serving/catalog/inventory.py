@@ -118,6 +118,8 @@ def describe(place: Place, machine: Machine, known: Known) -> Entry:
     verdict = examine(path, machine, wrong)
     try:
         facts = read_facts(path, place.name)
+        if place.source == "alias":
+            facts = msgspec.structs.replace(facts, licence=ALIASES[place.name].licence)
     except ModelBroken:
         facts = None
     return Entry(place=place, files=list_files(path), facts=facts, verdict=verdict)

