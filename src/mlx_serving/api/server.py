@@ -50,6 +50,7 @@ async def serve(
     config: Config,
     *,
     on_started: Callable[[str], None] | None = None,
+    on_draining: Callable[[], None] | None = None,
     should_stop: asyncio.Event | None = None,
 ) -> int:
     """Serve until a signal (or `should_stop`), drain, and return the exit code.
@@ -70,6 +71,8 @@ async def serve(
             await asyncio.wait({first, serving}, return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 serving.result()
+            if on_draining is not None:
+                on_draining()
             drained = await _drain(gateway, config.drain_timeout_s, stops)
             await _close(server, serving, drained=drained)
         finally:

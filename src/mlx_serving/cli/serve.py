@@ -16,6 +16,7 @@ from mlx_serving import config as settings
 from mlx_serving import host
 from mlx_serving.cli.exits import Exit
 from mlx_serving.cli.flags import ServeArgs
+from mlx_serving.cli.notify import Notifier
 from mlx_serving.cli.say import Say
 from mlx_serving.config import Config
 from mlx_serving.errors import ConfigError, ModelNotFound
@@ -70,6 +71,9 @@ async def _serve(config: Config, say: Say) -> int:
     engine.on(events.ModelLoaded, lambda event: say.loaded(event.info))
     engine.on(events.ModelFailed, on_failed)
     engine.on(events.WorkerDied, lambda event: say.error("worker_died", event.cause))
+    manager = Notifier()
+    engine.on(events.ModelLoaded, lambda event: manager.status(f"{event.info.model_id} is ready"))
+    engine.on(events.WorkerDied, lambda event: manager.status(f"worker died: {event.cause}"))
     starting: list[asyncio.Task[None]] = []
 
     def on_started(address: str) -> None:
@@ -79,6 +83,7 @@ async def _serve(config: Config, say: Say) -> int:
         say.listening(address, engine.gateway.default_model(), needs_key=needs_key)
         for code, message in exposures(config):
             say.warning(code, message)
+        manager.ready("loading models")
         starting.append(asyncio.create_task(engine.start(wait_ready=False)))
 
     app = create_app(engine.gateway, config)
@@ -87,8 +92,16 @@ async def _serve(config: Config, say: Say) -> int:
     minds = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal()
     loop.add_signal_handler(signal.SIGHUP, _hung_up, engine.restart, minds)
     try:
-        code = await serve(app, engine.gateway, config, on_started=on_started, should_stop=give_up)
+        code = await serve(
+            app,
+            engine.gateway,
+            config,
+            on_started=on_started,
+            on_draining=lambda: manager.stopping(config.drain_timeout_s),
+            should_stop=give_up,
+        )
     finally:
+        manager.close()
         await asyncio.gather(*starting)
         await engine.stop()
     return Exit.NO_MODEL if give_up.is_set() else code
