@@ -39,7 +39,17 @@ TextsLike = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 
 _SAMPLING = frozenset(SamplingParams.__struct_fields__) - {"seed", "choice", "max_tokens"}
 _REQUEST = frozenset(
-    {"max_tokens", "seed", "n", "stop", "include_stop_str", "priority", "cache_salt", "grammar"}
+    {
+        "max_tokens",
+        "seed",
+        "n",
+        "stop",
+        "include_stop_str",
+        "priority",
+        "cache_salt",
+        "grammar",
+        "keep_alive_s",
+    }
 )
 _TOOL_USE = ("tools", "tool_choice", "parallel_tool_calls")
 _CHAT = frozenset({*_TOOL_USE, "template_kwargs", "reasoning_effort", "response_format"})

@@ -167,6 +167,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Folder in which prompts' common beginnings are kept over restarts; default: nowhere."""
     kv_disk_bytes: Annotated[int, Meta(ge=0)] = 8 * 1024**3
     """What the files in kv-disk-path may take, in bytes; what is worth least is deleted."""
+    memory_budget: Annotated[float, Meta(gt=0)] | None = None
+    """Memory for models, their KV and prefixes: bytes, or up to 1 a share of the device's; default: 0.6, of a GPU 0.85."""
+    keep_alive_s: Annotated[float, Meta(ge=-1)] = -1.0
+    """How long a model stays in memory after its last request; -1: until its memory is needed."""
+    pin: tuple[str, ...] = ()
+    """Models, by served name, that are never unloaded to make room or for idleness."""
+    memory_wait_s: Annotated[float, Meta(ge=0)] = 120.0
+    """How long a request may wait for a model that does not fit beside those in use; then 503."""
     exact_batch: bool = False
     """Always decode max-num-seqs rows, so that logits are bit-equal whatever the batch."""
     json_digit_tokens: Annotated[int, Meta(ge=0)] = 40

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,29 +28,17 @@ from mlx_serving.answers import (
     to_rank_request,
     to_request,
 )
-from mlx_serving.catalog.ensure import Progress, ensure
-from mlx_serving.catalog.fingerprint import fingerprint
-from mlx_serving.catalog.lifecycle import Fetching, Loading, ModelSlot
-from mlx_serving.catalog.names import default_name
+from mlx_serving.catalog.ensure import Progress
 from mlx_serving.config import FIELDS, Config, override
-from mlx_serving.content.text import TextSide
-from mlx_serving.errors import ConfigError
 from mlx_serving.gateway import Gateway
-from mlx_serving.generation import Generation, Served
+from mlx_serving.generation import Generation
+from mlx_serving.models import Models
 from mlx_serving.spellings import OPTIONS, normalise, normalise_settings, spelled_back
-from mlx_serving.telemetry.events import (
-    EventBus,
-    ModelFailed,
-    ModelLoaded,
-    ModelLoading,
-    Subscription,
-    WorkerDied,
-    WorkerStarted,
-)
+from mlx_serving.telemetry.events import EventBus, Subscription, WorkerDied, WorkerStarted
 from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.types import Embeddings, Ranking
 from mlx_serving.worker import port
-from mlx_serving.worker.wire import ModelOptions, StepStats
+from mlx_serving.worker.wire import StepStats
 
 log = logging.getLogger(__name__)
 
@@ -83,36 +70,41 @@ class Engine:
         self.config = override(config or Config(), given.values, given.spelled)
         self.metrics = Metrics()
         self.events = EventBus(on_drop=self.metrics.events_dropped.inc)
-        self._progress = progress
         self._worker = self._make_worker()
-        self._slots = self._make_slots()
-        self.gateway = Gateway(self.config, self._slots, self._worker, self.metrics, self.events)
+        self._models = Models(self.config, self._worker, self.events, progress)
+        self._starting: asyncio.Task[None] | None = None
+        self.gateway = Gateway(
+            self.config, self._models.slots, self._worker, self.metrics, self.events
+        )
 
     # Life
 
     async def start(self, *, wait_ready: bool = True) -> None:
-        """Start the worker and bring every model up; with `wait_ready=False`, in the background.
+        """Start the worker and bring up the models that fit the budget; with `wait_ready=False`, in
+        the background.
 
         Raises the first model's error when waiting.
         """
         self._worker.start()
-        for slot in self._slots:
-            slot.start()
+        self._starting = asyncio.create_task(self._models.start(), name="start models")
         if wait_ready:
-            await self.gateway.wait_ready()
+            await self._starting
+            self.gateway.raise_failure()
 
     async def stop(self, drain_timeout_s: float = 0.0) -> None:
         """Let running requests finish for `drain_timeout_s`, then end the worker."""
         if drain_timeout_s > 0:
             await self.gateway.drain(drain_timeout_s)
-        for slot in self._slots:
-            await slot.close()
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
+        await self._models.close()
         await self._worker.stop()
         await self.gateway.close()
 
     def restart(self) -> None:
         """Replace the worker; running streams go on in the next one. Tries again what failed."""
-        for slot in self._slots:
+        for slot in self._models.slots:
             slot.forgive()
         self._worker.restart()
 
@@ -272,77 +264,6 @@ class Engine:
         worker.on_stats = self._on_stats
         return worker
 
-    def _make_slots(self) -> list[ModelSlot[Served]]:
-        names = self.config.served_model_name
-        sources = self.config.models
-        if names and len(names) != len(sources):
-            raise ConfigError(
-                f"{len(names)} served names for {len(sources)} models; give one each or none.",
-                param="served_model_name",
-            )
-        slots = []
-        for i, source in enumerate(sources):
-            own = default_name(source)
-            model_id = names[i] if names else own
-            aliases = tuple(a for a in (own, source) if a != model_id)
-            slots.append(ModelSlot(source, model_id, aliases, self._bring_up))
-        if len({slot.model_id for slot in slots}) != len(slots):
-            raise ConfigError(
-                "Two models have the same name; set served_model_name.", param="models"
-            )
-        return slots
-
-    async def _bring_up(self, slot: ModelSlot[Served]) -> Served:
-        """Fetch a model's files, then load worker and text side at the same time."""
-        self.events.publish(ModelLoading(model_id=slot.model_id))
-        slot.enter(Fetching())
-        try:
-            folder = await asyncio.to_thread(ensure, slot.source, self.config, self._progress)
-            slot.enter(Loading())
-            info, text, files = await asyncio.gather(
-                self._worker.load_model(
-                    slot.model_id, str(folder.path), self._model_options(folder.tokenizer_path)
-                ),
-                asyncio.to_thread(self._text_side, folder.tokenizer_path),
-                asyncio.to_thread(fingerprint, folder.path, folder.tokenizer_path),
-            )
-        except Exception as error:
-            code = getattr(error, "code", "model_unavailable")
-            self.events.publish(
-                ModelFailed(model_id=slot.model_id, code=str(code), message=str(error))
-            )
-            raise
-        self.events.publish(ModelLoaded(model_id=slot.model_id, info=info))
-        return Served(info, text, f"{files} {info.dtype} {info.kernels}")
-
-    def _text_side(self, path: Path) -> TextSide:
-        c = self.config
-        return TextSide.load(
-            path,
-            c.chat_template,
-            tool_parser=c.tool_parser,
-            reasoning_parser=c.reasoning_parser,
-        )
-
-    def _model_options(self, tokenizer_path: Path) -> ModelOptions:
-        c = self.config
-        return ModelOptions(
-            max_num_seqs=c.max_num_seqs,
-            prefill_step_size=c.prefill_step_size,
-            pipeline_depth=c.pipeline_depth,
-            context_length=c.context_length,
-            dtype=c.dtype,
-            kernels=c.kernels,
-            exact_batch=c.exact_batch,
-            prefix_cache_bytes=c.prefix_cache_bytes,
-            json_digit_tokens=c.json_digit_tokens,
-            json_string_tokens=c.json_string_tokens,
-            json_white_space=c.json_white_space,
-            kv_disk_path=c.kv_disk_path and str(Path(c.kv_disk_path).expanduser().absolute()),
-            kv_disk_bytes=c.kv_disk_bytes,
-            tokenizer_path=str(tokenizer_path),
-        )
-
     def _on_worker_event(self, event: port.WorkerEvent) -> None:
         m = self.metrics
         match event:
@@ -354,11 +275,15 @@ class Engine:
             case port.WorkerExited(pid, cause):
                 m.worker_up.set(0)
                 self.events.publish(WorkerDied(pid=pid, cause=cause))
+            case port.MemoryUse(memory):
+                self._models.residency.budget_bytes = memory.budget_bytes
+                for kind, count in memory.kinds().items():
+                    m.memory.labels(kind).set(count)
             case port.ModelGone(model_id):
                 for gauge in (m.running, m.waiting, m.kv_tokens, m.kv_capacity):
                     gauge.labels(model_id).set(0)
             case _:
-                pass  # loads are told by _bring_up, which knows the files' side too
+                pass  # loads are told by Models, which knows the files' side too
 
     def _on_stats(self, stats: StepStats) -> None:
         m, model = self.metrics, stats.model_id

@@ -3,7 +3,8 @@
     MLXServingError
     ├── InvalidRequest            400  change the request
     │   ├── UnsupportedParameter  400  drop or change the named parameter
-    │   └── ContextOverflow       400  shorten the prompt
+    │   ├── ContextOverflow       400  shorten the prompt
+    │   └── ModelTooLarge         400  pick another model, or give the server more memory
     ├── Unauthorized              401  send a key
     ├── Forbidden                 403  this key may not
     ├── ModelNotFound             404  pick another model
@@ -67,6 +68,10 @@ class UnsupportedParameter(InvalidRequest):
 
 class ContextOverflow(InvalidRequest):
     code = "context_length_exceeded"
+
+
+class ModelTooLarge(InvalidRequest):
+    code = "model_too_large"
 
 
 class Unauthorized(MLXServingError):

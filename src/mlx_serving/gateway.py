@@ -13,6 +13,7 @@ import os
 import secrets
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -102,11 +103,16 @@ class Gateway:
         self._metrics.open_requests.inc()
         try:
             slot, served, arm = await self._answerer(asked, request)
+        except BaseException:
+            self._leave()
+            raise
+        try:
             _check_generates(served.info)
             _check_room(request.prompt, served.text.least_tokens(request.prompt), served.info)
             token_ids = await self._tokenise(served, request.prompt)
             sampling = _settle(request, served.info, len(token_ids), self._config.max_tokens)
             request = _constrain(request, served.text, token_ids)
+            ended = partial(self._ended, slot)
             generation = Generation(
                 request,
                 slot.model_id,
@@ -114,12 +120,13 @@ class Gateway:
                 token_ids,
                 sampling,
                 arrived_s,
-                self._ended,
+                ended,
                 self._limits,
             )
             generation.arm = arm
             await generation.start(self._rows_for(served, request, token_ids))
         except BaseException:
+            slot.release()
             self._leave()
             raise
         self._running.add(generation)
@@ -144,18 +151,18 @@ class Gateway:
     async def _answerer(
         self, asked: ModelSlot[Served], request: GenerateRequest
     ) -> tuple[ModelSlot[Served], Served, Arm | None]:
-        """The model that answers: the one asked for, or a variant in its place."""
+        """The model that answers: the one asked for, or a variant in its place. It is in use then."""
         arm = self.rollouts.arm(asked.model_id, request.session or request.request_id)
         if arm is not None and arm.is_variant:
             try:
                 slot = self._route(arm.model)
-                return slot, await slot.ready(), arm
+                return slot, await slot.acquire(), arm
             except MLXServingError as error:
                 # The variant's fault is not the client's: the model itself answers.
                 log.warning("rollout %s: %s", arm.rollout, error.message)
                 self.rollouts.observe(arm, FAILED)
                 arm = None
-        return asked, await asked.ready(), arm
+        return asked, await asked.acquire(), arm
 
     def _shadow(
         self, asked: ModelSlot[Served], request: GenerateRequest, original: Generation
@@ -194,19 +201,35 @@ class Gateway:
 
     async def tokenise(self, model: str, prompt: Prompt) -> list[int]:
         """A prompt's token ids, as `open` would have them."""
-        return await self._tokenise(await self._route(model).ready(), prompt)
+        async with self._route(model).use() as served:
+            return await self._tokenise(served, prompt)
 
     async def detokenise(self, model: str, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included. Raises InvalidRequest for an id too high."""
-        served = await self._route(model).ready()
-        _check_ids("tokens", token_ids, served.info.vocab_size)
-        if len(token_ids) < _THREAD_TOKENS:
-            return served.text.decode(token_ids, skip_special_tokens=False)
-        return await asyncio.to_thread(served.text.decode, token_ids, skip_special_tokens=False)
+        async with self._route(model).use() as served:
+            _check_ids("tokens", token_ids, served.info.vocab_size)
+            if len(token_ids) < _THREAD_TOKENS:
+                return served.text.decode(token_ids, skip_special_tokens=False)
+            return await asyncio.to_thread(served.text.decode, token_ids, skip_special_tokens=False)
 
-    async def load(self, model: str) -> None:
-        """Wait until a model can answer; raises why it cannot."""
-        await self._route(model).ready()
+    async def load(self, model: str, keep_alive_s: float | None = None) -> ServedModel:
+        """Wait until a model can answer; raises why it cannot. `keep_alive_s` as in a request."""
+        slot = self._route(model)
+        await slot.acquire()
+        slot.release(keep_alive_s)
+        return self._describe(slot)
+
+    async def unload(self, model: str) -> ServedModel:
+        """Take a model out of memory once its running requests have ended."""
+        slot = self._route(model)
+        await asyncio.shield(slot.unload())
+        return self._describe(slot)
+
+    def pin(self, model: str, pinned: bool) -> ServedModel:
+        """Whether a model may leave memory by itself; it comes into it when it is asked for."""
+        slot = self._route(model)
+        slot.pin(pinned)
+        return self._describe(slot)
 
     def model_id(self, model: str) -> str:
         """The id of the served model that a name leads to. Raises ModelNotFound."""
@@ -222,17 +245,18 @@ class Gateway:
         state = self._route(model).state
         return state.loaded.text.abilities() if isinstance(state, Ready) else ()
 
-    async def wait_ready(self) -> None:
-        """Wait until every configured model is loaded; raises the first failure."""
-        await asyncio.gather(*(slot.ready() for slot in self._slots))
+    def raise_failure(self) -> None:
+        """Raises the error of the first model that could not be loaded, if there is one."""
+        for slot in self._slots:
+            if isinstance(slot.state, Failed):
+                raise slot.state.error
 
     def default_model(self) -> str:
         return self._slots[0].model_id
 
     def models(self) -> list[ServedModel]:
         """Every configured model, the default first, whatever its state."""
-        broken = self._worker.broken
-        return [_describe(slot, broken.get(slot.model_id)) for slot in self._slots]
+        return [self._describe(slot) for slot in self._slots]
 
     def health(self) -> dict[str, object]:
         workers, models = self._worker.health(), self.models()
@@ -303,7 +327,7 @@ class Gateway:
         states = [slot.state for slot in self._slots]
         if self._worker.broken or any(isinstance(state, Failed) for state in states):
             return "degraded"
-        if not all(isinstance(state, Ready) for state in states):
+        if not all(slot.settled for slot in self._slots):
             return "starting"
         return "ready" if workers_live else "degraded"
 
@@ -341,7 +365,23 @@ class Gateway:
         self._admission.enter(arrived_s)
         self._metrics.open_requests.inc()
         try:
-            served = await slot.ready()
+            served = await slot.acquire()
+        except BaseException:
+            self._leave()
+            raise
+        try:
+            return await self._pool(slot, served, request, arrived_s)
+        finally:
+            slot.release(request.keep_alive_s if isinstance(request, EmbedRequest) else None)
+
+    async def _pool(
+        self,
+        slot: ModelSlot[Served],
+        served: Served,
+        request: EmbedRequest | RankRequest,
+        arrived_s: float,
+    ) -> tuple[Served, list[Text], list[bytes]]:
+        try:
             if embedding.prefers_thread(request):
                 texts = await asyncio.to_thread(embedding.prepare, request, served)
             else:
@@ -376,6 +416,22 @@ class Gateway:
             cache_salt=ask.cache_salt,
         )
 
+    def _describe(self, slot: ModelSlot[Served]) -> ServedModel:
+        """Why the worker cannot serve it comes before what the slot believes."""
+        broken = self._worker.broken.get(slot.model_id)
+        status, reason = status_of(slot.state) if broken is None else ("failed", broken.message)
+        loaded = slot.state.loaded if isinstance(slot.state, Ready) else None
+        return ServedModel(
+            id=slot.model_id,
+            created=slot.created,
+            status=status,
+            reason=reason,
+            aliases=slot.aliases,
+            context_length=loaded.info.context_length if loaded else None,
+            pinned=slot.pinned,
+            expires_in_s=slot.expires_in_s,
+        )
+
     def _leave(self) -> float:
         now_s = clock.monotonic()
         self._admission.leave(now_s)
@@ -403,7 +459,8 @@ class Gateway:
             )
         )
 
-    def _ended(self, generation: Generation, outcome: str) -> None:
+    def _ended(self, slot: ModelSlot[Served], generation: Generation, outcome: str) -> None:
+        slot.release(generation.request.keep_alive_s)
         now_s = self._leave()
         self._running.discard(generation)
         if outcome in _COMPLETE:
@@ -572,19 +629,3 @@ def _check_ids(param: str, ids: Sequence[int] | dict[int, float], vocab_size: in
             raise InvalidRequest(
                 f"Token id {token_id} is not in the vocabulary of {vocab_size}.", param=param
             )
-
-
-def _describe(slot: ModelSlot[Served], broken: MLXServingError | None) -> ServedModel:
-    """`broken`: why the worker cannot serve it, whatever the slot believes."""
-    status, reason = status_of(slot.state) if broken is None else ("failed", broken.message)
-    loaded = slot.state.loaded if isinstance(slot.state, Ready) else None
-    error = slot.state.error if isinstance(slot.state, Failed) else broken
-    return ServedModel(
-        id=slot.model_id,
-        created=slot.created,
-        status=status,
-        reason=reason,
-        cause=error.code if error else None,
-        aliases=slot.aliases,
-        context_length=loaded.info.context_length if loaded else None,
-    )

@@ -21,6 +21,10 @@ MIN_MACOS = (14, 0)
 MIN_GLIBC = (2, 35)
 """The oldest that MLX's Linux wheels load with."""
 LOW_MEMORY_BYTES = 2 * 1024**3
+CPU_SHARE = 0.6
+"""Of the machine's (or the cgroup's) memory that models may take; the gateway and others share it."""
+GPU_SHARE = 0.85
+"""Of a GPU's working set: the rest is for activations and the allocator's cache."""
 
 Version = tuple[int, ...]
 
@@ -73,6 +77,21 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 def able(findings: list[Finding]) -> bool:
     return all(finding.level != "fail" for finding in findings)
+
+
+def usable_memory_bytes(host: Host) -> int:
+    return min(host.memory_bytes, host.memory_limit_bytes or host.memory_bytes)
+
+
+def memory_budget_bytes(given: float | None, host: Host, device_bytes: int | None = None) -> int:
+    """What models may take of this machine, or of its GPU (`device_bytes`, where MLX names them).
+
+    `given` is in bytes above 1, and up to 1 a share of what there is.
+    """
+    base = usable_memory_bytes(host) if device_bytes is None else device_bytes
+    if given is None:
+        return int(base * (CPU_SHARE if device_bytes is None else GPU_SHARE))
+    return int(base * given) if given <= 1 else int(given)
 
 
 # ------------------------------------------------------------------- judging
@@ -204,7 +223,7 @@ def _avx2(host: Host) -> Finding:
 
 
 def _memory(host: Host) -> Finding:
-    usable = min(host.memory_bytes, host.memory_limit_bytes or host.memory_bytes)
+    usable = usable_memory_bytes(host)
     limit = f", limited to {_gib(usable)} by its cgroup" if usable < host.memory_bytes else ""
     message = f"{_gib(host.memory_bytes)} of memory{limit}; {host.cpus:g} CPU core(s)"
     if usable < LOW_MEMORY_BYTES:
@@ -269,6 +288,17 @@ def look() -> Host:
         memory_limit_bytes=memory,
         cpus=min(affinity, cpus or affinity),
     )
+
+
+def rss_bytes() -> int:
+    """This process's resident set; where the system does not say, the largest that it was."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def parse_version(text: str) -> Version | None:

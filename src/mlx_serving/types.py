@@ -197,6 +197,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Who or what it belongs to, of requests that should be answered alike: a user, a conversation."""
     grammar: Grammar | None = None
     caching: Caching = "use"
+    keep_alive_s: float | None = None
+    """How long the model stays in memory after this request, if no other comes; below 0: until its
+    memory is needed; None: as configured."""
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest naming the first field that is out of its range."""
@@ -238,6 +241,8 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Which of the model's own prompts precedes each text; None: its default one, if any."""
     priority: Priority = Priority.NORMAL
     client: str | None = None
+    keep_alive_s: float | None = None
+    """As in `GenerateRequest`."""
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest naming the first field that is out of its range."""
@@ -382,6 +387,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str | None = None
     dtype: str = ""
     weight_bytes: int = 0
+    """As loaded, before kernels repack them."""
+    held_bytes: int = 0
+    """Memory that the weights take while it is loaded."""
     kv_bytes_per_token: int = 0
     load_s: float = 0.0
     kernels: str = "mlx"
@@ -439,9 +447,12 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     """Unix seconds."""
     status: str
-    """absent, fetching, loading, ready or failed."""
+    """absent, fetching, loading, ready, draining or failed."""
     reason: str | None = None
     cause: str | None = None
     """Why it failed, for programs: the `code` that a request for it gets."""
     aliases: tuple[str, ...] = ()
     context_length: int | None = None
+    pinned: bool = False
+    expires_in_s: float | None = None
+    """Until it leaves memory if nobody asks for it; None: it does not."""

@@ -59,6 +59,7 @@ PAGE_HEADERS: Headers = [
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
 ]
+MODEL_ACTIONS = ("load", "unload", "pin", "unpin")
 PROMETHEUS = b"text/plain; version=0.0.4; charset=utf-8"
 
 log = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
         "/api/version": {"GET": ollama.version},
     }
     prefixes: Mapping[str, Methods] = {
+        **{f"/v1/models/*/{action}": {"POST": admin(info.act)} for action in MODEL_ACTIONS},
         "/v1/models/": {"GET": info.model},
         "/v1/responses/": {"GET": responses.retrieve, "DELETE": responses.delete},
         "/v1/requests/": {"POST": requests.cancel},
@@ -271,6 +273,18 @@ class InfoRoutes:
                 return
         raise ModelNotFound(f"Model '{wanted[:200]}' is not served here.", param="model")
 
+    async def act(self, exchange: Exchange) -> None:
+        """Answers with the model as it then is; a load or an unload is waited for."""
+        model, _, action = exchange.path.removeprefix("/v1/models/").rpartition("/")
+        match action:
+            case "load":
+                served = await self._gateway.load(model)
+            case "unload":
+                served = await self._gateway.unload(model)
+            case _:
+                served = self._gateway.pin(model, action == "pin")
+        await _json(exchange, 200, _model(served))
+
 
 ENDPOINTS = (
     ("POST /v1/chat/completions", "OpenAI chat completions, streamed or not"),
@@ -303,6 +317,10 @@ ENDPOINTS = (
     ("DELETE /v1/rollouts/{name}", "forget it; admin"),
     ("GET /v1/models", "the configured models, broken ones with the cause; ?usable=true: without"),
     ("GET /v1/models/{id}", "one served model"),
+    ("POST /v1/models/{id}/load", "bring a model into memory, and wait for it"),
+    ("POST /v1/models/{id}/unload", "take it out once its running requests have ended"),
+    ("POST /v1/models/{id}/pin", "never unload it to make room or for idleness"),
+    ("POST /v1/models/{id}/unpin", "let it be unloaded again"),
     ("GET /health", "what the server and its workers are doing; always 200"),
     ("GET /ready", "200 when requests can be answered now, else 503"),
     ("GET /v1/cache/stats", "what the prefix caches hold and did (admin)"),
@@ -333,6 +351,8 @@ def _model(served: ServedModel) -> dict[str, object]:
         "cause": served.cause,
         "aliases": served.aliases,
         "context_length": served.context_length,
+        "pinned": served.pinned,
+        "expires_in_s": served.expires_in_s,
     }
 
 

@@ -77,9 +77,17 @@ class Guard:
         with self._counted(model):
             return await self._gateway.detokenise(model, token_ids)
 
-    async def load(self, model: str) -> None:
+    async def load(self, model: str, keep_alive_s: float | None = None) -> ServedModel:
         with self._counted(model):
-            await self._gateway.load(model)
+            return await self._gateway.load(model, keep_alive_s)
+
+    async def unload(self, model: str) -> ServedModel:
+        with self._counted(model):
+            return await self._gateway.unload(model)
+
+    def pin(self, model: str, pinned: bool) -> ServedModel:
+        self._check(model)
+        return self._gateway.pin(model, pinned)
 
     def model_id(self, model: str) -> str:
         self._check(model)

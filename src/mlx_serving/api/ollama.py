@@ -68,8 +68,12 @@ class OllamaRoutes:
         served = self._find(call.model)
         model = served.id if served else call.model
         if call.request is None:
-            await self._gateway.load(model)
-            await exchange.respond(200, reply.loaded(), drive.advised(call.advisory))
+            leaves = call.keep_alive_s == 0
+            if leaves:
+                await self._gateway.unload(model)
+            else:
+                await self._gateway.load(model, call.keep_alive_s)
+            await exchange.respond(200, reply.loaded(leaves), drive.advised(call.advisory))
             return
         with spelled(("messages", "messages" if route == "chat" else "prompt")):
             await drive.serve(

@@ -18,7 +18,7 @@ from mlx_serving.api.embeddings import finished
 from mlx_serving.api.embeddings_request import ALL, Count, Model
 from mlx_serving.api.embeddings_response import numbers
 from mlx_serving.api.exchange import Exchange
-from mlx_serving.api.ollama_request import check_keep_alive
+from mlx_serving.api.ollama_request import duration_s
 from mlx_serving.api.port import GatewayPort
 from mlx_serving.api.sse import ClientWatch
 from mlx_serving.config import Config
@@ -72,11 +72,11 @@ class OllamaEmbedRoutes:
         started_s = clock.monotonic()
         raw, advisory = await self._read(exchange, fields.EMBED)
         body = convert(raw, _Embed)
-        check_keep_alive(body.keep_alive)
+        keep_alive_s = duration_s(body.keep_alive)
         advisory += check(fields.EMBED_OPTIONS, body.options or {}, at="options.")
         model = self._model(body.model)
         async with ClientWatch(exchange):
-            await self._gateway.load(model)
+            await self._gateway.load(model, keep_alive_s)
             loaded_s = clock.monotonic()
             vectors, tokens = [], 0
             if body.input:
@@ -85,7 +85,10 @@ class OllamaEmbedRoutes:
                 texts = [body.input] if isinstance(body.input, str) else body.input
                 request = _request(model, texts, "input", single=single)
                 request = msgspec.structs.replace(
-                    request, truncate=truncate, dimensions=body.dimensions
+                    request,
+                    truncate=truncate,
+                    dimensions=body.dimensions,
+                    keep_alive_s=keep_alive_s,
                 )
                 found = await self._run(exchange, request)
                 vectors, tokens = await numbers(found.vectors), found.usage.prompt_tokens
@@ -104,17 +107,19 @@ class OllamaEmbedRoutes:
     async def embeddings(self, exchange: Exchange) -> None:
         raw, advisory = await self._read(exchange, fields.EMBEDDINGS)
         body = convert(raw, _Embeddings)
-        check_keep_alive(body.keep_alive)
+        keep_alive_s = duration_s(body.keep_alive)
         advisory += check(fields.EMBED_OPTIONS, body.options or {}, at="options.")
         model = self._model(body.model)
         async with ClientWatch(exchange):
             vector = b"[]"
             if body.prompt:
                 request = _request(model, [body.prompt], "prompt", single=True)
-                request = msgspec.structs.replace(request, truncate=ALL, normalize=False)
+                request = msgspec.structs.replace(
+                    request, truncate=ALL, normalize=False, keep_alive_s=keep_alive_s
+                )
                 (vector,) = await numbers((await self._run(exchange, request)).vectors)
             else:
-                await self._gateway.load(model)
+                await self._gateway.load(model, keep_alive_s)
             await exchange.respond(200, b'{"embedding":%s}' % vector, advised(advisory))
 
     async def _read(self, exchange: Exchange, table: Table) -> tuple[dict[str, Any], list[str]]:

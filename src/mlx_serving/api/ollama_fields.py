@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 from mlx_serving.api.disposition import Row, Table, table
 
+_KEEP_ALIVE: dict[str, Row] = {
+    "keep_alive": "how long the model then stays in memory: seconds or 5m; 0 unloads it, below 0 keeps it; default: --keep-alive-s",
+}
 _HONOURED: dict[str, Row] = {
     "model": "a served model's id or alias; :latest may follow; default: the first served model",
     "stream": "default true: lines of JSON",
@@ -14,8 +17,8 @@ _HONOURED: dict[str, Row] = {
     "think": "true, false: the chat template's enable_thinking, if it has one; low, medium, high: its reasoning_effort too",
     "logprobs": "true: the chosen tokens' log-probabilities",
     "top_logprobs": "0 to 20; only with logprobs",
+    **_KEEP_ALIVE,
 }
-_ADVISORY: dict[str, Row] = {"keep_alive": "served models stay loaded"}
 _REFUSED: dict[str, Row] = {
     "truncate": ("a prompt over the context is a 400", (False,)),
     "shift": ("an answer ends where the context does", (False,)),
@@ -31,7 +34,6 @@ CHAT: Table = table(
             "tools": "function tools, given to the chat template",
         },
     ),
-    ("advisory", dict(_ADVISORY)),
     ("refused", dict(_REFUSED)),
 )
 
@@ -45,7 +47,6 @@ GENERATE: Table = table(
             "raw": "true: the prompt goes to the model without a template",
         },
     ),
-    ("advisory", dict(_ADVISORY)),
     (
         "refused",
         {
@@ -133,6 +134,7 @@ EMBED_OPTIONS: Table = table(
 _EMBED: dict[str, Row] = {
     "model": "a served model's id or alias; :latest may follow; default: the first served model",
     "options": "see options below",
+    **_KEEP_ALIVE,
 }
 
 EMBED: Table = table(
@@ -145,7 +147,6 @@ EMBED: Table = table(
             "dimensions": "that many numbers of each vector, scaled to length 1 again",
         },
     ),
-    ("advisory", dict(_ADVISORY)),
 )
 
 EMBEDDINGS: Table = table(
@@ -153,7 +154,6 @@ EMBEDDINGS: Table = table(
         "honoured",
         {**_EMBED, "prompt": "a text, cut at its end if it is too long; the vector is not scaled"},
     ),
-    ("advisory", dict(_ADVISORY)),
 )
 
 ROUTES: Mapping[str, Table] = {

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from mlx_serving.api import ollama_fields as fields
-from mlx_serving.api.body import MAX_MESSAGES, convert, read_object, refuse, stop_strings
+from mlx_serving.api.body import MAX_MESSAGES, convert, read_object, stop_strings
 from mlx_serving.api.disposition import Table, check
 from mlx_serving.content.structured import json_schema
 from mlx_serving.content.tools.definitions import tool_use
@@ -29,6 +29,7 @@ from mlx_serving.types import (
 
 _MAX_INT = 2**31 - 1
 _DURATION = re.compile(r"[-+]?(\d+(\.\d*)?(ns|us|µs|ms|s|m|h)?)+")
+_UNITS_S = {"": 1, "h": 3600, "m": 60, "s": 1, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 
 _B = TypeVar("_B", bound="_Body")
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -37,7 +38,8 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 class OllamaCall(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     request: GenerateRequest | None
-    """None: nothing to answer; the model is to be loaded."""
+    """None: nothing to answer; the model is to be loaded, or with a `keep_alive_s` of 0 unloaded."""
+    keep_alive_s: float | None = None
     stream: bool
     advisory: tuple[str, ...]
 
@@ -144,15 +146,22 @@ def _body(raw: dict[str, Any], table: Table, kind: type[_B]) -> tuple[_B, list[s
     body = convert(raw, kind)
     if body.options is not None:
         advisory += check(fields.OPTIONS, body.options, at="options.")
-    check_keep_alive(body.keep_alive)
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
     return body, advisory
 
 
-def check_keep_alive(alive: float | str | None) -> None:
-    if isinstance(alive, str) and not _DURATION.fullmatch(alive):
-        raise InvalidRequest(f"'keep_alive' is no duration: {alive[:40]!r}.", param="keep_alive")
+def duration_s(keep_alive: float | str | None) -> float | None:
+    """Ollama's `keep_alive` in seconds: a number, or Go's `1h30m`; below 0 is for ever."""
+    if keep_alive is None or isinstance(keep_alive, (int, float)):
+        return keep_alive
+    if not _DURATION.fullmatch(keep_alive):
+        raise InvalidRequest(
+            f"'keep_alive' is no duration: {keep_alive[:40]!r}.", param="keep_alive"
+        )
+    sign = -1.0 if keep_alive.startswith("-") else 1.0
+    parts = re.findall(r"([\d.]+)(ms|us|µs|ns|[hms]?)", keep_alive)
+    return sign * sum(float(number) * _UNITS_S[unit] for number, unit in parts)
 
 
 def _call(
@@ -161,11 +170,10 @@ def _call(
     model = body.model or default_model
     options = convert(body.options or {}, _Options, at="options")
     request = None if prompt is None else _request(body, options, prompt, model)
-    if request is None and body.keep_alive in (0, "0", "0s", "0m"):
-        raise refuse("keep_alive", "served models are not unloaded on request")
     return OllamaCall(
         model=model,
         request=request,
+        keep_alive_s=duration_s(body.keep_alive),
         stream=body.stream is not False,
         advisory=tuple(advisory),
     )
@@ -187,6 +195,7 @@ def _request(body: _Body, options: _Options, prompt: Prompt, model: str) -> Gene
         seed=_seed(options.seed),
         stop=stop_strings(stop, "options.stop"),
         grammar=_grammar(body.format),
+        keep_alive_s=duration_s(body.keep_alive),
     )
 
 

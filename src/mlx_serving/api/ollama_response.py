@@ -44,9 +44,9 @@ class Reply:
         piece = self.piece(whole.text, whole.reasoning, whole.calls, whole.logprobs)
         return _json(piece | self.end(generation, whole))
 
-    def loaded(self) -> bytes:
-        """The answer to a request that only wanted the model to be there."""
-        return _json(self.piece("") | {"done": True, "done_reason": "load"})
+    def loaded(self, leaves: bool = False) -> bytes:
+        """The answer to a request that only wanted the model to be there, or gone."""
+        return _json(self.piece("") | {"done": True, "done_reason": "unload" if leaves else "load"})
 
     def writer(self, generation: Generation) -> LineWriter:
         return LineWriter(self, generation)
@@ -178,7 +178,9 @@ def entry(served: ServedModel, info: ModelInfo | None) -> dict[str, Any]:
 def running(served: ServedModel, info: ModelInfo) -> dict[str, Any]:
     """A loaded model as /api/ps lists it."""
     more = {
-        "expires_at": NEVER,
+        "expires_at": NEVER
+        if served.expires_in_s is None
+        else timestamp(clock.wall() + served.expires_in_s),
         "size_vram": info.weight_bytes,
         "context_length": info.context_length,
     }

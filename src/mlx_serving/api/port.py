@@ -103,8 +103,16 @@ class GatewayPort(Protocol):
         """Text of token ids, special tokens included."""
         ...
 
-    async def load(self, model: str) -> None:
-        """Wait until a model can answer; raises why it cannot."""
+    async def load(self, model: str, keep_alive_s: float | None = None) -> ServedModel:
+        """Wait until a model can answer; raises why it cannot. `keep_alive_s` as in a request."""
+        ...
+
+    async def unload(self, model: str) -> ServedModel:
+        """Take a model out of memory once its running requests have ended."""
+        ...
+
+    def pin(self, model: str, pinned: bool) -> ServedModel:
+        """Whether a model may leave memory by itself."""
         ...
 
     def model_id(self, model: str) -> str:

@@ -6,8 +6,7 @@
 
 One thread does all of it: while there is work, the socket is only polled between steps; when
 there is none, the thread sleeps in it, so that an idle worker uses no CPU and the kernel
-wakes it directly. A load happens between steps: the streams of other models wait for it, and
-`Phase` frames say so.
+wakes it directly. Loads happen in slices between steps (`loads`), and `Phase` frames say so.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, assert_never
 
 from mlx_serving import clock, errors
-from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
+from mlx_serving.runtime.backend.model import Device, LoadedModel
 from mlx_serving.runtime.core.plan import Constraint, PendingStep, StepPlan
 from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
 from mlx_serving.runtime.core.sequence import Sequence
+from mlx_serving.runtime.loads import Loader, Loads
 from mlx_serving.types import CacheStats, Grammar
 from mlx_serving.worker import wire
 
@@ -41,9 +40,6 @@ PULSE_S = 1.0
 COLLECT_EVERY_STEPS = 1024
 RECEIVE_BYTES = 256 * 1024
 SEND_BUFFER_BYTES = 1024 * 1024
-
-Loader = Callable[[str, Path, wire.ModelOptions, OnPhase], LoadedModel]
-"""`backend.loader.load`, or a test's own."""
 
 
 @dataclass(slots=True)
@@ -376,12 +372,13 @@ class Loop:
         pulse_s: float = PULSE_S,
     ) -> None:
         self._link = link
-        self._load = load
         self._collector = collector
         self._now = now
         self._heartbeat_s = heartbeat_s
         self._pulse = Pulse(link, pulse_s, now)
         self._models: dict[str, Model] = {}
+        self._loads = Loads(load, self._pulse.enter, now)
+        self._device: Device | None = None
 
     def run(self, hello: wire.Hello) -> None:
         """Returns when it is told to leave or the parent has gone; raises on our own mistakes."""
@@ -393,7 +390,10 @@ class Loop:
                     if isinstance(message, wire.Shutdown):
                         return
                     self._obey(message)
-                if not self._step():
+                worked = self._step()
+                if self._loads:
+                    self._advance_load()
+                elif not worked:
                     self._sleep()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
@@ -427,6 +427,7 @@ class Loop:
             case wire.Submit():
                 self._submit(message)
             case wire.Cancel(seq_id):
+                self._loads.forget(seq_id)
                 if (model := self._owner(seq_id)) is not None:
                     model.cancel(seq_id)
             case wire.Pause(seq_id):
@@ -435,8 +436,11 @@ class Loop:
             case wire.Resume(seq_id):
                 if (model := self._owner(seq_id)) is not None:
                     model.resume(seq_id)
-            case wire.LoadModel():
-                self._load_model(message)
+            case wire.LoadModel(model_id):
+                if model_id in self._models:
+                    self._link.send(wire.ModelLoaded(self._models[model_id].info))
+                else:
+                    self._loads.ask(message)
             case wire.UnloadModel(model_id):
                 self._unload_model(model_id)
             case wire.ClearCache(model_id):
@@ -450,6 +454,8 @@ class Loop:
 
     def _submit(self, request: wire.Submit) -> None:
         model = self._models.get(request.model_id)
+        if model is None and self._loads.hold(request):
+            return
         try:
             if model is None:
                 raise errors.ModelNotFound(f"model {request.model_id!r} is not loaded")
@@ -458,34 +464,56 @@ class Loop:
             row = error_row(request.seq_id, *_reason(error, "internal_error"))
             self._link.send(wire.Step([row]))
 
-    def _load_model(self, message: wire.LoadModel) -> None:
+    def _advance_load(self) -> None:
+        message = self._loads.first
         model_id = message.model_id
-        if model_id not in self._models:
-            try:
-                self._pulse.enter("loading", model_id, anew=True)
-                path, on_phase = Path(message.path), self._pulse.enter
-                loaded = self._load(model_id, path, message.options, on_phase)
-            except Exception as error:
-                log.exception("%s: load failed", model_id)
-                self._link.send(
-                    wire.ModelFailed(model_id, *_reason(error, "model_unavailable")[:2])
-                )
-                return
-            self._models[model_id] = Model(
-                loaded, message.options.pipeline_depth, self._now, self._announce
-            )
+        try:
+            self._pulse.enter("loading", model_id)
+            loaded = self._loads.advance()
+        except Exception as error:
+            log.exception("%s: load failed", model_id)
+            self._give_back()
+            self._load_ended(model_id, error)
+            return
+        if loaded is not None:
+            depth = message.options.pipeline_depth
+            self._models[model_id] = Model(loaded, depth, self._now, self._announce)
+            self._device = loaded.device or self._device
             self._collector.loaded()
-        self._link.send(wire.ModelLoaded(self._models[model_id].info))
+            self._tell_memory()
+            self._link.send(wire.ModelLoaded(loaded.info))
+            for request in self._loads.held(model_id):
+                self._submit(request)
+
+    def _load_ended(self, model_id: str, error: Exception) -> None:
+        """Without a model; those who have waited for it are told too."""
+        code, message, _ = _reason(error, "model_unavailable")
+        self._link.send(wire.ModelFailed(model_id, code, message))
+        rows = [error_row(r.seq_id, code, message) for r in self._loads.held(model_id)]
+        if rows:
+            self._link.send(wire.Step(rows))
 
     def _unload_model(self, model_id: str) -> None:
         model = self._models.pop(model_id, None)
+        message = f"model {model_id!r} was unloaded"
+        if self._loads.drop(model_id):
+            self._load_ended(model_id, errors.ModelNotFound(message))
         if model is not None:
-            message = f"model {model_id!r} was unloaded"
             self._link.send(model.end_all(errors.ModelNotFound.code, message))
             model.close()
             del model
-            self._collector.unloaded()
+        self._give_back()
+        self._tell_memory()
         self._link.send(wire.ModelUnloaded(model_id))
+
+    def _give_back(self) -> None:
+        self._collector.unloaded()
+        if self._device is not None:
+            self._device.give_back()
+
+    def _tell_memory(self) -> None:
+        if self._device is not None:
+            self._link.send(self._device.use())
 
     def _owner(self, seq_id: int) -> Model | None:
         """None: it has ended, and the message about it crossed the row that said so."""

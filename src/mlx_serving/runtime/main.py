@@ -21,19 +21,24 @@ import time
 import traceback
 from pathlib import Path
 
+from mlx_serving import host
 from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
-from mlx_serving.runtime.loop import Collector, Link, Loader, Loop, NoCollector
+from mlx_serving.runtime.loads import Loader
+from mlx_serving.runtime.loop import Collector, Link, Loop, NoCollector
+from mlx_serving.runtime.slices import Slices
 from mlx_serving.worker import wire
 
 LEAVE_GRACE_S = 1.0
 """How long a loop that is loading or computing may take to notice that the parent has gone."""
 
 
-def load(model_id: str, path: Path, options: wire.ModelOptions, on_phase: OnPhase) -> LoadedModel:
-    """`backend.loader.load`, imported when first needed: MLX takes long to import."""
+def load(
+    model_id: str, path: Path, options: wire.ModelOptions, on_phase: OnPhase
+) -> Slices[LoadedModel]:
+    """`backend.loader.loading`, imported when first needed: MLX takes long to import."""
     from mlx_serving.runtime.backend import loader
 
-    return loader.load(model_id, path, options, on_phase)
+    return (yield from loader.loading(model_id, path, options, on_phase))
 
 
 def main(load: Loader = load) -> None:
@@ -75,7 +80,10 @@ def serve(sock: socket.socket, load: Loader = load, collector: Collector | None 
 def hello() -> wire.Hello:
     """Told from the installed packages: asking MLX itself would import it."""
     return wire.Hello(
-        pid=os.getpid(), device=_device(), mlx_version=_version("mlx"), memory_bytes=_memory_bytes()
+        pid=os.getpid(),
+        device=_device(),
+        mlx_version=_version("mlx"),
+        memory_bytes=host.usable_memory_bytes(host.look()),
     )
 
 
@@ -90,17 +98,6 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _memory_bytes() -> int:
-    """Of the machine, or of the control group where that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            return min(total, int(Path(limit).read_text()))
-        except (OSError, ValueError):
-            continue
-    return total
 
 
 def _leave_with_parent(sock: socket.socket) -> None:

@@ -39,6 +39,10 @@ class ModelLoaded(msgspec.Struct, frozen=True, kw_only=True, tag="model_loaded")
     info: ModelInfo
 
 
+class ModelUnloaded(msgspec.Struct, frozen=True, kw_only=True, tag="model_unloaded"):
+    model_id: str
+
+
 class ModelFailed(msgspec.Struct, frozen=True, kw_only=True, tag="model_failed"):
     model_id: str
     code: str
@@ -77,6 +81,7 @@ Event = (
     | WorkerDied
     | ModelLoading
     | ModelLoaded
+    | ModelUnloaded
     | ModelFailed
     | RequestStarted
     | RequestFinished

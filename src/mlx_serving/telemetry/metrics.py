@@ -137,6 +137,12 @@ class Metrics:
             registry=r,
         )
         self.prefix_cache = PrefixCacheMeter(r)
+        self.memory = Gauge(
+            "mlx_serving_memory_bytes",
+            "The worker's memory: budget; active and cached of MLX's allocator, and its peak; rss",
+            ["kind"],
+            registry=r,
+        )
         self.worker_up = Gauge(
             "mlx_serving_worker_up", "1 while the worker is connected", registry=r
         )

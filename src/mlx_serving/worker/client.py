@@ -218,6 +218,7 @@ class Connection(asyncio.Protocol):
         self.lost: asyncio.Future[None] = loop.create_future()
         self.models: dict[str, ModelInfo] = {}
         self.phase: wire.Phase | None = None
+        self.on_memory: Callable[[wire.Memory], None] = lambda _: None
         self._on_stats = on_stats
         self._on_phase = on_phase
         self._splitter = wire.FrameSplitter()
@@ -363,6 +364,8 @@ class Connection(asyncio.Protocol):
             case wire.Phase():
                 self.phase = message
                 self._on_phase(message)
+            case wire.Memory():
+                self.on_memory(message)
             case wire.Hello():
                 self.hello.set_result(message)
             case wire.ModelLoaded(info):

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 
 from mlx_serving.runtime import main as runtime
-from mlx_serving.runtime.loop import Loader
+from mlx_serving.runtime.loads import Loader
 from mlx_serving.worker.process import Process
 from mlx_serving.worker.supervisor import Supervisor
 from mlx_serving.worker.watchdog import Deadlines

@@ -14,7 +14,7 @@ import msgspec
 from mlx_serving.errors import MLXServingError
 from mlx_serving.types import CacheStats, Grammar, ModelInfo, Priority, SamplingParams
 from mlx_serving.worker.client import SequenceStream
-from mlx_serving.worker.wire import ModelOptions, StepStats
+from mlx_serving.worker.wire import Memory, ModelOptions, StepStats
 
 
 class Starting(msgspec.Struct, frozen=True, tag="starting"):
@@ -119,7 +119,19 @@ class PhaseChanged(msgspec.Struct, frozen=True, tag="phase_changed"):
     elapsed_s: float
 
 
-WorkerEvent = WorkerStarted | WorkerExited | ModelReady | ModelLoadFailed | ModelGone | PhaseChanged
+class MemoryUse(msgspec.Struct, frozen=True, tag="memory_use"):
+    memory: Memory
+
+
+WorkerEvent = (
+    WorkerStarted
+    | WorkerExited
+    | ModelReady
+    | ModelLoadFailed
+    | ModelGone
+    | PhaseChanged
+    | MemoryUse
+)
 
 
 def ignore(_: object) -> None:

@@ -307,6 +307,7 @@ class Supervisor:
             return f"the worker could not be started: {error}"
         self._set_state(port.Starting(process.pid))
         connection = await Connection.open(process.socket, self._stats, self._phase, self._now)
+        connection.on_memory = self._memory
         self._connection = connection
         watching = asyncio.create_task(self._watch(connection, process))
         try:
@@ -518,6 +519,9 @@ class Supervisor:
 
     def _stats(self, stats: wire.StepStats) -> None:
         self.on_stats(stats)
+
+    def _memory(self, memory: wire.Memory) -> None:
+        self.on_event(port.MemoryUse(memory))
 
     def _phase(self, phase: wire.Phase) -> None:
         self.on_event(port.PhaseChanged(phase.phase, phase.detail, phase.elapsed_s))

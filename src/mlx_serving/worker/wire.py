@@ -5,7 +5,8 @@ message, told apart by its tag. Both ends are the same version of this package (
 supervisor starts the worker), so fields may change freely between releases.
 
     to the worker      LoadModel  UnloadModel  ClearCache  Submit  Cancel  Pause  Resume  Shutdown
-    from the worker    Hello  Phase  ModelLoaded  ModelFailed  ModelUnloaded  CacheCleared  Started  Step
+    from the worker    Hello  Phase  ModelLoaded  ModelFailed  ModelUnloaded  Memory  CacheCleared
+                       Started  Step
 
 One `Step` frame a step carries the new tokens of every sequence.
 """
@@ -58,6 +59,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """Folder in which prefix blocks are kept for later workers; None: nowhere."""
     kv_disk_bytes: int = 0
     """What that folder may hold."""
+    memory_budget: float | None = None
+    """What all models of the worker together may take: `Config.memory_budget`."""
 
 
 class LoadModel(msgspec.Struct, frozen=True, tag="load"):
@@ -159,6 +162,25 @@ class CacheCleared(msgspec.Struct, frozen=True, tag="cache_cleared"):
     """After it; a model that is not loaded has none."""
 
 
+class Memory(msgspec.Struct, frozen=True, tag="memory", kw_only=True):
+    """What the worker holds, in bytes; told when a model has come or gone."""
+
+    budget_bytes: int
+    """For all models: weights, KV, prefixes."""
+    active_bytes: int = 0
+    """Arrays, by MLX's allocator, and the most that they ever were."""
+    peak_bytes: int = 0
+    cache_bytes: int = 0
+    """Freed, and kept by the allocator."""
+    rss_bytes: int = 0
+    """The process's resident set."""
+
+    def kinds(self) -> dict[str, int]:
+        """For a metric with a label."""
+        fields = self.__struct_fields__
+        return {name.removesuffix("_bytes"): getattr(self, name) for name in fields}
+
+
 class TokenRow(msgspec.Struct, frozen=True, array_like=True):
     """One sequence's share of a step. Tokens past the one that finished it are never sent."""
 
@@ -207,7 +229,15 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
 
 
 FromWorker = (
-    Hello | Phase | ModelLoaded | ModelFailed | ModelUnloaded | CacheCleared | Started | Step
+    Hello
+    | Phase
+    | ModelLoaded
+    | ModelFailed
+    | ModelUnloaded
+    | Memory
+    | CacheCleared
+    | Started
+    | Step
 )
 
 _encoder = msgspec.msgpack.Encoder()

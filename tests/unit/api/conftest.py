@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import uvloop
 
@@ -121,6 +122,8 @@ class FakeGateway:
         self.pooled: list[EmbedRequest | RankRequest] = []
         self.generations: list[FakeGeneration] = []
         self.cache = CacheStats(memory_blocks=3, disk_lost=1)
+        self.loads: list[tuple[str, float | None]] = []
+        self.unloads: list[str] = []
 
     def default_model(self) -> str:
         return "tiny"
@@ -209,8 +212,19 @@ class FakeGateway:
             raise InvalidRequest("Not in the vocabulary.", param="tokens")
         return bytes(token_ids).decode(errors="replace")
 
-    async def load(self, model: str) -> None:
+    async def load(self, model: str, keep_alive_s: float | None = None) -> ServedModel:
         self.model_info(model)
+        self.loads.append((model, keep_alive_s))
+        return self.models()[0]
+
+    async def unload(self, model: str) -> ServedModel:
+        self.model_info(model)
+        self.unloads.append(model)
+        return self.models()[0]
+
+    def pin(self, model: str, pinned: bool) -> ServedModel:
+        self.model_info(model)
+        return msgspec.structs.replace(self.models()[0], pinned=pinned)
 
     def model_id(self, model: str) -> str:
         for served in self.models():

@@ -16,6 +16,18 @@ from mlx_serving.config import Config
 CHAT = "/v1/chat/completions"
 
 
+async def test_models_are_loaded_unloaded_and_pinned(
+    client: httpx.AsyncClient, gateway: Any
+) -> None:
+    for action in ("load", "unload", "pin", "unpin"):
+        answer = (await client.post(f"/v1/models/tiny/{action}")).json()
+        assert (answer["id"], answer["pinned"]) == ("tiny", action == "pin")
+    assert (gateway.loads, gateway.unloads) == ([("tiny", None)], ["tiny"])
+    assert (await client.post("/v1/models/org/big:4bit/load")).status_code == 200
+    assert (await client.post("/v1/models/none/load")).status_code == 404
+    assert (await client.post("/v1/models/tiny/melt")).status_code == 405
+
+
 async def test_models(client: httpx.AsyncClient) -> None:
     body = (await client.get("/v1/models")).json()
     assert body["object"] == "list"
@@ -29,6 +41,8 @@ async def test_models(client: httpx.AsyncClient) -> None:
         "cause": None,
         "aliases": ["small"],
         "context_length": 8192,
+        "pinned": False,
+        "expires_in_s": None,
     }
     assert body["data"][1]["reason"] == "no such file"
 

@@ -31,6 +31,7 @@ def texts(request: GenerateRequest) -> list[tuple[str, str | None]]:
 
 
 SHARED: dict[str, tuple[Any, Read, Any]] = {
+    "keep_alive": ("5m", lambda r: r.keep_alive_s, 300.0),
     "model": ("org/big:4bit", lambda r: r.model, "org/big:4bit"),
     "format": ("json", lambda r: r.grammar, Grammar(kind="json_object", param="format")),
     "options": ({"seed": 3}, lambda r: r.seed, 3),
@@ -166,10 +167,27 @@ async def test_other_options_are_named(client: httpx.AsyncClient, field: Any) ->
         assert (await answer).headers["x-mlx-serving-advisory"] == at
 
 
-@pytest.mark.parametrize("keep_alive", ["5m", "1h30m", "-1", -1, 0, 300, 2.5])
-async def test_keep_alive_is_advisory(client: httpx.AsyncClient, keep_alive: Any) -> None:
+@pytest.mark.parametrize(
+    ("keep_alive", "seconds"),
+    [
+        ("5m", 300),
+        ("1h30m", 5400),
+        ("1m0.5s", 60.5),
+        ("-1", -1),
+        ("-1m", -60),
+        ("250ms", 0.25),
+        (-1, -1),
+        (0, 0),
+        (300, 300),
+        (2.5, 2.5),
+    ],
+)
+async def test_keep_alive_is_a_duration(
+    client: httpx.AsyncClient, gateway: Any, keep_alive: Any, seconds: float
+) -> None:
     response = await send(client, CHAT, keep_alive=keep_alive)
-    assert response.headers["x-mlx-serving-advisory"] == "keep_alive"
+    assert response.status_code == 200
+    assert gateway.requests[-1].keep_alive_s == seconds
 
 
 @pytest.mark.parametrize(

@@ -156,8 +156,16 @@ async def test_nothing_to_say_loads_the_model(client: httpx.AsyncClient, gateway
     assert (body["done_reason"], body["message"]["content"]) == ("load", "")
     assert gateway.requests == []
     assert (await client.post(CHAT, json={"model": "nope"})).status_code == 404
-    unload = await client.post(GENERATE, json={"model": "tiny", "keep_alive": 0})
-    assert (unload.status_code, unload.json()["param"]) == (400, "keep_alive")
+    assert gateway.loads == [("tiny", None), ("tiny", None)]
+
+
+async def test_keep_alive_of_nothing_unloads(client: httpx.AsyncClient, gateway: Any) -> None:
+    for nothing in (0, "0", "0s", "0m"):
+        body = (await client.post(GENERATE, json={"model": "tiny", "keep_alive": nothing})).json()
+        assert (body["done"], body["done_reason"]) == (True, "unload")
+    assert gateway.unloads == ["tiny"] * 4
+    await client.post(GENERATE, json={"model": "tiny", "keep_alive": "1h30m"})
+    assert gateway.loads == [("tiny", 5400.0)]
 
 
 async def test_the_models(client: httpx.AsyncClient) -> None:

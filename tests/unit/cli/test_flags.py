@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -66,6 +66,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     return argv
 
 
+@settings(deadline=None)
 @given(command_lines())
 def test_the_plain_parser_agrees_with_typer_on_any_line(argv: list[str]) -> None:
     assert parse_plain(argv) == through_typer(argv)

@@ -91,6 +91,11 @@ def loaded(model_id: str, max_num_seqs: int = 16) -> LoadedModel:
     return LoadedModel(info, Runner(), limits)
 
 
+def at_once(*_):
+    yield
+    return loaded("m")
+
+
 class Parent:
     """The other end of the loop's socket."""
 
@@ -136,6 +141,7 @@ def parent() -> Iterator[Parent]:
     parent = Parent(ours)
 
     def load(model_id, path, options, on_phase):
+        yield
         if path.name == "broken":
             raise RuntimeError("a shard is short")
         model = loaded(model_id, options.max_num_seqs)
@@ -260,7 +266,7 @@ def test_errors_of_a_load_and_of_a_submission(parent):
     assert (failed.code, failed.message) == ("model_unavailable", "RuntimeError: a shard is short")
     rows = parent.rows(1)
     assert rows[1].error is not None
-    assert rows[1].error[0] == errors.ModelNotFound.code
+    assert rows[1].error == ("model_unavailable", "RuntimeError: a shard is short")
     rows = parent.rows(1)
     assert rows[2].error is not None
     assert rows[2].error[0] == errors.ContextOverflow.code
@@ -282,6 +288,42 @@ def test_a_sequence_that_cannot_go_on_ends_alone(parent):
     assert rows[1].error == (errors.InvalidRequest.code, "too much")
     assert rows[1].error_param == "guided_regex" and rows[1].token_ids == []
     assert rows[2].token_ids == [21, 22, 23, 24]
+
+
+def test_a_load_in_slices_lets_others_step_and_keeps_who_came_early():
+    """The second model's load goes on for as long as the first one's stream does."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(30)
+    enough = threading.Event()
+
+    def slow(model_id, path, options, on_phase):
+        while model_id == "b" and not enough.is_set():
+            yield
+        return loaded(model_id)
+        yield
+
+    loop = Loop(Link(theirs), slow, collector=NoCollector())
+    with ours, theirs:
+        thread = run_loop(loop)
+        parent = Parent(ours)
+        parent.send(load("a"))
+        parent.expect(wire.ModelLoaded)
+        early, gone = submit(2, 20, model_id="b"), submit(3, 30, model_id="b")
+        parent.send(load("b"), early, gone, wire.Cancel(3))
+        parent.send(submit(1, 10, model_id="a", max_tokens=50))
+        assert parent.rows(1)[1].token_ids == list(range(11, 61))
+        enough.set()
+        assert parent.expect(wire.ModelLoaded).info.model_id == "b"
+        assert parent.rows(1)[2].token_ids == [21, 22, 23, 24]
+        enough.clear()
+        parent.send(wire.UnloadModel("b"), load("b"), submit(4, 40, model_id="b"))
+        parent.expect(wire.ModelUnloaded)
+        parent.send(wire.UnloadModel("b"))
+        assert parent.expect(wire.ModelFailed).code == errors.ModelNotFound.code
+        assert parent.rows(1)[4].error == (errors.ModelNotFound.code, "model 'b' was unloaded")
+        parent.send(wire.Shutdown())
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 def test_loading_twice_is_loading_once(parent):
@@ -316,6 +358,7 @@ def test_a_long_load_keeps_saying_so():
     def slow(model_id, path, options, on_phase):
         on_phase("compiling", "weights")
         assert enough.wait(30)
+        yield
         return loaded(model_id)
 
     loop = Loop(Link(theirs), slow, collector=NoCollector(), pulse_s=0.01)
@@ -354,7 +397,7 @@ def test_a_long_step_keeps_saying_so(parent):
 def test_an_idle_loop_says_that_it_lives():
     ours, theirs = socket.socketpair()
     ours.settimeout(30)
-    loop = Loop(Link(theirs), lambda *_: loaded("m"), collector=NoCollector(), heartbeat_s=0.01)
+    loop = Loop(Link(theirs), at_once, collector=NoCollector(), heartbeat_s=0.01)
     with theirs:
         thread = run_loop(loop)
         parent = Parent(ours)
@@ -369,7 +412,7 @@ def test_a_frame_that_is_not_ours_is_our_mistake():
     with ours, theirs:
         ours.sendall((3).to_bytes(4, "little") + b"\xc1\xc1\xc1")
         with pytest.raises(msgspec.DecodeError):
-            Loop(Link(theirs), lambda *_: loaded("m"), collector=NoCollector()).run(HELLO)
+            Loop(Link(theirs), at_once, collector=NoCollector()).run(HELLO)
 
 
 def test_the_collector_collects_only_when_told():

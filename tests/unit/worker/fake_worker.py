@@ -67,6 +67,7 @@ def misbehave(token: int) -> None:
 
 
 def load(model_id, path, options, on_phase):
+    yield
     path = str(path)
     on_phase("loading", path)
     match path:

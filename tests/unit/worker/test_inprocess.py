@@ -63,6 +63,7 @@ async def test_a_loop_that_fails_is_not_started_again():
         pass
 
     def load(*_):
+        yield
         raise Mistake("of ours")
 
     worker = InProcessWorker(spawn=functools.partial(RuntimeThread, load))
@@ -79,6 +80,7 @@ async def test_a_thread_that_does_not_end_is_left_behind():
     release = threading.Event()
 
     def load(*_):
+        yield
         release.wait(30)
         raise errors.ModelBroken("late")
 

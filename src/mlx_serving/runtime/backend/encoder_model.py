@@ -25,10 +25,12 @@ from mlx_serving.runtime.backend.encoder import (
     rename,
 )
 from mlx_serving.runtime.backend.kernels import accelerate
+from mlx_serving.runtime.backend.memory import MLXMemory, budget_bytes
 from mlx_serving.runtime.backend.mlx_model import (
     arrays,
     cast,
     dtype_name,
+    evaluate,
     first_lines,
     quantization,
     target_dtype,
@@ -50,6 +52,7 @@ from mlx_serving.runtime.core.plan import (
     StepPlan,
     StepResult,
 )
+from mlx_serving.runtime.slices import Slices
 from mlx_serving.types import ModelInfo, SamplingParams
 from mlx_serving.worker.wire import ModelOptions
 
@@ -115,7 +118,7 @@ class EncoderRunner:
 
 def load(
     model_id: str, path: Path, config: dict[str, Any], options: ModelOptions, on_phase: OnPhase
-) -> LoadedModel:
+) -> Slices[LoadedModel]:
     """See `loader.load`."""
     began = time.monotonic()
     gpu = mx.default_device().type == mx.gpu
@@ -123,10 +126,10 @@ def load(
     ranks = any(str(a).endswith("ForSequenceClassification") for a in config["architectures"] or ())
     model = _load_weights(path, parsed, config, ranks)
     cast(model, target_dtype(options.dtype, gpu))
-    mx.eval(model.parameters())
+    yield from evaluate(model)
     weight_bytes = sum(a.nbytes for a in arrays(model))
     dtype = dtype_name(model)
-    report = accelerate(model, options.kernels, gpu)
+    report = yield from accelerate(model, options.kernels, gpu)
     kernels = "mlx" if report is None else report.mode
     if kernels != "mlx":
         _use_kernels(model, parsed)
@@ -152,6 +155,8 @@ def load(
         quantization=quantization(config),
         dtype=dtype,
         weight_bytes=weight_bytes,
+        held_bytes=sum(a.nbytes for a in arrays(model))
+        + (0 if report is None else report.packed_bytes),
         load_s=time.monotonic() - began,
         kernels=kernels,
         batch_invariant=options.exact_batch or not _left(model),
@@ -163,7 +168,8 @@ def load(
         prompts=prompts,
         default_prompt=default_prompt,
     )
-    return LoadedModel(info, runner, _limits(context, step_tokens))
+    device = MLXMemory(budget_bytes(options.memory_budget, mx.device_info(), gpu))
+    return LoadedModel(info, runner, _limits(context, step_tokens), device=device)
 
 
 def _limits(context: int, step_tokens: int) -> Limits:

@@ -13,6 +13,7 @@ from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime.backend.arch import make_store
 from mlx_serving.runtime.backend.kv import KVLayer, KVStore
 from mlx_serving.runtime.backend.sampler import Sampler
+from mlx_serving.runtime.slices import Slices
 
 _NATIVE = "mlx_serving.runtime.native"
 _INSTALL = f"{_NATIVE}.install"
@@ -31,9 +32,11 @@ class Kernels:
     sampler: type[Sampler] = Sampler
     invariant: bool = False
     """A row's result is the same bits beside any others, and wherever its prompt was cut."""
+    packed_bytes: int = 0
+    """Memory of the weights that the kernels have repacked."""
 
 
-def accelerate(model: Module, mode: str, gpu: bool) -> Any:
+def accelerate(model: Module, mode: str, gpu: bool) -> Slices[Any]:
     """Install the native kernels if they are built and `mode` wants them: `native.install`'s report,
     or None where stock MLX runs. Raises ModelBroken if `mode` names kernels that cannot run."""
     if gpu or mode == "off":
@@ -43,21 +46,24 @@ def accelerate(model: Module, mode: str, gpu: bool) -> Any:
         native = importlib.import_module(_NATIVE)
         if native.available():
             install = importlib.import_module(_INSTALL)
-            return install.accelerate(model, "exact" if mode == "auto" else mode)
+            exact = "exact" if mode == "auto" else mode
+            return (yield from install.accelerating(model, exact))
         reason = native.why()
     if mode != "auto":
         raise ModelBroken(f"kernels '{mode}' cannot run here ({reason}); use 'auto' or 'off'")
     return None
 
 
-def decoder_kernels(model: Module, model_type: str, mode: str, gpu: bool) -> Kernels:
+def decoder_kernels(model: Module, model_type: str, mode: str, gpu: bool) -> Slices[Kernels]:
     """`accelerate`, and how a decoder's attention then reads KV."""
-    report = accelerate(model, mode, gpu)
+    report = yield from accelerate(model, mode, gpu)
     if report is None:
         return Kernels()
     sampler = importlib.import_module(_SAMPLER).NativeSampler
     if report.is_fused:
-        return Kernels(report.mode, sampler=sampler, invariant=True)
+        return Kernels(
+            report.mode, sampler=sampler, invariant=True, packed_bytes=report.packed_bytes
+        )
     in_place = importlib.import_module(_IN_PLACE)
 
     def trial_store(attention: type[KVLayer]) -> KVStore:
@@ -66,5 +72,6 @@ def decoder_kernels(model: Module, model_type: str, mode: str, gpu: bool) -> Ker
         )
 
     if report.row_mask and in_place.attends_in_place(model, trial_store):
-        return Kernels(report.mode, in_place.InPlaceLayer, sampler, report.every_product)
-    return Kernels(report.mode, sampler=sampler)
+        layer, every = in_place.InPlaceLayer, report.every_product
+        return Kernels(report.mode, layer, sampler, every, report.packed_bytes)
+    return Kernels(report.mode, sampler=sampler, packed_bytes=report.packed_bytes)

@@ -8,34 +8,42 @@ from typing import Any
 
 from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
+from mlx_serving.runtime.slices import Slices, whole
 from mlx_serving.types import ENCODERS
 from mlx_serving.worker.wire import ModelOptions
 
-__all__ = ["LoadedModel", "OnPhase", "check_weights", "load"]
+__all__ = ["LoadedModel", "OnPhase", "check_weights", "load", "loading"]
 
 
 def load(model_id: str, path: Path, options: ModelOptions, on_phase: OnPhase) -> LoadedModel:
-    """Load an MLX model folder (`config.json`, `model*.safetensors`) and warm it up.
+    """`loading` without interruption."""
+    return whole(loading(model_id, path, options, on_phase))
 
-    Blocks for as long as that takes. Call it, and then the runner, on one thread. Raises ModelBroken,
-    whose message names the file or the setting at fault.
+
+def loading(
+    model_id: str, path: Path, options: ModelOptions, on_phase: OnPhase
+) -> Slices[LoadedModel]:
+    """Load an MLX model folder (`config.json`, `model*.safetensors`) and warm it up, in slices.
+
+    Run it, and then the runner, on one thread. Raises ModelBroken, whose message names the file or
+    the setting at fault.
     """
     on_phase("loading", model_id)
     config = read_json(path / "config.json", required=True)
     if config.get("model_type") == "scripted":
         from mlx_serving.runtime.backend import scripted
 
-        return scripted.load(model_id, path, config, options)
+        return (yield from scripted.load(model_id, path, config, options))
     if not isinstance(config.get("model_type"), str):
         raise ModelBroken(f"{path / 'config.json'} has no model_type")
     check_weights(path)
     if config["model_type"] in ENCODERS:
         from mlx_serving.runtime.backend import encoder_model
 
-        return encoder_model.load(model_id, path, config, options, on_phase)
+        return (yield from encoder_model.load(model_id, path, config, options, on_phase))
     from mlx_serving.runtime.backend import mlx_model
 
-    return mlx_model.load(model_id, path, config, options, on_phase)
+    return (yield from mlx_model.load(model_id, path, config, options, on_phase))
 
 
 def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:

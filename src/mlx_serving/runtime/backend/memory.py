@@ -1,31 +1,14 @@
-"""How much memory the device has for weights and KV. No MLX at import."""
+"""How much memory the device has for models. No MLX at import."""
 
 from __future__ import annotations
 
-import os
+import ctypes
+import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-CPU_SHARE = 0.6
-"""Of the machine's (or the cgroup's) memory, which the gateway and others share."""
-GPU_SHARE = 0.85
-"""Of the device's working set: the rest is for activations and the allocator's cache."""
-
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-def machine_memory_bytes(limit_files: tuple[str, ...] = _CGROUP_LIMITS) -> int:
-    """Physical memory, or the cgroup's limit (v2, v1) where that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in limit_files:
-        try:
-            text = Path(name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            total = min(total, int(text))
-    return total
+from mlx_serving import host
+from mlx_serving.worker.wire import Memory
 
 
 def device_memory_bytes(info: Mapping[str, Any]) -> int | None:
@@ -37,9 +20,39 @@ def device_memory_bytes(info: Mapping[str, Any]) -> int | None:
     return None
 
 
-def model_budget_bytes(info: Mapping[str, Any], gpu: bool) -> int:
-    """What weights and KV together may take."""
+def budget_bytes(given: float | None, info: Mapping[str, Any], gpu: bool) -> int:
+    """What all models together may take: weights, KV and prefixes. `given`: `Config.memory_budget`."""
     device = device_memory_bytes(info) if gpu else None
-    if device is None:
-        return int(machine_memory_bytes() * CPU_SHARE)
-    return int(device * GPU_SHARE)
+    return host.memory_budget_bytes(given, host.look(), device)
+
+
+class MLXMemory:
+    """What MLX's allocator and the process hold. Implements `model.Device`."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+
+    def use(self) -> Memory:
+        import mlx.core as mx
+
+        return Memory(
+            budget_bytes=self.budget_bytes,
+            active_bytes=mx.get_active_memory(),
+            peak_bytes=mx.get_peak_memory(),
+            cache_bytes=mx.get_cache_memory(),
+            rss_bytes=host.rss_bytes(),
+        )
+
+    def give_back(self) -> None:
+        import mlx.core as mx
+
+        mx.clear_cache()
+        _trim()
+
+
+def _trim() -> None:
+    """The C library keeps freed memory for itself unless it is asked."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -18,7 +18,7 @@ from mlx_serving.runtime.backend.grammar import Grammars, tokenizer_file
 from mlx_serving.runtime.backend.kernels import decoder_kernels
 from mlx_serving.runtime.backend.kv import KVStore
 from mlx_serving.runtime.backend.loader import read_json
-from mlx_serving.runtime.backend.memory import model_budget_bytes
+from mlx_serving.runtime.backend.memory import MLXMemory, budget_bytes
 from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
 from mlx_serving.runtime.backend.pooling import (
     RowPooler,
@@ -33,6 +33,7 @@ from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.backend.tier import FILE_OVERHEAD_BYTES, Tier, open_folder
 from mlx_serving.runtime.backend.views import round_up
 from mlx_serving.runtime.core.plan import DecodeRow, Limits, PrefillChunk, RowStart, StepPlan
+from mlx_serving.runtime.slices import Slices
 from mlx_serving.types import ModelInfo, SamplingParams
 from mlx_serving.worker.wire import ModelOptions
 
@@ -52,17 +53,20 @@ _CONTEXT_KEYS = (
     "n_ctx",
 )
 _WARM_UP_TOKENS = 4
+PORTION_BYTES = 32 << 20
+"""Of the weights: read between two steps of other models."""
 
 
 def load(
     model_id: str, path: Path, config: dict[str, Any], options: ModelOptions, on_phase: OnPhase
-) -> LoadedModel:
+) -> Slices[LoadedModel]:
     """See `loader.load`, which has read `config` and checked that the weights' files are whole."""
     began = time.monotonic()
     gpu = mx.default_device().type == mx.gpu
-    model, config = _load_weights(path, config, options.dtype, gpu)
+    model, config = yield from _load_weights(path, config, options.dtype, gpu)
     weight_bytes = sum(a.nbytes for a in arrays(model))
-    kernels = decoder_kernels(model, config["model_type"], options.kernels, gpu)
+    kernels = yield from decoder_kernels(model, config["model_type"], options.kernels, gpu)
+    held_bytes = sum(a.nbytes for a in arrays(model)) + kernels.packed_bytes
     eos = eos_token_ids(path, config)
     store = make_store(
         model,
@@ -87,10 +91,12 @@ def load(
     )
     grammars = Grammars(tokenizer_file(path, options), vocab_size, eos, Bounds.of(options))
     grammars.warm()
+    yield
     on_phase("compiling", model_id)
     kv_bytes, state_bytes = _warm_up(runner, store, vocab_size, options.max_num_seqs)
     step_size = options.prefill_step_size or _prefill_step(gpu, kernels.name)
-    room = model_budget_bytes(mx.device_info(), gpu) - weight_bytes
+    device = MLXMemory(budget_bytes(options.memory_budget, mx.device_info(), gpu))
+    room = device.budget_bytes - held_bytes
     prefix = prefix_plan(
         store.prefix_reuse, step_size, kernels.invariant, kv_bytes, state_bytes, room, options
     )
@@ -101,7 +107,7 @@ def load(
         context = min(context, options.context_length)
     rows = options.max_num_seqs
     most = rows * round_up(context, KV_BUCKET)
-    capacity = _kv_capacity(weight_bytes, room - prefix.total_bytes, kv_bytes, most)
+    capacity = _kv_capacity(held_bytes, room - prefix.total_bytes, kv_bytes, most)
     store.set_budget(capacity)
     if options.exact_batch:
         # The slabs then always have every row.
@@ -134,6 +140,7 @@ def load(
         quantization=quantization(config),
         dtype=dtype_name(model),
         weight_bytes=weight_bytes,
+        held_bytes=held_bytes,
         kv_bytes_per_token=kv_bytes,
         load_s=time.monotonic() - began,
         kernels=kernels.name,
@@ -148,12 +155,12 @@ def load(
         default_prompt=default_prompt,
         append_eos=is_embedder(path) and pooling.mode == "last",
     )
-    return LoadedModel(info, runner, limits, grammars, on_disk, runner.close)
+    return LoadedModel(info, runner, limits, grammars, on_disk, runner.close, device)
 
 
 def _load_weights(
     path: Path, config: dict[str, Any], dtype: str, gpu: bool
-) -> tuple[Module, dict[str, Any]]:
+) -> Slices[tuple[Module, dict[str, Any]]]:
     from mlx_lm.utils import load_model
 
     if config.get("model_file"):
@@ -170,7 +177,8 @@ def _load_weights(
         else:
             model, config = load_model(path, lazy=True)
         cast(model, target_dtype(dtype, gpu))
-        mx.eval(model.parameters())
+        yield
+        yield from evaluate(model)
     except MemoryError as e:
         raise ModelBroken(f"{path}: not enough memory for the weights") from e
     except Exception as e:
@@ -207,6 +215,18 @@ def cast(model: Module, dtype: mx.Dtype | None) -> None:
         return array.astype(dtype) if dtype == mx.float32 or may_cast(name) else array
 
     model.update(tree_map_with_path(one, model.parameters()))
+
+
+def evaluate(model: Module) -> Slices[None]:
+    """Read the weights."""
+    some: list[mx.array] = []
+    for array in arrays(model):
+        some.append(array)
+        if sum(one.nbytes for one in some) >= PORTION_BYTES:
+            mx.eval(some)
+            some = []
+            yield
+    mx.eval(some)
 
 
 def _prefill_step(gpu: bool, kernels: str) -> int:

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from mlx_serving.runtime.core.disk import Scanned
 from mlx_serving.runtime.core.plan import Constraint, Limits, Runner
 from mlx_serving.types import Grammar, ModelInfo
+from mlx_serving.worker.wire import Memory
 
 OnPhase = Callable[[Literal["loading", "compiling"], str], None]
 """Called with a phase and a detail for people, whenever loading gets on."""
@@ -17,6 +18,18 @@ OnPhase = Callable[[Literal["loading", "compiling"], str], None]
 class GrammarCompiler(Protocol):
     def compile(self, grammar: Grammar) -> Constraint:
         """Raises InvalidRequest, which names what the grammar asks and cannot have."""
+        ...
+
+
+class Device(Protocol):
+    """The memory that all models of the worker share."""
+
+    def use(self) -> Memory:
+        """What is held of it now."""
+        ...
+
+    def give_back(self) -> None:
+        """Return to the system what an unloaded model has left."""
         ...
 
 
@@ -30,3 +43,4 @@ class LoadedModel:
     """Block files that earlier workers left."""
     close: Callable[[], None] = lambda: None
     """Ends the threads that the model has."""
+    device: Device | None = None

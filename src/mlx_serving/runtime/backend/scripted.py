@@ -19,6 +19,7 @@ imported. Keys of that file, all optional but the first:
       token_ids      for "text" and "cycle"
       step_delay_ms  a step's tokens are there this long after its launch
       logprob        the log-probability of every token, default -0.5
+      load_slices    loading it takes so many slices of `load_slice_ms`
       die_on_load    loading it ends the process (SIGABRT)
       die_on         a prompt with this token ends the process (SIGABRT), as an accelerator fault does
       hang_on        a step that starts a prompt with this token never ends
@@ -53,6 +54,7 @@ from mlx_serving.runtime.core.plan import (
     StepPlan,
     StepResult,
 )
+from mlx_serving.runtime.slices import Slices
 from mlx_serving.types import ModelInfo, ModelKind, SamplingParams, TokenLogprob
 from mlx_serving.worker.wire import ModelOptions
 
@@ -69,6 +71,8 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step_delay_ms: float = 0.0
     logprob: float = -0.5
     die_on_load: bool = False
+    load_slices: int = 1
+    load_slice_ms: float = 0.0
     die_on: int | None = None
     hang_on: int | None = None
     fail_on: int | None = None
@@ -248,7 +252,9 @@ class ScriptedRunner:
         return token
 
 
-def load(model_id: str, path: Path, config: dict[str, Any], options: ModelOptions) -> LoadedModel:
+def load(
+    model_id: str, path: Path, config: dict[str, Any], options: ModelOptions
+) -> Slices[LoadedModel]:
     """Raises ModelBroken on a wrong key or value in `config.json`."""
     try:
         parsed = msgspec.convert(config, ScriptedConfig)
@@ -256,6 +262,9 @@ def load(model_id: str, path: Path, config: dict[str, Any], options: ModelOption
         raise ModelBroken(f"{path / 'config.json'}: {e}") from e
     if parsed.script.die_on_load:
         os.abort()
+    for _ in range(parsed.script.load_slices):
+        threading.Event().wait(parsed.script.load_slice_ms / 1000)
+        yield
     if len(set(parsed.eos)) >= parsed.vocab_size:
         raise ModelBroken(f"{path / 'config.json'}: every token ends the sequence")
     context = min(parsed.max_position_embeddings, options.context_length or 1 << 30)
@@ -266,6 +275,8 @@ def load(model_id: str, path: Path, config: dict[str, Any], options: ModelOption
         context_length=context,
         vocab_size=parsed.vocab_size,
         eos_token_ids=parsed.eos,
+        weight_bytes=(weight_bytes := _weight_bytes(path)),
+        held_bytes=weight_bytes,
         kernels="none",
         prefix_reuse="none" if options.prefix_cache_bytes == 0 else "blocks",
         kind=parsed.kind,
@@ -287,6 +298,11 @@ def load(model_id: str, path: Path, config: dict[str, Any], options: ModelOption
     bounds = Bounds.of(options)
     grammars = Grammars(tokenizer_file(path, options), parsed.vocab_size, parsed.eos, bounds)
     return LoadedModel(info, ScriptedRunner(parsed), limits, grammars)
+
+
+def _weight_bytes(path: Path) -> int:
+    """As if they were read."""
+    return sum(file.stat().st_size for file in path.glob("model*.safetensors"))
 
 
 def _prefix_blocks(cache_bytes: int | None) -> int:

@@ -21,6 +21,7 @@ from mlx_lm.models import gemma3_text, llama, qwen2, qwen3
 
 from mlx_serving.runtime.native import _load, layers, ops
 from mlx_serving.runtime.native.slab import SlabCache
+from mlx_serving.runtime.slices import Slices
 
 FAMILIES: dict[type, str] = {
     llama.LlamaModel: "llama",
@@ -68,8 +69,9 @@ def fuse(
     pack_into: PackInto,
     keep: set[str],
     kv_dtype: mx.Dtype | None = None,
-) -> str:
-    """Give the model's inner stack a fused decoder. Returns its family, or `not fused: ` and why."""
+) -> Slices[str]:
+    """Give the model's inner stack a fused decoder, a layer a slice. Returns its family, or
+    `not fused: ` and why."""
     inner = getattr(model, "model", None)
     family = FAMILIES.get(type(inner))
     if inner is None or family is None:
@@ -77,7 +79,7 @@ def fuse(
     if keep & {name.rpartition(".")[2] for name, _ in inner.named_modules()}:
         return "not fused: the model file reads its layers' weights"
     try:
-        decoder = _decoder(inner, family, mode, pack_into)
+        decoder = yield from _decoder(inner, family, mode, pack_into)
     except Unfusable as error:
         return f"not fused: {error}"
     decoder.dtype = kv_dtype or decoder.dtype
@@ -184,7 +186,7 @@ def _head_dim(attn: Any) -> int:
     )
 
 
-def _decoder(inner: Any, family: str, mode: ops.Mode, pack_into: PackInto) -> FusedDecoder:
+def _decoder(inner: Any, family: str, mode: ops.Mode, pack_into: PackInto) -> Slices[FusedDecoder]:
     from mlx_serving.runtime.native.install import pack
 
     _check(inner, family)
@@ -220,6 +222,7 @@ def _decoder(inner: Any, family: str, mode: ops.Mode, pack_into: PackInto) -> Fu
     )
     tables: dict[str, ops.RopeTable] = {}
     for layer in inner.layers:
+        yield
         attn, mlp = layer.self_attn, layer.mlp
         qkv, qkv_bias = _pack_together([attn.q_proj, attn.k_proj, attn.v_proj], pack_into)
         single = {}

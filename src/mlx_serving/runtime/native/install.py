@@ -20,6 +20,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_serving.runtime.native import _load, layers, ops, slab
 from mlx_serving.runtime.native.fused import fuse
+from mlx_serving.runtime.slices import Slices, whole
 
 GEMMA_NORMS = (gemma.RMSNorm, gemma2.RMSNorm, gemma3_text.RMSNorm)
 """RMSNorms that multiply by 1 + weight."""
@@ -67,6 +68,17 @@ def accelerate(
     the type of the embedding's scales. Raises RuntimeError if the kernels are not available or MLX's
     device is not the CPU.
     """
+    return whole(accelerating(model, mode, fused=fused, kv_dtype=kv_dtype))
+
+
+def accelerating(
+    model: Module,
+    mode: ops.Mode = "exact",
+    *,
+    fused: bool = True,
+    kv_dtype: mx.Dtype | None = None,
+) -> Slices[Report]:
+    """`accelerate` in slices of about a layer each."""
     native = _load.require()
     if mx.default_device() != mx.Device(mx.cpu):
         raise RuntimeError("native kernels serve MLX's CPU backend only")
@@ -74,9 +86,10 @@ def accelerate(
     keep = _read_by_name(model)
     # Fused layers first: they pack q, k and v together, and the single layers share that memory.
     if fused:
-        report.fused = fuse(model, mode, _pack_into, keep, kv_dtype)
+        report.fused = yield from fuse(model, mode, _pack_into, keep, kv_dtype)
     for path, module in model.named_modules():
-        _move(path, module, mode, keep, report)
+        if _move(path, module, mode, keep, report):
+            yield
     report.row_mask = any(getattr(type(m), "_native_attention", False) for m in model.modules())
     report.every_product = all(map(_is_covered, model.modules()))
     seen: set[int] = set()
@@ -88,16 +101,19 @@ def accelerate(
     return report
 
 
-def _move(path: str, module: Module, mode: ops.Mode, keep: set[str], report: Report) -> None:
+def _move(path: str, module: Module, mode: ops.Mode, keep: set[str], report: Report) -> bool:
+    """Returns whether there was something to pack, which takes a while."""
     cls: type = type(module)
     target: type | None = None
+    worked = False
     if cls in _LINEARS:
         if "_packed" not in module.__dict__:
             packed = pack(module)
             if packed is None:
                 report.left.append(path)
-                return
+                return False
             _pack_into(module, packed, path.rpartition(".")[2] in keep)
+            worked = True
         module._mode = mode
         target = _LINEARS[cls]
     elif cls is RMSNorm:
@@ -114,6 +130,7 @@ def _move(path: str, module: Module, mode: ops.Mode, keep: set[str], report: Rep
     if target is not None:
         module.__class__ = target
         report.replaced[cls.__name__] = report.replaced.get(cls.__name__, 0) + 1
+    return worked
 
 
 NATIVE_LAYERS = (

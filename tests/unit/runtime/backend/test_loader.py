@@ -14,7 +14,7 @@ from mlx_lm.generate import generate_step
 from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime import native
 from mlx_serving.runtime.backend.loader import check_weights, load
-from mlx_serving.runtime.backend.memory import device_memory_bytes, machine_memory_bytes
+from mlx_serving.runtime.backend.memory import device_memory_bytes
 from mlx_serving.runtime.backend.mlx_model import context_length, eos_token_ids, quantization
 from mlx_serving.runtime.backend.model import LoadedModel
 from mlx_serving.types import SamplingParams
@@ -170,13 +170,7 @@ def test_context_and_quantization_are_read(tmp_path: Path) -> None:
     assert quantization({"quantization_config": {"quant_method": "bitnet"}}) == "bitnet"
 
 
-def test_memory_honours_the_cgroup(tmp_path: Path) -> None:
-    whole = machine_memory_bytes(())
-    limit = tmp_path / "memory.max"
-    limit.write_text("max\n")
-    assert machine_memory_bytes((str(limit), str(tmp_path / "absent"))) == whole
-    limit.write_text("1048576\n")
-    assert machine_memory_bytes((str(limit),)) == 1048576
+def test_the_device_says_how_much_it_has() -> None:
     assert device_memory_bytes({"device_name": "cpu"}) is None
     assert device_memory_bytes({"memory_size": 5, "max_recommended_working_set_size": 4}) == 4
 

@@ -1,0 +1,174 @@
+"""Brings the configured models up and takes them down: files, memory, worker and text side.
+
+The engine's hands for `catalog.lifecycle`: each model is a slot there, and comes into memory when
+it is asked for, or at the start as far as the budget holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_serving import host
+from mlx_serving.catalog import budget
+from mlx_serving.catalog.ensure import Progress, ensure
+from mlx_serving.catalog.fingerprint import fingerprint
+from mlx_serving.catalog.folder import ModelFolder
+from mlx_serving.catalog.lifecycle import FetchBegan, LoadBegan, ModelSlot, NoRoom
+from mlx_serving.catalog.names import default_name
+from mlx_serving.catalog.residency import Residency
+from mlx_serving.config import Config
+from mlx_serving.content.text import TextSide
+from mlx_serving.errors import ConfigError
+from mlx_serving.generation import Served
+from mlx_serving.telemetry.events import (
+    EventBus,
+    ModelFailed,
+    ModelLoaded,
+    ModelLoading,
+    ModelUnloaded,
+)
+from mlx_serving.types import ModelInfo
+from mlx_serving.worker.port import WorkerClient
+from mlx_serving.worker.wire import ModelOptions
+
+Slot = ModelSlot[Served]
+
+
+class Models:
+    """`lifecycle.Hands` over a worker. Raises ConfigError for names that contradict each other."""
+
+    def __init__(
+        self,
+        config: Config,
+        worker: WorkerClient,
+        events: EventBus,
+        progress: Progress | None = None,
+        machine: host.Host | None = None,
+    ) -> None:
+        self._config = config
+        self._worker = worker
+        self._events = events
+        self._progress = progress
+        self._machine = machine or host.look()
+        self.slots: Sequence[Slot] = self._make_slots()
+        self.residency = Residency(
+            host.memory_budget_bytes(config.memory_budget, self._machine),
+            wait_s=config.memory_wait_s,
+        )
+        self.residency.watch(self.slots)
+
+    async def start(self) -> None:
+        """Bring up, in their order, those that fit; the others come when they are asked for."""
+        for slot in self.slots:
+            await asyncio.wait([slot.start(asked=slot is self.slots[0])])
+
+    async def close(self) -> None:
+        for slot in self.slots:
+            await slot.close()
+
+    # lifecycle.Hands
+
+    async def bring_up(self, slot: Slot, *, asked: bool) -> Served:
+        """Fetch a model's files, find room, then load worker and text side at the same time."""
+        self._events.publish(ModelLoading(model_id=slot.model_id))
+        slot.enter(FetchBegan())
+        try:
+            folder = await asyncio.to_thread(ensure, slot.source, self._config, self._progress)
+            slot.enter(LoadBegan())
+            await self.residency.make_room(slot, self._estimate(folder), asked=asked)
+            slot.enter(LoadBegan())
+            served = await self._load(slot, folder)
+        except NoRoom:
+            raise
+        except BaseException as error:
+            self.residency.gone(slot.model_id)
+            code = getattr(error, "code", "model_unavailable")
+            self._events.publish(
+                ModelFailed(model_id=slot.model_id, code=str(code), message=str(error))
+            )
+            raise
+        self._events.publish(ModelLoaded(model_id=slot.model_id, info=served.info))
+        return served
+
+    async def take_down(self, slot: Slot) -> None:
+        try:
+            await self._worker.unload_model(slot.model_id)
+        finally:
+            self.residency.gone(slot.model_id)
+            self._events.publish(ModelUnloaded(model_id=slot.model_id))
+
+    async def _load(self, slot: Slot, folder: ModelFolder) -> Served:
+        options = self._options(folder.tokenizer_path)
+        info, text, files = await asyncio.gather(
+            self._worker.load_model(slot.model_id, str(folder.path), options),
+            asyncio.to_thread(self._text_side, folder.tokenizer_path),
+            asyncio.to_thread(fingerprint, folder.path, folder.tokenizer_path),
+        )
+        self.residency.loaded(slot.model_id, _measured(info))
+        return Served(info, text, f"{files} {info.dtype} {info.kernels}")
+
+    def _estimate(self, folder: ModelFolder) -> int:
+        """Bytes that the worker will hold: on a CPU half types become float32 by default."""
+        plain = folder.quantization is None and folder.dtype in ("float16", "bfloat16")
+        wide = self._config.dtype in ("auto", "float32") and self._machine.system != "Darwin"
+        return budget.estimate_bytes(folder.weight_bytes, widened=plain and wide)
+
+    def _text_side(self, path: Path) -> TextSide:
+        c = self._config
+        return TextSide.load(
+            path,
+            c.chat_template,
+            tool_parser=c.tool_parser,
+            reasoning_parser=c.reasoning_parser,
+        )
+
+    def _options(self, tokenizer_path: Path) -> ModelOptions:
+        c = self._config
+        return ModelOptions(
+            max_num_seqs=c.max_num_seqs,
+            prefill_step_size=c.prefill_step_size,
+            pipeline_depth=c.pipeline_depth,
+            context_length=c.context_length,
+            dtype=c.dtype,
+            kernels=c.kernels,
+            exact_batch=c.exact_batch,
+            prefix_cache_bytes=c.prefix_cache_bytes,
+            json_digit_tokens=c.json_digit_tokens,
+            json_string_tokens=c.json_string_tokens,
+            json_white_space=c.json_white_space,
+            kv_disk_path=c.kv_disk_path and str(Path(c.kv_disk_path).expanduser().absolute()),
+            kv_disk_bytes=c.kv_disk_bytes,
+            memory_budget=c.memory_budget,
+            tokenizer_path=str(tokenizer_path),
+        )
+
+    def _make_slots(self) -> list[Slot]:
+        c = self._config
+        if c.served_model_name and len(c.served_model_name) != len(c.models):
+            raise ConfigError(
+                f"{len(c.served_model_name)} served names for {len(c.models)} models; "
+                "give one each or none.",
+                param="served_model_name",
+            )
+        slots: list[Slot] = []
+        for i, source in enumerate(c.models):
+            own = default_name(source)
+            model_id = c.served_model_name[i] if c.served_model_name else own
+            aliases = tuple(a for a in (own, source) if a != model_id)
+            slots.append(ModelSlot(source, model_id, aliases, self, c.keep_alive_s))
+        if len({slot.model_id for slot in slots}) != len(slots):
+            raise ConfigError(
+                "Two models have the same name; set served_model_name.", param="models"
+            )
+        for name in c.pin:
+            slot = next((s for s in slots if s.answers_to(name)), None)
+            if slot is None:
+                raise ConfigError(f"pin: '{name}' names no served model", param="pin")
+            slot.pinned = True
+        return slots
+
+
+def _measured(info: ModelInfo) -> int:
+    return budget.measured_bytes(info.held_bytes, info.kv_bytes_per_token, info.context_length)
