@@ -12,7 +12,6 @@ import logging
 import os
 import secrets
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -20,18 +19,18 @@ import msgspec
 
 from mlx_serving import clock, embedding
 from mlx_serving.catalog.home import models_home
-from mlx_serving.catalog.lifecycle import Failed, ModelSlot, Ready, status_of
+from mlx_serving.catalog.lifecycle import Failed, ModelSlot, Ready
 from mlx_serving.config import Config
 from mlx_serving.content.embedding import Text
 from mlx_serving.content.text import TextSide
 from mlx_serving.errors import (
-    ConfigError,
     ContextOverflow,
     InvalidRequest,
     MLXServingError,
     ModelNotFound,
 )
 from mlx_serving.generation import Generation, OpenRows, Served
+from mlx_serving.roster import Roster
 from mlx_serving.telemetry.events import EventBus, RequestFinished, RequestStarted
 from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.traffic.admission import Admission
@@ -77,13 +76,11 @@ class Gateway:
         metrics: Metrics,
         events: EventBus,
     ) -> None:
-        assert slots, "a gateway serves at least one model"
         self._config = config
-        self._slots = slots
         self._worker = worker
         self._metrics = metrics
         self._events = events
-        self._patterns = _patterns(config.model_aliases, slots)
+        self._slots = Roster(slots, config.model_aliases, worker)
         self._admission = Admission(config.max_queue)
         self._reuse = _reuse(config, metrics)
         file = config.rollouts_file
@@ -98,7 +95,7 @@ class Gateway:
     async def open(self, request: GenerateRequest) -> Generation:
         """Accept a request and start its sequences. Raises a typed error before any work is done."""
         arrived_s = clock.monotonic()
-        asked = self._route(request.model)
+        asked = self._slots.find(request.model)
         self._admission.enter(arrived_s)
         self._metrics.open_requests.inc()
         try:
@@ -155,7 +152,7 @@ class Gateway:
         arm = self.rollouts.arm(asked.model_id, request.session or request.request_id)
         if arm is not None and arm.is_variant:
             try:
-                slot = self._route(arm.model)
+                slot = self._slots.find(arm.model)
                 return slot, await slot.acquire(), arm
             except MLXServingError as error:
                 # The variant's fault is not the client's: the model itself answers.
@@ -201,12 +198,12 @@ class Gateway:
 
     async def tokenise(self, model: str, prompt: Prompt) -> list[int]:
         """A prompt's token ids, as `open` would have them."""
-        async with self._route(model).use() as served:
+        async with self._slots.find(model).use() as served:
             return await self._tokenise(served, prompt)
 
     async def detokenise(self, model: str, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included. Raises InvalidRequest for an id too high."""
-        async with self._route(model).use() as served:
+        async with self._slots.find(model).use() as served:
             _check_ids("tokens", token_ids, served.info.vocab_size)
             if len(token_ids) < _THREAD_TOKENS:
                 return served.text.decode(token_ids, skip_special_tokens=False)
@@ -214,35 +211,35 @@ class Gateway:
 
     async def load(self, model: str, keep_alive_s: float | None = None) -> ServedModel:
         """Wait until a model can answer; raises why it cannot. `keep_alive_s` as in a request."""
-        slot = self._route(model)
+        slot = self._slots.find(model)
         await slot.acquire()
         slot.release(keep_alive_s)
-        return self._describe(slot)
+        return self._slots.describe(slot)
 
     async def unload(self, model: str) -> ServedModel:
         """Take a model out of memory once its running requests have ended."""
-        slot = self._route(model)
+        slot = self._slots.find(model)
         await asyncio.shield(slot.unload())
-        return self._describe(slot)
+        return self._slots.describe(slot)
 
     def pin(self, model: str, pinned: bool) -> ServedModel:
         """Whether a model may leave memory by itself; it comes into it when it is asked for."""
-        slot = self._route(model)
+        slot = self._slots.find(model)
         slot.pin(pinned)
-        return self._describe(slot)
+        return self._slots.describe(slot)
 
     def model_id(self, model: str) -> str:
         """The id of the served model that a name leads to. Raises ModelNotFound."""
-        return self._route(model).model_id
+        return self._slots.find(model).model_id
 
     def model_info(self, model: str) -> ModelInfo | None:
         """What is known of a loaded model; None while it is not. Raises ModelNotFound."""
-        state = self._route(model).state
+        state = self._slots.find(model).state
         return state.loaded.info if isinstance(state, Ready) else None
 
     def abilities(self, model: str) -> tuple[str, ...]:
         """Of `tools` and `thinking`, those that a loaded model's chat template knows."""
-        state = self._route(model).state
+        state = self._slots.find(model).state
         return state.loaded.text.abilities() if isinstance(state, Ready) else ()
 
     def raise_failure(self) -> None:
@@ -252,11 +249,11 @@ class Gateway:
                 raise slot.state.error
 
     def default_model(self) -> str:
-        return self._slots[0].model_id
+        return self._slots.default.model_id
 
     def models(self) -> list[ServedModel]:
         """Every configured model, the default first, whatever its state."""
-        return [self._describe(slot) for slot in self._slots]
+        return [self._slots.describe(slot) for slot in self._slots]
 
     def health(self) -> dict[str, object]:
         workers, models = self._worker.health(), self.models()
@@ -278,7 +275,7 @@ class Gateway:
         """Raises InvalidRequest or ModelNotFound, naming the field of `spec`."""
         for field in ("model", "variant"):
             try:
-                served = self._route(getattr(spec, field)).model_id
+                served = self._slots.find(getattr(spec, field)).model_id
             except ModelNotFound as error:
                 error.param = field
                 raise
@@ -331,18 +328,6 @@ class Gateway:
             return "starting"
         return "ready" if workers_live else "degraded"
 
-    def _route(self, model: str) -> ModelSlot[Served]:
-        for slot in self._slots:
-            if slot.answers_to(model):
-                return slot
-        for pattern, slot in self._patterns:
-            if fnmatchcase(model, pattern):
-                return slot
-        served = ", ".join(f"'{slot.model_id}'" for slot in self._slots)
-        raise ModelNotFound(
-            f"Model '{model[:200]}' is not served here; served: {served}.", param="model"
-        )
-
     async def _tokenise(self, served: Served, prompt: Prompt) -> list[int]:
         # A long prompt must not hold up the streams that this event loop serves.
         if served.text.prefers_thread(prompt):
@@ -361,7 +346,7 @@ class Gateway:
     ) -> tuple[Served, list[Text], list[bytes]]:
         """The model, what it read, and a vector for each text. Cancelled with its task."""
         arrived_s = clock.monotonic()
-        slot = self._route(request.model)
+        slot = self._slots.find(request.model)
         self._admission.enter(arrived_s)
         self._metrics.open_requests.inc()
         try:
@@ -414,22 +399,6 @@ class Gateway:
             priority=ask.priority,
             grammar=ask.grammar,
             cache_salt=ask.cache_salt,
-        )
-
-    def _describe(self, slot: ModelSlot[Served]) -> ServedModel:
-        """Why the worker cannot serve it comes before what the slot believes."""
-        broken = self._worker.broken.get(slot.model_id)
-        status, reason = status_of(slot.state) if broken is None else ("failed", broken.message)
-        loaded = slot.state.loaded if isinstance(slot.state, Ready) else None
-        return ServedModel(
-            id=slot.model_id,
-            created=slot.created,
-            status=status,
-            reason=reason,
-            aliases=slot.aliases,
-            context_length=loaded.info.context_length if loaded else None,
-            pinned=slot.pinned,
-            expires_in_s=slot.expires_in_s,
         )
 
     def _leave(self) -> float:
@@ -605,22 +574,6 @@ def _ask(
         # One seed, which the answer names, keys them all.
         return msgspec.structs.replace(ask, caching="none")
     return ask
-
-
-def _patterns(
-    aliases: Sequence[str], slots: Sequence[ModelSlot[Served]]
-) -> list[tuple[str, ModelSlot[Served]]]:
-    """`claude-*` is the default model, `claude-*=name` the one of that name. Raises ConfigError."""
-    found: list[tuple[str, ModelSlot[Served]]] = []
-    for alias in aliases:
-        pattern, _, name = alias.partition("=")
-        slot = next((s for s in slots if not name or s.answers_to(name)), None)
-        if not pattern or slot is None:
-            raise ConfigError(
-                f"model_aliases: '{alias}' names no served model", param="model_aliases"
-            )
-        found.append((pattern, slot))
-    return found
 
 
 def _check_ids(param: str, ids: Sequence[int] | dict[int, float], vocab_size: int) -> None:

@@ -98,6 +98,8 @@ _MODEL = _object(
     reason=_null_or(TEXT),
     aliases=_list(TEXT),
     context_length=_null_or(COUNT),
+    pinned={"type": "boolean"},
+    expires_in_s=_null_or({"type": "number", "minimum": 0}),
 )
 _ANTHROPIC_MODELS = _object(
     data=_list(
@@ -257,6 +259,9 @@ ANSWERS: Mapping[str, Schema] = {
         "anyOf": [_object(object=_one("list"), data=_list(_ref("Model"))), _ANTHROPIC_MODELS]
     },
     "GET /v1/models/{id}": _ref("Model"),
+    **{
+        f"POST /v1/models/{{id}}/{act}": _ref("Model") for act in ("load", "unload", "pin", "unpin")
+    },
     "GET /v1/cache/stats": _CACHES,
     "DELETE /v1/cache": _CACHES,
     "GET /health": _ref("Health"),

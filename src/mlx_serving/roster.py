@@ -1,0 +1,72 @@
+"""The served models by every name that leads to them, and how each is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from mlx_serving.catalog.lifecycle import Failed, ModelSlot, Ready, status_of
+from mlx_serving.errors import ConfigError, ModelNotFound
+from mlx_serving.generation import Served
+from mlx_serving.types import ServedModel
+from mlx_serving.worker.port import WorkerClient
+
+Slot = ModelSlot[Served]
+
+
+class Roster:
+    """`aliases`: `claude-*` is the default model, `claude-*=name` the one of that name. Raises
+    ConfigError for one that leads nowhere."""
+
+    def __init__(self, slots: Sequence[Slot], aliases: Sequence[str], worker: WorkerClient) -> None:
+        assert slots, "a gateway serves at least one model"
+        self._slots = slots
+        self._worker = worker
+        self._patterns = [self._pattern(alias) for alias in aliases]
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self._slots)
+
+    @property
+    def default(self) -> Slot:
+        return self._slots[0]
+
+    def find(self, model: str) -> Slot:
+        """Raises ModelNotFound."""
+        for slot in self._slots:
+            if slot.answers_to(model):
+                return slot
+        for pattern, slot in self._patterns:
+            if fnmatchcase(model, pattern):
+                return slot
+        served = ", ".join(f"'{slot.model_id}'" for slot in self._slots)
+        raise ModelNotFound(
+            f"Model '{model[:200]}' is not served here; served: {served}.", param="model"
+        )
+
+    def describe(self, slot: Slot) -> ServedModel:
+        """Why the worker cannot serve it comes before what the slot believes."""
+        broken = self._worker.broken.get(slot.model_id)
+        status, reason = status_of(slot.state) if broken is None else ("failed", broken.message)
+        loaded = slot.state.loaded if isinstance(slot.state, Ready) else None
+        error = slot.state.error if isinstance(slot.state, Failed) else broken
+        return ServedModel(
+            id=slot.model_id,
+            created=slot.created,
+            status=status,
+            reason=reason,
+            cause=error.code if error else None,
+            aliases=slot.aliases,
+            context_length=loaded.info.context_length if loaded else None,
+            pinned=slot.pinned,
+            expires_in_s=slot.expires_in_s,
+        )
+
+    def _pattern(self, alias: str) -> tuple[str, Slot]:
+        pattern, _, name = alias.partition("=")
+        slot = next((s for s in self._slots if not name or s.answers_to(name)), None)
+        if not pattern or slot is None:
+            raise ConfigError(
+                f"model_aliases: '{alias}' names no served model", param="model_aliases"
+            )
+        return pattern, slot
