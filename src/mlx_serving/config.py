@@ -124,6 +124,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How long running streams may take to finish after SIGTERM or SIGINT."""
     ping_interval_s: Annotated[float, Meta(ge=0)] = 15.0
     """How often a stream with nothing to say sends a comment, lest a proxy give it up; 0: never."""
+    unknown_fields: Literal["refuse", "warn"] = "refuse"
+    """What becomes of a request's fields that nobody knows; warn: they are left out and named in a header."""
     log_level: LogLevel = "info"
     """Least severe message to log."""
 

@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from mlx_serving.api import anthropic_fields as fields
 from mlx_serving.api.body import MAX_MESSAGES, convert, read_object, refuse, spelled, stop_strings
-from mlx_serving.api.disposition import check
+from mlx_serving.api.disposition import check, refuse_unknown
 from mlx_serving.content.structured import json_schema
 from mlx_serving.content.tools.definitions import ToolUse, tool_use
 from mlx_serving.errors import InvalidRequest
@@ -254,9 +254,8 @@ def _block_kind(block: dict[str, Any], at: str) -> str:
         raise InvalidRequest(f"'{at}.type' must be a string.", param=f"{at}.type")
     if kind not in _BLOCK_FIELDS:
         raise refuse(at, f"blocks of type '{kind[:64]}' are not read, only text and tools")
-    if extra := block.keys() - _BLOCK_FIELDS[kind]:
-        where = f"{at}.{min(extra)[:64]}"
-        raise InvalidRequest(f"Unknown field '{where}'.", param=where, code="unknown_parameter")
+    for name in sorted(block.keys() - _BLOCK_FIELDS[kind]):
+        refuse_unknown(name, f"{at}.")
     return kind
 
 

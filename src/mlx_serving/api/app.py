@@ -20,6 +20,7 @@ from mlx_serving.api.anthropic import AnthropicRoutes
 from mlx_serving.api.anthropic_response import error_json as anthropic_error
 from mlx_serving.api.anthropic_response import model_list
 from mlx_serving.api.cache import CacheRoutes
+from mlx_serving.api.disposition import left_out
 from mlx_serving.api.embeddings import EmbeddingRoutes
 from mlx_serving.api.exchange import (
     ASGIApp,
@@ -132,6 +133,7 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
             await send({"type": "websocket.close", "code": 1000})
         else:
             exchange = Exchange(scope, receive, send)
+            left_out.set([] if config.unknown_fields == "warn" else None)
             with requests.tracked(exchange):
                 await _answer(exchange, table)
 

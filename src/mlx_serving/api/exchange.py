@@ -11,6 +11,7 @@ from urllib.parse import parse_qs
 
 import msgspec
 
+from mlx_serving.api.disposition import left_out
 from mlx_serving.api.port import Cancellable
 from mlx_serving.errors import BodyTooLarge, Draining, InvalidRequest, MLXServingError, ServerError
 
@@ -25,6 +26,7 @@ ErrorShape = Callable[[MLXServingError, str], bytes]
 
 JSON = b"application/json"
 MAX_ERROR_CHARS = 1000
+_MAX_NAMES, _MAX_NAME_CHARS = 20, 100
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -116,6 +118,7 @@ class Exchange:
                     (b"content-type", content_type),
                     (b"x-content-type-options", b"nosniff"),
                     (b"x-request-id", self.id.encode("ascii")),
+                    *_ignored(),
                     *headers,
                 ],
             }
@@ -145,6 +148,14 @@ class Exchange:
         if len(error.message) > MAX_ERROR_CHARS:  # it quotes what was sent
             error.message = error.message[:MAX_ERROR_CHARS] + "..."
         return self.error_shape(error, self.id)
+
+
+def _ignored() -> Headers:
+    """What was left out of the request, where the server relaxes unknown fields."""
+    if not (noted := left_out.get()):
+        return []
+    names = [re.sub(r"[^!-~]|,", "?", name)[:_MAX_NAME_CHARS] for name in noted[:_MAX_NAMES]]
+    return [(b"x-mlx-serving-ignored", ", ".join(names).encode("ascii"))]
 
 
 def openai_error(error: MLXServingError, _: str) -> bytes:

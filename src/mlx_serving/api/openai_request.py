@@ -15,6 +15,7 @@ from mlx_serving.api import fields
 from mlx_serving.api.body import MAX_MESSAGES
 from mlx_serving.api.body import convert as _convert
 from mlx_serving.api.body import read_object as _object
+from mlx_serving.api.disposition import refuse_unknown
 from mlx_serving.content import structured
 from mlx_serving.content.tools.definitions import tool_use
 from mlx_serving.errors import InvalidRequest, UnsupportedParameter
@@ -450,13 +451,8 @@ def _join_parts(parts: list[Any], at: str) -> str:
         if not isinstance(part.get("text"), str):
             raise InvalidRequest(f"'{at}[{j}].text' must be a string.", param=f"{at}[{j}].text")
         # cache_control marks a prefix for a cache that matches prefixes by content anyway.
-        if extra := part.keys() - {"type", "text", "cache_control"}:
-            name = min(extra)[:64]
-            raise InvalidRequest(
-                f"Unknown field '{at}[{j}].{name}'.",
-                param=f"{at}[{j}].{name}",
-                code="unknown_parameter",
-            )
+        for name in sorted(part.keys() - {"type", "text", "cache_control"}):
+            refuse_unknown(name, f"{at}[{j}].")
         texts.append(part["text"])
     return "\n".join(texts)
 

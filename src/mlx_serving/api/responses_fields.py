@@ -34,6 +34,7 @@ RESPONSES: Table = table(
         "advisory",
         {
             "user": "an end user's identifier",
+            "client_metadata": "the client's own notes",
             "safety_identifier": "an end user's identifier",
             "service_tier": "there is one tier",
             "prompt_cache_key": "prefixes are matched by content",

@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from mlx_serving.api import responses_fields as fields
 from mlx_serving.api.body import MAX_MESSAGES, convert, read_object, refuse, spelled
-from mlx_serving.api.disposition import check
+from mlx_serving.api.disposition import check, left_out, refuse_unknown
 from mlx_serving.content import structured
 from mlx_serving.content.tools.definitions import ToolUse, tool_use
 from mlx_serving.errors import InvalidRequest
@@ -171,12 +171,25 @@ def _format(text: dict[str, Any] | None) -> Grammar | None:
 
 
 def _offered(body: _Body) -> ToolUse:
-    tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or ())]
+    tools = [
+        _tool(tool, f"tools[{i}]")
+        for i, tool in enumerate(body.tools or ())
+        if not _is_left_out(tool, f"tools[{i}]")
+    ]
     choice = body.tool_choice
     if isinstance(choice, dict) and choice.get("type") == "function":
         choice = {"type": "function", "function": {k: v for k, v in choice.items() if k != "type"}}
     with spelled((".function", "")):
         return tool_use(tools, choice, body.parallel_tool_calls)
+
+
+def _is_left_out(tool: dict[str, Any], at: str) -> bool:
+    """A tool that OpenAI's servers would run, on a server that leaves out what it does not know."""
+    noted = left_out.get()
+    if noted is None or tool.get("type") == "function":
+        return False
+    noted.append(at)
+    return True
 
 
 def _tool(raw: dict[str, Any], at: str) -> dict[str, Any]:
@@ -281,9 +294,8 @@ def _kind(item: dict[str, Any], at: str) -> str:
         raise InvalidRequest(f"'{at}.type' must be a string.", param=f"{at}.type")
     if kind not in _ITEM_FIELDS:
         raise refuse(f"{at}.type", f"items of type '{kind[:64]}' are not read")
-    if extra := item.keys() - _ITEM_FIELDS[kind]:
-        where = f"{at}.{min(extra)[:64]}"
-        raise InvalidRequest(f"Unknown field '{where}'.", param=where, code="unknown_parameter")
+    for name in sorted(item.keys() - _ITEM_FIELDS[kind]):
+        refuse_unknown(name, f"{at}.")
     return kind
 
 

@@ -1,0 +1,127 @@
+"""Fields that nobody knows: refused, or with `unknown_fields: warn` left out and named in a header; and
+the requests of agents, field for field."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from mlx_serving.api.app import create_app
+from mlx_serving.config import Config
+
+USER = [{"role": "user", "content": [{"type": "text", "text": "Hi", "mood": 1}]}]
+ITEM = {"type": "message", "role": "user", "content": "Hi", "mood": 1}
+BODIES: dict[str, tuple[dict[str, Any], str]] = {
+    "/v1/chat/completions": (
+        {"messages": USER, "mood": 1, "stream_options": {"x": 1}, "stream": True},
+        "mood, stream_options.x, messages[0].content[0].mood",
+    ),
+    "/v1/completions": ({"prompt": "Hi", "mood": None}, "mood"),
+    "/v1/responses": ({"input": [ITEM], "mood": 1}, "mood, input[0].mood"),
+    "/v1/messages": (
+        {"messages": USER, "max_tokens": 9, "mood": 1},
+        "mood, messages[0].content[0].mood",
+    ),
+    "/v1/messages/count_tokens": (
+        {"messages": USER, "mood": 1},
+        "mood, messages[0].content[0].mood",
+    ),
+    "/api/chat": (
+        {"messages": [{"role": "user", "content": "Hi", "mood": 1}], "options": {"mood": 1}},
+        "options.mood, messages[0].mood",
+    ),
+    "/tokenize": ({"prompt": "Hi", "mood": 1}, "mood"),
+    "/v1/embeddings": ({"input": "Hi", "mood": 1}, "mood"),
+}
+IGNORED = "x-mlx-serving-ignored"
+
+
+@pytest.fixture
+async def relaxed(gateway: Any) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(gateway, Config(unknown_fields="warn"))
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_unknown_fields(
+    client: httpx.AsyncClient, relaxed: httpx.AsyncClient, path: str
+) -> None:
+    body, named = BODIES[path]
+    refused = await client.post(path, json=body)
+    assert refused.status_code == 400 and IGNORED not in refused.headers
+    assert "unknown_parameter" in refused.text
+    answered = await relaxed.post(path, json=body)
+    assert answered.status_code == 200, answered.text
+    assert sorted(answered.headers[IGNORED].split(", ")) == sorted(named.split(", "))
+
+
+async def test_what_is_known_is_not_relaxed(relaxed: httpx.AsyncClient) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+    clean = await relaxed.post("/v1/chat/completions", json=body)
+    assert clean.status_code == 200 and IGNORED not in clean.headers
+    for wrong in ({"best_of": 3}, {"temperature": 9}):
+        response = await relaxed.post("/v1/chat/completions", json=body | wrong)
+        assert response.status_code == 400
+
+
+async def test_names_in_the_header_are_bounded_and_clean(relaxed: httpx.AsyncClient) -> None:
+    body = {"prompt": "Hi", "é\r\nset-cookie: x,": 1} | {f"{i}" + "x" * 500: 1 for i in range(50)}
+    response = await relaxed.post("/v1/completions", json=body)
+    assert response.status_code == 200
+    names = response.headers[IGNORED].split(", ")
+    assert len(names) == 20 and names[0] == "???set-cookie:?x?"
+    assert max(map(len, names)) <= 100
+
+
+CODEX: dict[str, Any] = {
+    "model": "tiny",
+    "instructions": "You are an agent.",
+    "input": [
+        {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "a"}]},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "b"}]},
+        {"type": "reasoning", "summary": [], "content": None, "encrypted_content": None},
+        {
+            "type": "message",
+            "role": "assistant",
+            "phase": "commentary",
+            "content": [{"type": "output_text", "text": "c"}],
+        },
+        {"type": "function_call", "name": "shell", "arguments": "{}", "call_id": "c1"},
+        {"type": "function_call_output", "call_id": "c1", "output": "d"},
+    ],
+    "tools": [
+        {
+            "type": "function",
+            "name": "shell",
+            "description": "Runs it.",
+            "strict": False,
+            "parameters": {"type": "object", "properties": {"command": {"type": "string"}}},
+        }
+    ],
+    "tool_choice": "auto",
+    "parallel_tool_calls": False,
+    "reasoning": {"summary": "auto"},
+    "store": False,
+    "stream": True,
+    "include": ["reasoning.encrypted_content"],
+    "prompt_cache_key": "k",
+    "client_metadata": {"x-codex-installation-id": "i"},
+}
+
+
+async def test_codexs_requests(
+    client: httpx.AsyncClient, relaxed: httpx.AsyncClient, gateway: Any
+) -> None:
+    assert (await client.post("/v1/responses", json=CODEX)).status_code == 200
+    searching = {"type": "web_search", "external_web_access": False}
+    with_search = CODEX | {"tools": [searching, *CODEX["tools"]]}
+    refused = await client.post("/v1/responses", json=with_search)
+    assert refused.json()["error"]["param"] == "tools[0].type"
+    answered = await relaxed.post("/v1/responses", json=with_search)
+    assert answered.headers[IGNORED] == "tools[0]"
+    assert [t["function"]["name"] for t in gateway.requests[-1].prompt.tools] == ["shell"]
