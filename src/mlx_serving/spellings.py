@@ -95,7 +95,7 @@ SETTINGS: Table = {
     ),
     "draft": Refused("speculation is not built yet", (False,)),
     "draft_model": _NO_SPECULATION,
-    "enable_disk_cache": Refused("prefixes are kept in memory, up to prefix_cache_bytes", (False,)),
+    "enable_disk_cache": Refused("kv_disk_path names the folder", (False,)),
     "kv_bits": _NO_KV_TYPES,
     "kv_group_size": _NO_KV_TYPES,
     "num_draft_tokens": _NO_SPECULATION,
