@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 0
+MINUTES ?= 10
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help serve test test-slow check bench sim setup clean
+.PHONY: help serve test test-slow check bench sim fuzz setup clean
 
 help:
 	@echo "make serve       serve the default model; MLX_SERVING_* variables are its settings"
@@ -15,6 +16,7 @@ help:
 	@echo "make check       format, lint, types, import contracts, tidiness"
 	@echo "make bench       measure, and write benchmarks/RESULTS.md"
 	@echo "make sim SEED=1  one seed of the deterministic simulation"
+	@echo "make fuzz MINUTES=10  the fuzzers, for longer than the tests do"
 	@echo "make clean       remove .venv and what was built"
 	@echo
 	@echo "PYTHON=python3.12 picks the interpreter; MLX_EXTRA=cpu|cuda12|cuda13 the MLX backend."
@@ -41,6 +43,9 @@ bench: $(VENV)/.dev
 
 sim: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m sim $(SEED)
+
+fuzz: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m security.fuzz $(MINUTES)
 
 setup: $(VENV)/.dev
 
