@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).parents[4] / "src/mlx_serving/runtime/native/csrc"
-ISAS = {
+ARM_ISAS: dict[str, list[str]] = {"generic": [], "neondot": ["-march=armv8.2-a+dotprod"]}
+ISAS: dict[str, list[str]] = {
     "generic": [],
     "avx2": ["-DMS_ISA_AVX2", "-mavx2", "-mfma", "-mf16c"],
     "avxvnni": ["-DMS_ISA_AVX2", "-DMS_ISA_AVXVNNI", "-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
@@ -28,16 +29,20 @@ def build_and_run(folder: Path, flags: list[str]) -> subprocess.CompletedProcess
         pytest.skip("no C++ compiler")
     if platform.system() != "Linux":
         pytest.skip("the kernels are built on Linux only")
-    x86 = platform.machine() == "x86_64"
+    arm = platform.machine() == "aarch64"
+    binary = build(folder, compiler, flags, ARM_ISAS if arm else ISAS)
+    return subprocess.run([str(binary)], capture_output=True, text=True, timeout=600)
+
+
+def build(folder: Path, compiler: str, flags: list[str], isas: dict[str, list[str]]) -> Path:
     common = [compiler, "-std=c++20", "-ffp-contract=off", "-w", "-Wno-psabi", "-c", *flags]
     jobs = []
-    for name, isa in ISAS.items():
-        if name == "generic" or x86:
-            define = [f"-DMS_NS=ms_{name}", f'-DMS_NAME="{name}"', *isa]
-            output = folder / f"isa_{name}.o"
-            jobs.append([*common, *define, str(SOURCES / "kernels_isa.cpp"), "-o", str(output)])
+    for name, isa in isas.items():
+        define = [f"-DMS_NS=ms_{name}", f'-DMS_NAME="{name}"', *isa]
+        output = folder / f"isa_{name}.o"
+        jobs.append([*common, *define, str(SOURCES / "kernels_isa.cpp"), "-o", str(output)])
     for name in ("check", "dispatch", "ops", "pool"):
-        define = ["-DMS_X86"] if x86 else []
+        define = ["-DMS_ARM" if "neondot" in isas else "-DMS_X86"]
         output = folder / f"{name}.o"
         jobs.append([*common, *define, str(SOURCES / f"{name}.cpp"), "-o", str(output)])
     for job in jobs:
@@ -45,7 +50,7 @@ def build_and_run(folder: Path, flags: list[str]) -> subprocess.CompletedProcess
     binary = folder / "check"
     objects = [str(o) for o in sorted(folder.glob("*.o"))]
     subprocess.run([compiler, *flags, "-pthread", *objects, "-o", str(binary)], check=True)
-    return subprocess.run([str(binary)], capture_output=True, text=True, timeout=600)
+    return binary
 
 
 @pytest.mark.slow
@@ -65,3 +70,18 @@ def test_sanitizers(tmp_path: Path) -> None:
 def test_threads_under_the_sanitizer(tmp_path: Path) -> None:
     done = build_and_run(tmp_path, ["-O1", "-g", "-fsanitize=thread"])
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_arm_under_emulation(tmp_path: Path) -> None:
+    """NEON, without and with dot products, between guard pages; needs a cross compiler and qemu-user."""
+    names = ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-g++-12", "aarch64-linux-gnu-g++-14")
+    compiler = next((name for name in names if shutil.which(name)), None)
+    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if compiler is None or emulator is None:
+        pytest.skip("no compiler for arm64, or no qemu-aarch64")
+    binary = build(tmp_path, compiler, ["-O1", "-static"], ARM_ISAS)
+    run = [emulator, "-cpu", "max", str(binary)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "neondot,generic" in done.stdout

@@ -195,6 +195,7 @@ void check_sampling(bool end, int n) {
 
 int main() {
   std::string names = isa_names();
+  std::printf("%s\n", names.c_str());
   for (size_t at = 0; at < names.size();) {
     const size_t comma = std::min(names.find(',', at), names.size());
     if (!force_isa(names.substr(at, comma - at).c_str())) return 2;

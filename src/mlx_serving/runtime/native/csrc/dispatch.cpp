@@ -18,6 +18,11 @@ namespace ms_avx512 {
 extern const ms::Kernels table;
 }
 #include <cpuid.h>
+#elif defined(MS_ARM)
+namespace ms_neondot {
+extern const ms::Kernels table;
+}
+#include <sys/auxv.h>
 #endif
 
 namespace ms {
@@ -52,6 +57,9 @@ const Choice* choices(int& n) {
       {&ms_avx2::table, avx2},
       {&ms_generic::table, true},
   };
+#elif defined(MS_ARM)
+  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+  static const Choice all[] = {{&ms_neondot::table, (getauxval(AT_HWCAP) & kDotProduct) != 0}, {&ms_generic::table, true}};
 #else
   static const Choice all[] = {{&ms_generic::table, true}};
 #endif

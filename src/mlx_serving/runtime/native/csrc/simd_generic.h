@@ -118,16 +118,42 @@ static inline vf i2f(vi x) { return __builtin_convertvector(x, vf); }
 static inline vi nibble_lo(vi x) { return x & 0x0f0f0f0f; }
 static inline vi nibble_hi(vi x) { return (x >> 4) & 0x0f0f0f0f; }
 static inline vi lookup16(const uint8_t* table, vi x) {
+#if defined(__aarch64__)
+  uint8x16_t t = vld1q_u8(table), c[4];
+  memcpy(c, &x, 64);
+  for (int i = 0; i < 4; i++) c[i] = vqtbl1q_u8(t, c[i]);
+  memcpy(&x, c, 64);
+  return x;
+#else
   uint8_t b[64];
   memcpy(b, &x, 64);
   for (int i = 0; i < 64; i++) b[i] = table[b[i]];
   memcpy(&x, b, 64);
   return x;
+#endif
 }
 template <int BITS>
 static inline vf ifield(vi x, int shift) {
   return i2f((x >> shift) & ((1 << BITS) - 1));
 }
+#if defined(__ARM_FEATURE_DOTPROD)
+// SDOT takes signed bytes: full ones are shifted by 128, and what that takes is added again.
+template <int BITS>
+static inline vi dot_u(vi acc, vi w, int x) {
+  int8x16_t v = vreinterpretq_s8_s32(vdupq_n_s32(x)), codes[4];
+  int32x4_t sum[4];
+  memcpy(codes, &w, 64), memcpy(sum, &acc, 64);
+  for (int i = 0; i < 4; i++) {
+    if (BITS == 8) {
+      codes[i] = veorq_s8(codes[i], vdupq_n_s8(-128));
+      sum[i] = vdotq_s32(vdotq_s32(sum[i], vdupq_n_s8(64), v), vdupq_n_s8(64), v);
+    }
+    sum[i] = vdotq_s32(sum[i], codes[i], v);
+  }
+  memcpy(&acc, sum, 64);
+  return acc;
+}
+#else
 template <int BITS>
 static inline vi dot_u(vi acc, vi w, int x) {
   int8_t b[4];
@@ -135,6 +161,7 @@ static inline vi dot_u(vi acc, vi w, int x) {
   for (int i = 0; i < 4; i++) acc += ((w >> (8 * i)) & 255) * int(b[i]);
   return acc;
 }
+#endif
 static inline void istore_i8(int8_t* p, vi v) { MS_LANES p[i] = int8_t(v[i]); }
 static inline int isum(vi v) {
   int s = 0;
