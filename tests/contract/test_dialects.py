@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import httpx
 import ollama
 import openai
+import pydantic
 import pytest
 
 from contract.served import serving
@@ -171,6 +172,68 @@ def test_ollamas_client(url: str) -> None:
     assert sdk.show("agent").capabilities == ["completion", "tools", "thinking"]
     with pytest.raises(ollama.ResponseError, match=r"options\.mirostat"):
         sdk.generate("echo", "x", options={"mirostat": 2})
+
+
+def test_openais_chat(url: str) -> None:
+    sdk = openai.OpenAI(base_url=url + "/v1", api_key="x", max_retries=0, timeout=60)
+    tool: Any = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
+    asked: Any = {"model": "agent", "messages": MESSAGES, "tools": [tool]}
+    whole = sdk.chat.completions.create(**asked).choices[0]
+    assert whole.finish_reason == "tool_calls"
+    assert (whole.message.content or "").strip() == "Ich addiere."
+    assert whole.message.to_dict()["reasoning_content"] == "Hmm… 🤔"
+    (call,) = whole.message.to_dict()["tool_calls"]  # type: ignore[misc]
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == (
+        "add",
+        ARGUMENTS,
+    )
+    with sdk.chat.completions.stream(**asked, stream_options={"include_usage": True}) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    assert {"content.delta", "tool_calls.function.arguments.delta"} <= kinds
+    assert (final.choices[0].message.tool_calls or ())[0].function.name == "add"
+    assert final.usage is not None and final.usage.completion_tokens > 0
+    result: Any = {"role": "tool", "tool_call_id": call["id"], "content": "2"}
+    again = sdk.chat.completions.create(**asked | {"messages": [*MESSAGES, whole.message, result]})
+    assert again.choices[0].message.tool_calls
+
+    told = sdk.chat.completions.create(model="echo", messages=MESSAGES, n=2, logprobs=True)
+    assert [choice.message.content for choice in told.choices] == [ECHOED] * 2
+    assert told.choices[0].logprobs is not None
+    texts = sdk.completions.create(model="echo", prompt=["ab", "cd"], max_tokens=9, echo=True)
+    assert [choice.text for choice in texts.choices] == ["abab", "cdcd"]
+    cut = sdk.chat.completions.create(model="echo", messages=MESSAGES, stop=["ße"], seed=3)
+    assert cut.choices[0].message.content == "user\nGrü"
+    assert [model.id for model in sdk.models.list()] == ["agent", "echo", "endless"]
+    assert sdk.models.retrieve("echo").id == "echo"
+    with pytest.raises(openai.BadRequestError) as wrong:
+        sdk.chat.completions.create(model="echo", messages=MESSAGES, temperature=9)
+    assert wrong.value.param == "temperature"
+    with pytest.raises(openai.NotFoundError):
+        sdk.chat.completions.create(model="gpt-5", messages=MESSAGES)
+
+
+class Colour(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+    name: Literal["rot", "blau"]
+    shade: int = pydantic.Field(ge=0, le=9)
+
+
+def test_openais_parsed_answers(url: str) -> None:
+    sdk = openai.OpenAI(base_url=url + "/v1", api_key="x", max_retries=0, timeout=60)
+    told = sdk.chat.completions.parse(
+        model="echo", messages=MESSAGES, response_format=Colour, seed=1, max_tokens=99
+    )
+    assert isinstance(told.choices[0].message.parsed, Colour)
+    with sdk.chat.completions.stream(
+        model="echo", messages=MESSAGES, response_format=Colour, seed=1, max_tokens=99
+    ) as stream:
+        assert (
+            stream.get_final_completion().choices[0].message.parsed
+            == told.choices[0].message.parsed
+        )
+    answer = sdk.responses.parse(model="echo", input="Grüße", text_format=Colour)
+    assert isinstance(answer.output_parsed, Colour)
 
 
 def test_openais_responses(url: str) -> None:
