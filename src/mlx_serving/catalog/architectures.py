@@ -5,7 +5,6 @@ mlx-lm has a module a model type; its folder is looked through without being imp
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import re
 from collections.abc import Mapping
@@ -61,6 +60,8 @@ def supported(config: Mapping[str, Any]) -> bool:
 @lru_cache(maxsize=1)
 def _mlx_lm() -> tuple[frozenset[str], dict[str, str], dict[tuple[str, str], str]]:
     """Model types with a module, model types by other names, and those that a class name decides."""
+    import ast  # not before it is needed: `serve` starts without
+
     spec = importlib.util.find_spec("mlx_lm")
     if spec is None or not spec.submodule_search_locations:
         return frozenset(), {}, {}

@@ -9,7 +9,6 @@ The verdict is a pure function of what was read; reading is `examine`'s part.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -144,6 +143,8 @@ def _extras() -> frozenset[str]:
 
 
 def _model_bytes(host: Host) -> int | None:
+    import importlib.metadata  # 20 ms that `serve` need not wait for
+
     for name in ("mlx-cuda-12", "mlx-cuda-13"):
         try:
             importlib.metadata.version(name)
