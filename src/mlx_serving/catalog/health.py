@@ -17,13 +17,13 @@ from typing import Any, Literal, assert_never
 import msgspec
 
 from mlx_serving.catalog.architectures import Modality, modalities, supported
-from mlx_serving.catalog.folder import Problem, check, read_config, weight_files
+from mlx_serving.catalog.budget import estimate_folder
+from mlx_serving.catalog.folder import Problem, check, read_config, read_folder
+from mlx_serving.config import Config
 from mlx_serving.errors import ModelBroken
-from mlx_serving.host import Host, look
+from mlx_serving.host import Host, look, memory_budget_bytes
 
-CauseKind = Literal["unsupported_architecture", "extra_missing", "custom_code", "no_memory"]
-MEMORY_SHARE = 0.6
-"""Of a machine's memory that models may take where the device names no limit of its own."""
+CauseKind = Literal["unsupported_architecture", "extra_missing", "custom_code", "model_too_large"]
 
 
 class Cause(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,13 +59,16 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """Optional parts that are installed: `vision`."""
     model_bytes: int | None
     """What models may take; None where the device's own memory counts, which only a job can ask."""
+    dtype: str = "auto"
+    """`Config.dtype`, and the system: they decide how weights lie in memory."""
+    system: str = "Linux"
 
 
 def judge(
     problems: Sequence[Problem],
     config: Mapping[str, Any],
     kinds: Sequence[Modality],
-    weight_bytes: int,
+    need_bytes: int,
     machine: Machine,
 ) -> Verdict:
     """Broken files first: what they say of the architecture or the size may be wrong too."""
@@ -76,7 +79,7 @@ def judge(
         for cause in (
             _custom_code(config),
             _architecture(config, kinds, machine),
-            _memory(weight_bytes, machine),
+            _memory(need_bytes, machine),
         )
         if cause is not None
     ]
@@ -108,14 +111,14 @@ def _architecture(
     )
 
 
-def _memory(weight_bytes: int, machine: Machine) -> Cause | None:
+def _memory(need_bytes: int, machine: Machine) -> Cause | None:
     have = machine.model_bytes
-    if have is None or weight_bytes <= have:
+    if have is None or need_bytes <= have:
         return None
     return Cause(
-        kind="no_memory",
-        detail=f"its weights take {_gb(weight_bytes)}, and models may take {_gb(have)} here",
-        remedy="quantise it to fewer bits, or use a machine with more memory",
+        kind="model_too_large",
+        detail=f"it needs about {_gb(need_bytes)} of memory, and models may take {_gb(have)} here",
+        remedy="quantise it to fewer bits, or raise --memory-budget",
     )
 
 
@@ -129,20 +132,26 @@ def examine(path: Path, machine: Machine, extra: Sequence[Problem] = ()) -> Verd
     if problems:
         return Broken(tuple(problems))
     config = read_config(path)
-    weights = sum(file.stat().st_size for file in weight_files(path))
-    return judge((), config, modalities(config, path), weights, machine)
+    need = estimate_folder(read_folder(path, path.name), machine.dtype, machine.system)
+    return judge((), config, modalities(config, path), need, machine)
 
 
-def this_machine(host: Host | None = None) -> Machine:
+def this_machine(config: Config | None = None, host: Host | None = None) -> Machine:
+    """`config`: None where memory is somebody else's business."""
     host = host or look()
-    return Machine(extras=_extras(), model_bytes=_model_bytes(host))
+    return Machine(
+        extras=_extras(),
+        model_bytes=None if config is None else _model_bytes(config.memory_budget, host),
+        dtype="auto" if config is None else config.dtype,
+        system=host.system,
+    )
 
 
 def _extras() -> frozenset[str]:
     return frozenset({"vision"} if importlib.util.find_spec("mlx_vlm") else ())
 
 
-def _model_bytes(host: Host) -> int | None:
+def _model_bytes(given: float | None, host: Host) -> int | None:
     import importlib.metadata  # 20 ms that `serve` need not wait for
 
     for name in ("mlx-cuda-12", "mlx-cuda-13"):
@@ -151,8 +160,9 @@ def _model_bytes(host: Host) -> int | None:
         except importlib.metadata.PackageNotFoundError:
             continue
         return None
-    memory = min(host.memory_bytes, host.memory_limit_bytes or host.memory_bytes)
-    return int(memory * (1 if host.system == "Darwin" else MEMORY_SHARE))
+    # How much of its memory a Mac gives to Metal only Metal knows: then all of it is not too much.
+    lenient = 1.0 if given is None and host.system == "Darwin" else given
+    return memory_budget_bytes(lenient, host)
 
 
 def describe(verdict: Verdict) -> tuple[str, str | None]:

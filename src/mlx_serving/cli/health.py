@@ -41,7 +41,7 @@ def run(model: str | None, deep: bool = False, json: bool = False, say: Say | No
     except ModelNotFound as error:
         say.error(error.code, error.message)
         return Exit.NO_MODEL
-    machine, known = this_machine(), Known(shelf.home)
+    machine, known = this_machine(shelf.config), Known(shelf.home)
     which: Which = "all" if deep else "unread"
     there = [place for place in found if place.path is not None]
     verdicts = [_examine(place, machine, known, which, say) for place in there]

@@ -22,7 +22,7 @@ def run(json: bool = False, say: Say | None = None) -> int:
     except ConfigError as error:
         say.config_error(error)
         return Exit.USAGE
-    entries = inventory(shelf.home, shelf.cache, this_machine())
+    entries = inventory(shelf.home, shelf.cache, this_machine(shelf.config))
     if json:
         print(to_json.dumps({"models": [entry_json(entry) for entry in entries]}))
         return Exit.OK

@@ -22,7 +22,7 @@ def run(model: str, json: bool = False, say: Say | None = None) -> int:
         place = locate(model, shelf.home, shelf.cache)
         progress = Say(err=say.err).progress()
         before, after = repair(
-            place, this_machine(), shelf.home, progress, offline=shelf.config.offline
+            place, this_machine(shelf.config), shelf.home, progress, offline=shelf.config.offline
         )
     except ConfigError as error:
         say.config_error(error)

@@ -47,7 +47,7 @@ def run(model: str, json: bool = False, say: Say | None = None) -> int:
     except ModelNotFound as error:
         say.error(error.code, error.message)
         return Exit.NO_MODEL
-    entry = _with_drafts(describe(place, this_machine(), Known(shelf.home)), shelf)
+    entry = _with_drafts(describe(place, this_machine(shelf.config), Known(shelf.home)), shelf)
     assert place.path is not None
     chat = chat_of(place.path, shelf.config)
     caches = _caches(entry)
@@ -65,7 +65,7 @@ def run(model: str, json: bool = False, say: Say | None = None) -> int:
 
 def _with_drafts(entry: Entry, shelf: Shelf) -> Entry:
     """Drafts are found among all models; a folder from elsewhere has none."""
-    all_models = inventory(shelf.home, shelf.cache, this_machine())
+    all_models = inventory(shelf.home, shelf.cache, this_machine(shelf.config))
     return next((other for other in all_models if other.place.path == entry.place.path), entry)
 
 

@@ -19,11 +19,13 @@ from mlx_serving.catalog.health import (
     refuse,
     this_machine,
 )
+from mlx_serving.config import Config
 from mlx_serving.errors import ModelBroken
 from mlx_serving.host import Host
 from model_folders import files, write_folder
 
 PLAIN = Machine(extras=frozenset(), model_bytes=1000)
+LARGE = Machine(extras=frozenset(), model_bytes=1 << 30)
 BAD = Problem(file="config.json", kind="bad_json", detail="is not JSON")
 
 
@@ -33,7 +35,7 @@ BAD = Problem(file="config.json", kind="bad_json", detail="is not JSON")
         ({"model_type": "llama"}, ("text",), 1000, PLAIN, []),
         ({"model_type": "scripted"}, ("text",), 0, PLAIN, []),
         ({"model_type": "mistral"}, ("text",), 0, PLAIN, []),
-        ({"model_type": "llama"}, ("text",), 1001, PLAIN, ["no_memory"]),
+        ({"model_type": "llama"}, ("text",), 1001, PLAIN, ["model_too_large"]),
         (
             {"model_type": "llama"},
             ("text",),
@@ -42,7 +44,7 @@ BAD = Problem(file="config.json", kind="bad_json", detail="is not JSON")
             [],
         ),
         ({"model_type": "nobodys"}, ("text",), 0, PLAIN, ["unsupported_architecture"]),
-        ({"model_type": "nobodys"}, ("text",), 2000, PLAIN, ["unsupported_architecture", "no_memory"]),
+        ({"model_type": "nobodys"}, ("text",), 2000, PLAIN, ["unsupported_architecture", "model_too_large"]),
         ({"model_type": "nobodys_vl"}, ("text", "vision"), 0, PLAIN, ["extra_missing"]),
         (
             {"model_type": "nobodys_vl"},
@@ -72,7 +74,7 @@ def test_a_refusal_has_the_causes_code(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", files(model_type="nobodys"))
     refuse(tmp_path, Healthy())
     with pytest.raises(ModelBroken, match="'nobodys' is unknown") as caught:
-        refuse(folder, examine(folder, PLAIN))
+        refuse(folder, examine(folder, LARGE))
     assert caught.value.code == "unsupported_architecture"
     wrong = Problem(file="model.safetensors", kind="wrong_hash", detail="x")
     for problems, code in (((wrong,), "wrong_hash"), ((wrong, BAD), "corrupt_file")):
@@ -85,8 +87,8 @@ def test_a_model_larger_than_the_machine_says_how_large(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", files(parameters=10_000))
     word, reason = describe(examine(folder, PLAIN))
     assert word == "cannot run"
-    assert reason is not None and "its weights take" in reason and "fewer bits" in reason
-    assert examine(folder, Machine(extras=frozenset(), model_bytes=1 << 30)) == Healthy()
+    assert reason is not None and "it needs about" in reason and "fewer bits" in reason
+    assert examine(folder, LARGE) == Healthy()
 
 
 def test_a_cgroup_bounds_what_models_may_take() -> None:
@@ -97,4 +99,6 @@ def test_a_cgroup_bounds_what_models_may_take() -> None:
         memory_bytes=1 << 40,
         memory_limit_bytes=1 << 30,
     )
-    assert this_machine(host).model_bytes in (int((1 << 30) * 0.6), None)
+    assert this_machine(Config(), host).model_bytes in (int((1 << 30) * 0.6), None)
+    assert this_machine(Config(memory_budget=5e6), host).model_bytes in (5_000_000, None)
+    assert this_machine(None, host).model_bytes is None
