@@ -159,6 +159,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How long a request may take altogether before it is ended with an error; default: no limit."""
     prefill_step_size: Annotated[int, Meta(ge=1)] | None = None
     """Largest prefill chunk, in tokens; default: what suits the device and its kernels."""
+    max_itl_ms: Annotated[float, Meta(ge=0)] = 0.0
+    """Longest gap between tokens that others' prompts should cause running streams; 0: no target."""
     pipeline_depth: Annotated[int, Meta(ge=1, le=3)] = 2
     """Steps in flight; 1 waits for each step's tokens before it plans the next."""
     kernels: Literal["auto", "exact", "fast", "f32", "off"] = "auto"

@@ -124,6 +124,7 @@ class Models:
         return ModelOptions(
             max_num_seqs=c.max_num_seqs,
             prefill_step_size=c.prefill_step_size,
+            max_itl_ms=c.max_itl_ms,
             pipeline_depth=c.pipeline_depth,
             context_length=c.context_length,
             dtype=c.dtype,

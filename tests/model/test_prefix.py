@@ -53,7 +53,7 @@ class Server:
         self.runner: MLXRunner = make_runner(model, zoo.VOCAB, rows=ROWS)
         if limits.prefix_blocks:
             self.runner.store.open_pool(limits.prefix_blocks, limits.prefix_block_tokens)
-        self.prefilled = 0
+        self.prefilled = self.chunks = 0
         self._seq_id = 0
 
     def answer(self, *prompts: Items[int], salt: str | None = None) -> list[Answer]:
@@ -78,6 +78,7 @@ class Server:
                 emitted += self.scheduler.apply(pending.pop(0).wait())
             else:
                 self.prefilled += plan.prefill_tokens
+                self.chunks += len(plan.prefill)
                 pending.append(self.runner.launch(plan))
             invariants.check(self.scheduler)
         answers: list[Answer] = []
@@ -174,6 +175,18 @@ def test_with_the_native_kernels_a_hit_at_any_block_gives_the_bits_of_a_miss(nam
         assert got[2] >= len(goes_on) - 8, "an answer is part of the next prompt's prefix"
 
     check()
+
+
+@pytest.mark.skipif(not native.available(), reason="needs the native kernels")
+def test_chunks_cut_for_running_streams_change_no_token() -> None:
+    model = _native_model("llama")
+    limits = dataclasses.replace(ANYWHERE, prefill_step_size=64, max_itl_s=0.001, prefill_grain=8)
+    short, long = _tokens(20, 5), _tokens(21, 150)
+    server = Server(model, limits)
+    answers = server.answer(short, long)
+    assert server.prefilled == 155 and server.chunks > 6, "cut while the other decodes"
+    for got, prompt in zip(answers, (short, long), strict=True):
+        assert _same(got, Server(model, PLAIN).answer(prompt)[0])
 
 
 def test_other_salts_share_nothing() -> None:

@@ -144,7 +144,19 @@ def _sharing(plain: Scenario, rng: random.Random) -> Scenario:
             shared = rng.choice([len(request.prompt), rng.randint(0, len(request.prompt))])
             request.prompt[:shared] = rng.choice(trunks)[:shared]
         request.salt = rng.choice([None, None, None, None, "a"])
-    return _with_disk(dataclasses.replace(plain, limits=limits), rng)
+    return _with_target(_with_disk(dataclasses.replace(plain, limits=limits), rng), rng)
+
+
+def _with_target(plain: Scenario, rng: random.Random) -> Scenario:
+    """The same, perhaps with a target for running streams, and chunks that may be cut for it."""
+    limits = plain.limits
+    grains = [g for g in (1, 2, 4) if limits.prefill_step_size % g == 0]
+    if limits.prefix_whole_chunks or rng.random() < 0.6:
+        return plain
+    limits = dataclasses.replace(
+        limits, max_itl_s=rng.choice([0.01, 1.0]), prefill_grain=rng.choice(grains)
+    )
+    return dataclasses.replace(plain, limits=limits)
 
 
 def _with_disk(plain: Scenario, rng: random.Random) -> Scenario:
@@ -240,7 +252,7 @@ class Simulation:
         self._start_worker()
         self._cached: dict[int, int] = {}
         """Prompt tokens copied at first: what its first tokens have to tell."""
-        self._pending: deque[PendingStep] = deque()
+        self._pending: deque[tuple[StepPlan, PendingStep]] = deque()
         self._last_admission = -(10**9)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._requests = {r.seq_id: r for r in self.scenario.requests}
@@ -287,7 +299,7 @@ class Simulation:
         if plan is None:
             return False
         self._observe(plan, before)
-        self._pending.append(self._runner.launch(plan))
+        self._pending.append((plan, self._runner.launch(plan)))
         self.report.deepest = max(self.report.deepest, len(self._pending))
         return True
 
@@ -325,8 +337,10 @@ class Simulation:
         report.awaited += head is not None and scheduler.sharing.find(head) is None
 
     def _deliver(self) -> None:
-        result = self._pending.popleft().wait()
+        plan, pending = self._pending.popleft()
+        result = pending.wait()
         emitted = self._scheduler.apply(result)
+        self._scheduler.observe(plan, self._rng.choice([0.0, 0.1, 3.0]))
         self.report.discarded += len(result.sampled) - len(emitted)
         for one in emitted:
             self._receive(one)
@@ -379,7 +393,8 @@ class Simulation:
             self.report.rejected += 1
         else:
             assert oracle is not None, f"{request.seq_id} is accepted and can never fit"
-            chunks = -(-len(request.prompt) // self.limits.prefill_step_size)
+            step = self.limits.prefill_grain or self.limits.prefill_step_size
+            chunks = -(-len(request.prompt) // step)
             self.report.work += chunks + len(oracle.tokens)
         self._log(f"{self._now_s:8.1f} submit {request.seq_id} {request.priority.name}")
 

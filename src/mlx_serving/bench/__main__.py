@@ -1,17 +1,18 @@
-"""`python -m mlx_serving.bench [overhead] [compare] [bare] …`: measure and write a report."""
+"""`python -m mlx_serving.bench [overhead] [compare] [prefix] …`: measure and write a report."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from pathlib import Path
 
-from mlx_serving.bench import compare, overhead, report, schema
+from mlx_serving.bench import compare, overhead, prefix, report, schema
 from mlx_serving.catalog.ensure import ensure
 from mlx_serving.config import DEFAULT_MODEL, Config
 
-PARTS = ("overhead", "depth", "schema", "bare", "compare")
+PARTS = ("overhead", "depth", "schema", "bare", "compare", "prefix")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,6 +23,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=24)
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--kernels", nargs="*", default=["off", "auto"])
+    parser.add_argument("--chats", type=int, default=20)
+    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument(
+        "--gguf", type=Path, help="the same weights for $LLAMA_CPP_BIN/llama-server"
+    )
+    parser.add_argument("--without-mlx-lm", action="store_true", help="no replay against it")
     parser.add_argument("--write", type=Path, help="also write the report to this file")
     args = parser.parse_args(argv)
     unknown = set(args.parts) - set(PARTS)
@@ -66,7 +73,25 @@ async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> 
                 extra=extra,
             )
             sections.append(report.comparison(kernels, rows))
+    if "prefix" in parts:
+        print("shared prefixes and conversations …", file=sys.stderr, flush=True)
+        sections += await _prefix(args, folder, stored)
     return "\n".join(sections)
+
+
+async def _prefix(args: argparse.Namespace, folder: Path, stored: Path) -> list[str]:
+    """With the kernels that a user gets; a rival that is not here is left out."""
+    binary = os.environ.get("LLAMA_CPP_BIN")
+    found = await prefix.replays(
+        folder,
+        chats=args.chats,
+        turns=args.turns,
+        llama_server=Path(binary) / "llama-server" if binary else None,
+        gguf=args.gguf,
+        mlx_lm=not args.without_mlx_lm,
+    )
+    timed = await prefix.reuse(stored, rounds=args.rounds)
+    return [report.reuse("auto", timed), report.replays("auto", found)]
 
 
 main()

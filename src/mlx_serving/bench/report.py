@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mlx_serving.bench.compare import Comparison
 from mlx_serving.bench.overhead import Overhead
+from mlx_serving.bench.prefix import Replay, Reuse
 from mlx_serving.bench.schema import SchemaCost
 
 
@@ -107,6 +108,42 @@ def schema(cost: SchemaCost) -> str:
 
 def _pair(ms: tuple[float, float], ratio: float) -> tuple[str, str, str]:
     return f"{ms[0]:.1f} ms", f"{ms[1]:.1f} ms", f"{ratio:.3f}"
+
+
+def reuse(kernels: str, found: Reuse) -> str:
+    rows = [
+        ("cold", f"{found.cold_s:.2f} s", "", ""),
+        ("from memory", f"{found.memory_s:.3f} s", f"1/{found.memory_ratio:.1f}", "≤ 1/20"),
+        (
+            "from disk, after a restart",
+            f"{found.disk_s:.3f} s",
+            f"1/{found.disk_ratio:.1f}",
+            "≤ 1/8",
+        ),
+        (
+            "prefill of 16 arrivals together, over one prompt and their tails",
+            "",
+            f"{found.work_ratio:.2f}",
+            "≤ 1.1",
+        ),
+    ]
+    head = ("a shared prefix of 2,000 tokens", "time to the first token", "of cold", "aim")
+    return _table(f"## Prefix cache, kernels `{kernels}`", head, rows)
+
+
+def replays(kernels: str, found: Sequence[Replay]) -> str:
+    ours = found[0].wall_s
+    rows = [
+        (
+            one.server,
+            f"{one.chats} × {one.turns}",
+            f"{one.wall_s:.1f} s",
+            f"{ours / one.wall_s:.2f}",
+        )
+        for one in found
+    ]
+    head = ("server", "chats × turns", "to all answers", "ours over it (aim ≤ 0.7)")
+    return _table(f"## A replay of conversations, kernels `{kernels}`", head, rows)
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

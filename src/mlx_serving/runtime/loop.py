@@ -132,7 +132,7 @@ class Model:
             oldest = self._in_flight.popleft()
             emitted = self._scheduler.apply(oldest.pending.wait())
             stats = self._stats(oldest.plan, oldest.at_s)
-            self._scheduler.observe(oldest.plan.prefill_tokens, stats.step_ms / 1e3)
+            self._scheduler.observe(oldest.plan, stats.step_ms / 1e3)
             return wire.Step(self._rows(emitted), stats)
         except Exception as error:
             log.exception("%s: step failed", self.info.model_id)

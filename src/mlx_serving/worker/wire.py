@@ -39,6 +39,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     prefill_step_size: int | None = None
     """Largest prefill chunk in tokens, cut at multiples of it from the prompt's start; None: what
     suits the device and its kernels."""
+    max_itl_ms: float = 0.0
+    """The gap between tokens that prefill should not make longer for running streams; 0: no target."""
     pipeline_depth: int = 2
     """Steps in flight: 1 waits for each step's tokens before it plans the next."""
     context_length: int | None = None

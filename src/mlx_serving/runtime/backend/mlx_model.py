@@ -27,7 +27,7 @@ from mlx_serving.runtime.backend.pooling import (
     read_pooling,
     read_prompts,
 )
-from mlx_serving.runtime.backend.prefix import prefix_plan
+from mlx_serving.runtime.backend.prefix import prefill_grain, prefix_plan
 from mlx_serving.runtime.backend.runaway import Bounds
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.backend.tier import FILE_OVERHEAD_BYTES, Tier, open_folder
@@ -124,6 +124,8 @@ def load(
         kv_capacity_tokens=capacity,
         kv_bucket_tokens=KV_BUCKET,
         eos_token_ids=eos,
+        max_itl_s=options.max_itl_ms / 1e3,
+        prefill_grain=prefill_grain(store.prefix_reuse, kernels.invariant, step_size, options),
         prefix_blocks=prefix.blocks,
         prefix_block_tokens=prefix.block_tokens,
         prefix_whole_chunks=prefix.whole_chunks,

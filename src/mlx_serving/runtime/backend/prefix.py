@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from mlx_serving.errors import ModelBroken
 from mlx_serving.types import PrefixReuse
 from mlx_serving.worker.wire import ModelOptions
 
+log = logging.getLogger(__name__)
+
 BLOCK_TOKENS = 16
 """Where any position may end a block. Of a shared prefix, half of this is computed again on average."""
+PREFILL_GRAIN = 8
+"""Rows that the kernels' widest tile computes at once: shorter cuts would waste some."""
 SHARE = 0.25
 """Of the memory beside the weights, unless the configuration says how many bytes."""
 
@@ -26,6 +31,22 @@ class PrefixPlan:
     @property
     def total_bytes(self) -> int:
         return self.blocks * self.block_bytes
+
+
+def prefill_grain(
+    ability: PrefixReuse, invariant: bool, step_size: int, options: ModelOptions
+) -> int:
+    """Where a prompt may be cut for the sake of running streams; 0: only as ever."""
+    if not options.max_itl_ms:
+        return 0
+    if invariant and ability == "blocks":
+        return PREFILL_GRAIN
+    log.warning(
+        "max_itl_ms: this model's results may depend on where prompts are cut, so chunks stay %d "
+        "tokens; a smaller prefill_step_size shortens the gaps",
+        step_size,
+    )
+    return 0
 
 
 def prefix_plan(

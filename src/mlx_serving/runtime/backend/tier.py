@@ -113,7 +113,7 @@ def open_folder(
 
     Raises ModelBroken if the folder cannot be made.
     """
-    if options.kv_disk_path is None:
+    if options.kv_disk_path is None or not options.kv_disk_bytes:
         return None
     if not prefix.blocks:
         log.warning("%s: nothing is cached on disk: %s", path, prefix.why)

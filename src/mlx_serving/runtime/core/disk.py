@@ -251,6 +251,8 @@ class DiskTier:
     # -- what came of it ------------------------------------------------------------------------
 
     def take(self, event: DiskEvent) -> None:
+        if not self:
+            return
         self._advanced_s = self.now_s
         match event:
             case Scanned(files):

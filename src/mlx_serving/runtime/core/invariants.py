@@ -100,5 +100,6 @@ def _check_quantity(seq: Sequence, scheduler: Scheduler) -> None:
         assert seq.computed == 0 and seq.status is not Status.RUNNING, name
     elif behind > 1:
         assert seq.inflight == 0, f"{name} samples before its prefill is complete"
-        cut = seq.computed % scheduler.limits.prefill_step_size == 0
+        limits = scheduler.limits
+        cut = seq.computed % (limits.prefill_grain or limits.prefill_step_size) == 0
         assert cut or seq.computed == seq.reused, f"{name} cut elsewhere"

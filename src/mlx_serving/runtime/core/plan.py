@@ -177,6 +177,10 @@ class Limits:
     prefix_whole_chunks: bool = False
     """A block is one whole prefill chunk, and what was computed otherwise is never published. For
     arithmetic that depends on where chunks are cut, and for state that is only there at their ends."""
+    max_itl_s: float = 0.0
+    """The longest gap between tokens that prefill should cause running streams; 0: no target."""
+    prefill_grain: int = 0
+    """Where there is a target, chunks may also end at multiples of this; 0: results would depend on it."""
     prefix_block_bytes: int = 0
     disk_bytes: int = 0
     """What the folder of block files may take; 0: none are kept."""

@@ -15,10 +15,17 @@ def usable_context(limits: Limits) -> int:
     return min(limits.context_length, limits.kv_capacity_tokens // bucket * bucket)
 
 
-def chunk_length(computed: int, wanted: int, step_size: int) -> int:
+def chunk_length(
+    computed: int, wanted: int, step_size: int, budget: int | None = None, grain: int = 0
+) -> int:
     """Next prefill chunk: up to the next multiple of `step_size` from position 0, so that the
-    cuts depend on the sequence alone and never on its neighbours."""
-    return min(wanted, (computed // step_size + 1) * step_size) - computed
+    cuts depend on the sequence alone and never on its neighbours. 0: it exceeds the budget.
+
+    With a `grain` a chunk that exceeds the budget ends at an earlier multiple of it, if it can."""
+    length = min(wanted, (computed // step_size + 1) * step_size) - computed
+    if budget is None or length <= budget:
+        return length
+    return max(0, (computed + budget) // grain * grain - computed) if grain else 0
 
 
 def fits(sequences: Iterable[Sequence], limits: Limits, *, ahead: int = 0) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from mlx_serving.errors import ContextOverflow, InvalidRequest, MLXServingError
 from mlx_serving.runtime.core import policy
 from mlx_serving.runtime.core.disk import DiskOrders, Scanned
+from mlx_serving.runtime.core.pace import Pace
 from mlx_serving.runtime.core.plan import (
     DecodeRow,
     Limits,
@@ -72,6 +73,7 @@ class Scheduler:
         self.rows = Rows()
         self.queue = WaitingQueue()
         self.sharing = Sharing(limits)
+        self.pace = Pace(limits.max_itl_s)
         if on_disk is not None:
             self.sharing.disk.take(on_disk)
         self.launched: deque[tuple[int, int]] = deque()
@@ -151,7 +153,7 @@ class Scheduler:
     def schedule(self, now_s: float) -> StepPlan | None:
         """The next step, or None if there is nothing to do before the next `apply` or client's wish."""
         self._shed()
-        self.sharing.prepare(now_s)
+        self.sharing.prepare(now_s, self.pace.s_per_token)
         prefill, starts = self._choose_prefill(now_s)
         frees, moves = self.rows.settle()
         decode = [
@@ -204,9 +206,9 @@ class Scheduler:
     def cache_stats(self) -> CacheStats:
         return self.sharing.stats()
 
-    def observe(self, prefill_tokens: int, step_s: float) -> None:
+    def observe(self, plan: StepPlan, step_s: float) -> None:
         """How long a step took."""
-        self.sharing.observe(prefill_tokens, step_s)
+        self.pace.observe(len(plan.decode), plan.prefill_tokens, step_s)
 
     def _disk_orders(self, *, idle: bool) -> DiskOrders:
         orders = self.sharing.orders()
@@ -261,11 +263,12 @@ class Scheduler:
         """Chunks for this step, and the sequences that start with it, each with the prefix that it
         copies; best in order first.
 
-        A chunk that no longer fits the budget is passed over, never cut; only the queue stops at
-        its first sequence that does not fit or awaits a prefix, so that no later one overtakes it
-        for good.
+        A chunk that no longer fits the budget is passed over, and cut only at what `prefill_grain`
+        allows; only the queue stops at its first sequence that does not fit or awaits a prefix, so
+        that no later one overtakes it for good.
         """
-        step_size = budget = self.limits.prefill_step_size
+        step_size, grain = self.limits.prefill_step_size, self.limits.prefill_grain
+        budget = self._prefill_budget()
         chunks: list[tuple[Sequence, int]] = []
         starts: list[tuple[Sequence, list[Block]]] = []
         ready = [seq for seq in self.rows if seq.prefills and not seq.paused]
@@ -274,7 +277,7 @@ class Scheduler:
         while budget and (ready or head is not None):
             if head is None or (ready and ready[-1].order < head.order):
                 seq = ready.pop()
-                length = policy.chunk_length(seq.computed, seq.wanted, step_size)
+                length = policy.chunk_length(seq.computed, seq.wanted, step_size, budget, grain)
             else:
                 seq = head
                 found = self.sharing.find(seq)
@@ -282,16 +285,24 @@ class Scheduler:
                     head = None
                     continue
                 copied = len(found) * self.sharing.block_tokens
-                length = policy.chunk_length(copied, seq.wanted, step_size)
-                if length > budget or not self._admit(seq, found, now_s):
+                length = policy.chunk_length(copied, seq.wanted, step_size, budget, grain)
+                if not length or not self._admit(seq, found, now_s):
                     head = None
                     continue
                 starts.append((seq, found))
                 head = self.queue.peek()
-            if length <= budget and seq.prefills:
+            if length and seq.prefills:
                 chunks.append((seq, length))
                 budget -= length
         return chunks, starts
+
+    def _prefill_budget(self) -> int:
+        """Tokens of prefill in this step."""
+        limits = self.limits
+        if not (limits.max_itl_s and limits.prefill_grain):
+            return limits.prefill_step_size
+        decoding = any(not seq.paused and not seq.prefills for seq in self.rows)
+        return self.pace.budget(decoding, limits.prefill_step_size, limits.prefill_grain)
 
     def _admit(self, seq: Sequence, found: list[Block], now_s: float) -> bool:
         """Give the queue's first sequence a row, if memory will hold for a bucket's worth of steps;

@@ -28,8 +28,6 @@ class Sharing:
             limits.prefix_block_tokens,
         )
         self.promised: dict[bytes, Sequence] = {}
-        self.prefill_s_per_token = 0.002
-        """A guess, until it is measured."""
         self.memory_hit_tokens = self.disk_hit_tokens = self.miss_tokens = 0
         self._block_bytes = limits.prefix_block_bytes
         self._newcomers: list[Sequence] = []
@@ -76,13 +74,7 @@ class Sharing:
         fills, self._fills = self._fills, {}
         return self.disk.orders(self.index, tuple((key, block) for block, key in fills.items()))
 
-    def observe(self, prefill_tokens: int, step_s: float) -> None:
-        """How long a step took."""
-        if prefill_tokens >= self.block_tokens:
-            rate = step_s / prefill_tokens
-            self.prefill_s_per_token += 0.2 * (rate - self.prefill_s_per_token)
-
-    def prepare(self, now_s: float) -> None:
+    def prepare(self, now_s: float, prefill_s_per_token: float) -> None:
         """Before a step is planned: take in what was read, order what newcomers lack."""
         if not self.disk:
             return
@@ -95,7 +87,7 @@ class Sharing:
             first = len(self.index.find(seq.keys, most))
             ordered = self.disk.read_ahead(seq.keys, first, most)
             tokens = ordered * self.block_tokens
-            seq.reads_until_s = now_s + patience_s(tokens, self.prefill_s_per_token)
+            seq.reads_until_s = now_s + patience_s(tokens, prefill_s_per_token)
 
     def _fill(self, key: bytes) -> None:
         """Give a block that was read a place in memory, behind the one before it."""

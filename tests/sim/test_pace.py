@@ -1,0 +1,92 @@
+"""A long prompt beside running streams, under a virtual clock and a made-up cost of steps."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from mlx_serving.runtime.core.plan import Limits, Sampled, StepPlan, StepResult
+from mlx_serving.runtime.core.scheduler import Scheduler
+from mlx_serving.runtime.core.sequence import Sequence
+from mlx_serving.types import SamplingParams
+
+STREAMS = 8
+PROMPT = 6000
+
+
+def cost_s(plan: StepPlan, rng: random.Random) -> float:
+    """A step's price grows with rows and with how much earlier tokens a chunk attends to."""
+    seconds = 0.004 + 0.001 * len(plan.decode)
+    for chunk in plan.prefill:
+        seconds += len(chunk.token_ids) * 0.0006 * (1 + chunk.start / 4096)
+    return seconds * rng.uniform(0.95, 1.1)
+
+
+def gaps_s(max_itl_s: float, depth: int, seed: int = 0) -> tuple[list[float], float, int]:
+    """Gaps between tokens of the streams while the prompt is computed, how long that took, and how
+    many steps had a chunk."""
+    rng = random.Random(seed)
+    limits = Limits(
+        max_num_seqs=16,
+        prefill_step_size=256,
+        context_length=8192,
+        kv_capacity_tokens=16 * 8192,
+        prefix_blocks=600,
+        max_itl_s=max_itl_s,
+        prefill_grain=8,
+    )
+    scheduler = Scheduler(limits)
+
+    def add(seq_id: int, length: int) -> None:
+        sampling = SamplingParams(max_tokens=4000, ignore_eos=True)
+        tokens = [rng.randrange(1000) for _ in range(length)]
+        scheduler.add(Sequence(seq_id=seq_id, tokens=tokens, prompt_len=length, sampling=sampling))
+
+    for i in range(STREAMS):
+        add(i, 20)
+    now_s, began_s, chunks = 0.0, 0.0, 0
+    last: dict[int, float] = {}
+    gaps: list[float] = []
+    pending: list[StepPlan] = []
+    steps = 0
+    while True:
+        while len(pending) < depth and (plan := scheduler.schedule(now_s)) is not None:
+            pending.append(plan)
+        plan = pending.pop(0)
+        took_s = cost_s(plan, rng)
+        now_s += took_s
+        steps += 1
+        chunks += any(chunk.seq_id == STREAMS for chunk in plan.prefill)
+        ids = [c.seq_id for c in plan.prefill if c.samples] + [d.seq_id for d in plan.decode]
+        scheduler.apply(StepResult(plan.step_id, [Sampled(i, [1]) for i in ids]))
+        scheduler.observe(plan, took_s)
+        for i in ids:
+            if began_s and i in last:
+                gaps.append(now_s - last[i])
+            last[i] = now_s
+        if steps == 30:
+            add(STREAMS, PROMPT)
+            began_s = now_s
+        if STREAMS in last:
+            return gaps, now_s - began_s, chunks
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("target_s", [0.03, 0.05, 0.1])
+def test_the_p99_gap_stays_under_the_target_and_the_prompt_gets_on(
+    target_s: float, depth: int
+) -> None:
+    gaps, took_s, _ = gaps_s(target_s, depth)
+    gaps.sort()
+    assert gaps[int(0.99 * len(gaps))] <= target_s
+    free, free_s, _ = gaps_s(0.0, depth)
+    assert max(free) > 0.2, "without a target the streams wait for whole chunks"
+    # What the streams decode meanwhile, and no more, is what it costs.
+    assert took_s < free_s * (1 + 3 * 0.012 / (0.8 * target_s - 0.012))
+
+
+def test_a_target_that_cannot_be_met_starves_nobody() -> None:
+    gaps, _, chunks = gaps_s(0.001, 2)
+    assert chunks == PROMPT // 8
+    assert max(gaps) < 0.1
