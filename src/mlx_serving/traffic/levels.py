@@ -1,0 +1,194 @@
+"""Service levels that are watched, and the hand that applies remedies: the shell around `slo.step`
+and `remedies.choose`."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Protocol, assert_never
+
+import msgspec
+
+from mlx_serving import clock
+from mlx_serving.telemetry.events import RequestFinished
+from mlx_serving.traffic.remedies import (
+    Applied,
+    Apply,
+    Remedy,
+    TakeBack,
+    Wait,
+    Watched,
+    choose,
+    hold_after,
+)
+from mlx_serving.traffic.slo import Level, Objective, Ok, State, Violated, budget_left
+from mlx_serving.types import Priority
+
+log = logging.getLogger(__name__)
+
+TICK_S = 1.0
+
+
+class LevelChanged(msgspec.Struct, frozen=True, kw_only=True):
+    """An objective got better or worse, or a remedy was applied or taken back because of it."""
+
+    objective: str
+    state: str
+    before: str
+    burn_short: float
+    burn_long: float
+    remedy: Remedy | None = None
+    act: Literal["applied", "taken_back", "would_apply"] | None = None
+
+    @property
+    def line(self) -> str:
+        figures = f"burn rate {self.burn_short:.1f} short, {self.burn_long:.1f} long"
+        if self.act is None:
+            return f"'{self.objective}' is {self.state}, was {self.before} ({figures})"
+        return f"{self.remedy} {self.act.replace('_', ' ')} for '{self.objective}' ({figures})"
+
+
+class Hands(Protocol):
+    """What remedies can do."""
+
+    def shed(self, lowest: Priority | None) -> None:
+        """Refuse requests of that class and below; None: refuse none."""
+        ...
+
+    def limit(self, halvings: int) -> None:
+        """Let in 1 / 2**halvings of the requests that may be open at once."""
+        ...
+
+    def roll_back(self) -> None:
+        """End every running canary."""
+        ...
+
+
+class Levels:
+    """Args: ladder: remedies in the order in which they are tried; none: levels are only watched.
+    dry_run: say what would be done, and do nothing. on_change: must not raise."""
+
+    def __init__(
+        self,
+        objectives: Sequence[Objective],
+        hands: Hands,
+        *,
+        ladder: Sequence[Remedy] = (),
+        dry_run: bool = False,
+        on_change: Callable[[LevelChanged], None] = lambda _: None,
+        now: clock.Clock = clock.monotonic,
+    ) -> None:
+        self._levels = [Level(objective) for objective in objectives]
+        self._hands = hands
+        self._ladder = ladder
+        self._dry_run = dry_run
+        self._on_change = on_change
+        self._now = now
+        self._applied: list[Applied] = []
+        self._last_act_s = self._taken_back_s = -math.inf
+        self._calm_since_s = now()
+        self._previous: Applied | None = None
+
+    @property
+    def applied(self) -> tuple[Remedy, ...]:
+        return tuple(one.remedy for one in self._applied)
+
+    def observe(self, finished: RequestFinished) -> None:
+        now_s = self._now()
+        for level in self._levels:
+            level.add(finished, now_s)
+
+    def tick(self) -> None:
+        """Look at every level and do at most one thing about them."""
+        now_s = self._now()
+        for level in self._levels:
+            level.look(now_s, self._changed)
+        if any(isinstance(level.state, Violated) for level in self._levels):
+            self._calm_since_s = now_s
+        self._act(now_s)
+
+    def report(self) -> list[dict[str, object]]:
+        """For /health: each objective with its state and burn rates, and the remedies in force."""
+        now_s = self._now()
+        return [self._row(level, now_s) for level in self._levels]
+
+    def states(self) -> Mapping[str, str]:
+        return {level.objective.text: level.state.name for level in self._levels}
+
+    def _row(self, level: Level, now_s: float) -> dict[str, object]:
+        burn = level.burn(now_s)
+        return {
+            "objective": level.objective.text,
+            "state": level.state.name,
+            "burn_short": round(burn.short, 3),
+            "burn_long": round(burn.long, 3),
+            "budget_left": round(budget_left(burn), 3),
+            "remedies": [a.remedy for a in self._applied if a.because == level.objective.text],
+        }
+
+    def _act(self, now_s: float) -> None:
+        act = choose(
+            [Watched(x.objective.text, x.objective.metric, x.state) for x in self._levels],
+            self._ladder,
+            self._applied,
+            now_s=now_s,
+            last_act_s=self._last_act_s,
+            calm_since_s=self._calm_since_s,
+        )
+        match act:
+            case Wait():
+                return
+            case Apply(remedy, because):
+                hold_s = hold_after(self._previous, now_s, self._taken_back_s)
+                self._applied.append(Applied(remedy, because, now_s, hold_s))
+                self._say(because, remedy, "would_apply" if self._dry_run else "applied")
+            case TakeBack(applied):
+                self._applied.remove(applied)
+                self._previous, self._taken_back_s = applied, now_s
+                self._say(applied.because, applied.remedy, "taken_back")
+            case _:
+                assert_never(act)
+        self._last_act_s = now_s
+        if not self._dry_run:
+            self._put_into_force(act)
+
+    def _put_into_force(self, act: Apply | TakeBack) -> None:
+        """Everything in force, said anew: what is taken back may not be the last of its kind."""
+        if isinstance(act, Apply) and act.remedy == "roll_back":
+            self._hands.roll_back()
+        in_force = self.applied
+        lowest = {"shed_normal": Priority.NORMAL, "shed_low": Priority.LOW}
+        self._hands.shed(next((p for name, p in lowest.items() if name in in_force), None))
+        self._hands.limit(in_force.count("limit_admission"))
+
+    def _changed(self, level: Level, before: State) -> None:
+        self._publish(level, before=before.name)
+
+    def _say(
+        self, because: str, remedy: Remedy, act: Literal["applied", "taken_back", "would_apply"]
+    ) -> None:
+        level = next(x for x in self._levels if x.objective.text == because)
+        self._publish(level, before=level.state.name, remedy=remedy, act=act)
+
+    def _publish(
+        self,
+        level: Level,
+        *,
+        before: str,
+        remedy: Remedy | None = None,
+        act: Literal["applied", "taken_back", "would_apply"] | None = None,
+    ) -> None:
+        burn = level.burn(self._now())
+        change = LevelChanged(
+            objective=level.objective.text,
+            state=level.state.name,
+            before=before,
+            burn_short=burn.short,
+            burn_long=burn.long,
+            remedy=remedy,
+            act=act,
+        )
+        worse = act is not None or not isinstance(level.state, Ok)
+        log.log(logging.WARNING if worse else logging.INFO, "%s", change.line)
+        self._on_change(change)

@@ -1,0 +1,115 @@
+"""What is done about a service level that is not kept, and how it is undone.
+
+A ladder: while a level is violated its remedies are applied one after the other, each given time to
+work; once every level that a remedy serves has been kept for a while, it is taken back, the last one
+first. `choose` is the pure decision; `levels.Levels` acts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from mlx_serving.traffic.slo import AtRisk, MetricName, Ok, State, Violated
+
+Remedy = Literal["roll_back", "shed_low", "shed_normal", "limit_admission"]
+REMEDIES: tuple[Remedy, ...] = get_args(Remedy)
+"""roll_back: running canaries end; shed_low, shed_normal: requests of that class and below are
+refused with 503; limit_admission: fewer requests are open at once, by half each time."""
+
+SERVES: Mapping[Remedy, frozenset[MetricName]] = {
+    "roll_back": frozenset({"ttft", "tpot", "duration", "errors", "throughput"}),
+    "shed_low": frozenset({"ttft", "tpot", "duration", "throughput"}),
+    "shed_normal": frozenset({"ttft", "tpot", "duration", "throughput"}),
+    "limit_admission": frozenset({"ttft", "tpot", "duration", "throughput"}),
+}
+COOL_DOWN_S = 30.0
+"""Between two acts: what was done must have had time to work."""
+HOLD_S = 120.0
+"""How long every level that a remedy serves must have been kept before it is taken back. After a
+relapse within that time it waits twice as long, so that nothing swings."""
+MAX_HOLD_S = 1920.0
+MAX_LIMITS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    remedy: Remedy
+    because: str
+    """The objective."""
+    at_s: float
+    hold_s: float = HOLD_S
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    remedy: Remedy
+    because: str
+
+
+@dataclass(frozen=True, slots=True)
+class TakeBack:
+    applied: Applied
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    pass
+
+
+Act = Apply | TakeBack | Wait
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A level as the decision sees it."""
+
+    text: str
+    metric: MetricName
+    state: State
+
+
+def choose(
+    levels: Sequence[Watched],
+    ladder: Sequence[Remedy],
+    applied: Sequence[Applied],
+    *,
+    now_s: float,
+    last_act_s: float,
+    calm_since_s: float,
+) -> Act:
+    """What to do now.
+
+    Args:
+        ladder: the remedies allowed, in the order in which they are tried.
+        applied: those in force, the oldest first.
+        last_act_s: when something was last done.
+        calm_since_s: since when no level has been violated.
+    """
+    violated = [level for level in levels if isinstance(level.state, Violated)]
+    if violated and now_s - last_act_s >= COOL_DOWN_S:
+        for level in violated:
+            for remedy in ladder:
+                if level.metric in SERVES[remedy] and _may(remedy, applied):
+                    return Apply(remedy, level.text)
+    if applied and all(isinstance(level.state, Ok | AtRisk) for level in levels):
+        last = applied[-1]
+        calm_s = now_s - max(calm_since_s, last_act_s)
+        if calm_s >= last.hold_s:
+            return TakeBack(last)
+    return Wait()
+
+
+def _may(remedy: Remedy, applied: Sequence[Applied]) -> bool:
+    """Admission can be halved several times; the others work once. A rollback is never taken back,
+    but a later canary may be rolled back as well."""
+    count = sum(one.remedy == remedy for one in applied)
+    return count < (MAX_LIMITS if remedy == "limit_admission" else 1)
+
+
+def hold_after(previous: Applied | None, now_s: float, taken_back_s: float) -> float:
+    """How long the next one holds: twice as long when it follows its own taking back closely."""
+    if previous is None or now_s - taken_back_s > previous.hold_s:
+        return HOLD_S
+    return min(MAX_HOLD_S, 2 * previous.hold_s)

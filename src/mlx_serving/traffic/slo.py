@@ -1,0 +1,277 @@
+"""Service levels: what was promised, how fast the promise is being used up, and what follows.
+
+An objective such as `ttft p95 < 500ms` promises that at most 5 % of requests take longer: that 5 %
+is its error budget. The *burn rate* is the share of requests over the limit divided by the budget:
+at 1 the promise is just kept. It is looked at over a short and a long window together, so that one
+slow request does not raise an alarm and an old trouble does not keep one up:
+
+            burn ≥ 1 in the long window          ≥ 2 in both
+    Ok ──────────────────────────────▶ AtRisk ───────────────▶ Violated
+    ▲ ◀──────── < 0.8 in both ───────────┘                       │ < 1 in the short one
+    └── < 1 in the long one, for a while ── Recovering ◀─────────┘ ──▶ Violated again at ≥ 2
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, assert_never
+
+from mlx_serving.errors import ConfigError
+from mlx_serving.telemetry.events import RequestFinished
+from mlx_serving.types import Priority
+
+MetricName = Literal["ttft", "tpot", "duration", "errors", "throughput"]
+VIOLATED_AT = 2.0
+AT_RISK_AT = 1.0
+CALM_AT = 0.8
+RECOVERY_S = 60.0
+"""How long a violated objective must hold again before it is believed."""
+MIN_REQUESTS = 10
+"""In the short window; fewer say nothing."""
+_BUCKETS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """One promise. `budget` is the share of requests that may miss `limit`."""
+
+    text: str
+    metric: MetricName
+    budget: float
+    limit: float
+    """Milliseconds; tokens/s of a request for throughput; unused for errors."""
+    model: str | None = None
+    priority: Priority | None = None
+    client: str | None = None
+    short_s: float = 60.0
+    long_s: float = 600.0
+
+    def missed(self, finished: RequestFinished) -> bool | None:
+        """Whether a request missed it; None: it is not about that request, or says nothing of it."""
+        if finished.outcome == "cancelled" or not self._about(finished):
+            return None
+        failed = finished.outcome not in ("stop", "length", "tool_calls")
+        match self.metric:
+            case "errors":
+                return failed
+            case _ if failed:
+                return None
+            case "throughput":
+                rate = 1e3 * finished.usage.completion_tokens / max(finished.duration_ms, 1e-3)
+                return rate < self.limit
+            case "ttft":
+                value = finished.ttft_ms
+            case "tpot":
+                value = finished.tpot_ms
+            case "duration":
+                value = finished.duration_ms
+            case _:
+                assert_never(self.metric)
+        return None if value is None else value > self.limit
+
+    def _about(self, finished: RequestFinished) -> bool:
+        return (
+            self.model in (None, finished.model_id)
+            and self.priority in (None, finished.priority)
+            and self.client in (None, finished.client)
+        )
+
+
+_FORM = re.compile(
+    r"(?P<metric>ttft|tpot|duration|throughput)\s+p(?P<percent>\d+(?:\.\d+)?)\s*(?P<sign>[<>])\s*"
+    r"(?P<limit>\d+(?:\.\d+)?)\s*(?P<unit>ms|s|tok/s)|errors\s*<\s*(?P<share>\d+(?:\.\d+)?)\s*%"
+)
+_WINDOW = re.compile(r"(?P<short>\d+)s,(?P<long>\d+)s")
+
+
+def parse(text: str) -> Objective:
+    """`ttft p95 < 500ms [model=NAME] [class=high] [key=NAME] [over=60s,600s]`, `errors < 1%`.
+
+    Raises ConfigError with the forms that there are.
+    """
+    words = text.split()
+    options = [word for word in words if "=" in word]
+    head = " ".join(word for word in words if "=" not in word)
+    match = _FORM.fullmatch(head)
+    if match is None:
+        raise ConfigError(
+            f"slo: '{text}' is none: 'ttft p95 < 500ms', 'tpot p90 < 40ms', 'duration p99 < 30s', "
+            "'throughput p95 > 20tok/s' or 'errors < 1%'",
+            param="slo",
+        )
+    return Objective(text, *_promise(text, match), **_options(text, options))
+
+
+def _promise(text: str, match: re.Match[str]) -> tuple[MetricName, float, float]:
+    if match["share"] is not None:
+        return "errors", _within(text, float(match["share"]) / 100), 0.0
+    metric, unit = match["metric"], match["unit"]
+    if (metric == "throughput") != (unit == "tok/s") or (metric == "throughput") != (
+        match["sign"] == ">"
+    ):
+        wanted = "> …tok/s" if metric == "throughput" else "< …ms or s"
+        raise ConfigError(f"slo: '{text}': {metric} is '{wanted}'", param="slo")
+    limit = float(match["limit"]) * (1e3 if unit == "s" else 1.0)
+    names: dict[str, MetricName] = {
+        "ttft": "ttft",
+        "tpot": "tpot",
+        "duration": "duration",
+        "throughput": "throughput",
+    }
+    return names[metric], _within(text, 1 - float(match["percent"]) / 100), limit
+
+
+def _within(text: str, budget: float) -> float:
+    if not 0 < budget < 1:
+        raise ConfigError(f"slo: '{text}' leaves no request that may miss it, or all", param="slo")
+    return budget
+
+
+def _options(text: str, options: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for option in options:
+        name, _, value = option.partition("=")
+        window = _WINDOW.fullmatch(value) if name == "over" else None
+        if name == "model" and value:
+            found["model"] = value
+        elif name == "key" and value:
+            found["client"] = value
+        elif name == "class" and value.upper() in Priority.__members__:
+            found["priority"] = Priority[value.upper()]
+        elif window is not None and 0 < int(window["short"]) < int(window["long"]):
+            found["short_s"], found["long_s"] = float(window["short"]), float(window["long"])
+        else:
+            raise ConfigError(
+                f"slo: '{text}': '{option}' is none of model=NAME, key=NAME, class=critical|high|"
+                "normal|low, over=60s,600s",
+                param="slo",
+            )
+    return found
+
+
+# ------------------------------------------------------------------- windows
+
+
+class Window:
+    """Hits and misses of the last `length_s` seconds, in a fixed number of buckets."""
+
+    def __init__(self, length_s: float) -> None:
+        self._bucket_s = length_s / _BUCKETS
+        self._buckets: deque[list[int]] = deque(maxlen=_BUCKETS)
+        """[index, requests, misses]"""
+
+    def add(self, now_s: float, missed: bool) -> None:
+        index = int(now_s / self._bucket_s)
+        if not self._buckets or self._buckets[-1][0] != index:
+            self._buckets.append([index, 0, 0])
+        self._buckets[-1][1] += 1
+        self._buckets[-1][2] += missed
+
+    def counts(self, now_s: float) -> tuple[int, int]:
+        """(requests, misses)"""
+        oldest = int(now_s / self._bucket_s) - _BUCKETS
+        live = [bucket for bucket in self._buckets if bucket[0] > oldest]
+        return sum(b[1] for b in live), sum(b[2] for b in live)
+
+
+@dataclass(frozen=True, slots=True)
+class Burn:
+    """How fast the budget is used. `requests` are the short window's."""
+
+    short: float
+    long: float
+    requests: int
+
+
+# ------------------------------------------------------------------- states
+
+
+@dataclass(frozen=True, slots=True)
+class Ok:
+    name = "ok"
+
+
+@dataclass(frozen=True, slots=True)
+class AtRisk:
+    name = "at_risk"
+
+
+@dataclass(frozen=True, slots=True)
+class Violated:
+    name = "violated"
+    since_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Recovering:
+    name = "recovering"
+    violated_since_s: float
+    since_s: float
+
+
+State = Ok | AtRisk | Violated | Recovering
+
+
+def step(state: State, burn: Burn, now_s: float) -> State:
+    """The next state. Without requests enough nothing gets worse, and what is over recovers."""
+    told = burn.requests >= MIN_REQUESTS
+    surely = told and min(burn.short, burn.long) >= VIOLATED_AT
+    match state:
+        case Ok():
+            if surely:
+                return Violated(now_s)
+            return AtRisk() if told and burn.long >= AT_RISK_AT else state
+        case AtRisk():
+            if surely:
+                return Violated(now_s)
+            return Ok() if max(burn.short, burn.long) < CALM_AT else state
+        case Violated(since_s):
+            return Recovering(since_s, now_s) if burn.short < AT_RISK_AT else state
+        case Recovering(violated_since_s, since_s):
+            if told and burn.short >= VIOLATED_AT:
+                return Violated(violated_since_s)
+            if burn.short >= AT_RISK_AT:
+                return Recovering(violated_since_s, now_s)
+            return Ok() if now_s - since_s >= RECOVERY_S else state
+        case _:
+            assert_never(state)
+
+
+class Level:
+    """One objective while it is watched."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.state: State = Ok()
+        self._short, self._long = Window(objective.short_s), Window(objective.long_s)
+
+    def add(self, finished: RequestFinished, now_s: float) -> None:
+        missed = self.objective.missed(finished)
+        if missed is not None:
+            self._short.add(now_s, missed)
+            self._long.add(now_s, missed)
+
+    def burn(self, now_s: float) -> Burn:
+        requests, missed = self._short.counts(now_s)
+        all_requests, all_missed = self._long.counts(now_s)
+        budget = self.objective.budget
+        return Burn(
+            missed / max(requests, 1) / budget,
+            all_missed / max(all_requests, 1) / budget,
+            requests,
+        )
+
+    def look(self, now_s: float, on_change: Callable[[Level, State], None]) -> None:
+        """Take the next state; `on_change` gets the level in it, and the one before."""
+        before, self.state = self.state, step(self.state, self.burn(now_s), now_s)
+        if before.name != self.state.name:
+            on_change(self, before)
+
+
+def budget_left(burn: Burn) -> float:
+    """The share of the long window's budget that is unused, at least 0."""
+    return max(0.0, 1.0 - burn.long) if math.isfinite(burn.long) else 0.0

@@ -1,0 +1,75 @@
+"""Each remedy ends the violation that it is for, is taken back, and nothing swings."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from sim.levels import simulate
+
+TTFT = "ttft p90 < 2s over=60s,300s"
+
+
+def surge(from_s: float, to_s: float, high: float, low: float = 0.5):
+    return lambda now_s: high if from_s <= now_s < to_s else low
+
+
+def acts(changes, kind):
+    return [(at_s, c.remedy) for at_s, c in changes if c.act == kind]
+
+
+def states(changes):
+    return [(at_s, c.state) for at_s, c in changes if c.act is None]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("remedy", ["shed_low", "shed_normal", "limit_admission"])
+def test_a_surge_is_met_and_the_remedy_taken_back(seed, remedy):
+    # A quarter of the requests is low: 1.25 times what can be served is 0.94 without them.
+    high = {"shed_low": 1.25, "shed_normal": 1.6, "limit_admission": 1.4}[remedy]
+    changes, server, levels = simulate(seed, TTFT, [remedy], surge(300, 1500, high), until_s=4500)
+    applied = acts(changes, "applied")
+    assert applied and {name for _, name in applied} == {remedy}
+    assert 300 < applied[0][0] < 900
+    # While the surge lasts, the level is kept again after the remedy.
+    in_surge = [state for at_s, state in states(changes) if applied[0][0] < at_s < 1500]
+    assert "recovering" in in_surge
+    # It ends as it began.
+    assert levels.applied == () and server.shed_from is None and server.halvings == 0
+    assert list(levels.states().values()) == ["ok"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_swings(seed):
+    """Under an overload that never ends, a remedy is taken back and applied again ever more seldom."""
+    changes, _, _ = simulate(seed, TTFT, ["shed_low"], lambda _: 1.25, until_s=6000)
+    again = [at_s for at_s, _ in acts(changes, "applied")]
+    assert 1 <= len(again) <= 6
+    gaps = [b - a for a, b in itertools.pairwise(again)]
+    assert all(gap > 120 for gap in gaps)
+    assert gaps == sorted(gaps) or max(gaps[-2:]) >= max(gaps[:-2], default=0)
+
+
+def test_a_slow_canary_is_ended():
+    slo = "tpot p80 < 100ms over=60s,300s"
+    # A tenth of the requests takes four times as long: 20 % may, so that is not enough alone …
+    assert not acts(simulate(1, slo, ["roll_back"], lambda _: 0.4, canary_slow=4.0)[0], "applied")
+    # … and of a promise that a hundredth at most may, it breaks too much.
+    slo = "tpot p99 < 160ms over=60s,300s"
+    changes, server, _ = simulate(1, slo, ["roll_back"], lambda _: 0.4, canary_slow=4.0)
+    assert [name for _, name in acts(changes, "applied")][:1] == ["roll_back"]
+    assert server.canary_slow == 1.0
+    assert states(changes)[-1][1] == "ok"
+
+
+def test_a_dry_run_only_says():
+    changes, server, _ = simulate(1, TTFT, ["shed_low"], surge(300, 900, 1.5), dry_run=True)
+    assert acts(changes, "would_apply") and not acts(changes, "applied")
+    assert server.shed_from is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_load_that_can_be_served_is_left_alone(seed):
+    changes, server, _ = simulate(seed, TTFT, ["shed_low", "limit_admission"], lambda _: 0.6)
+    assert changes == [] and server.refused == 0
