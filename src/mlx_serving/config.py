@@ -56,6 +56,10 @@ ReasoningParser = Literal[
 ]
 
 
+Remedy = Literal["roll_back", "shed_low", "shed_normal", "limit_admission"]
+AlertFormat = Literal["json", "slack", "pagerduty"]
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The server's and the Engine's settings. Field names are the YAML keys; `--max-num-seqs` and
     `MLX_SERVING_MAX_NUM_SEQS` are the same setting.
@@ -120,6 +124,20 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Larger request bodies are refused with 413."""
     rollouts_file: Annotated[str, Meta(min_length=1)] | None = None
     """Where canaries and A/B tests are kept; default for servers: rollouts-PORT.json in home."""
+    slo: tuple[str, ...] = ()
+    """A service level to watch: 'ttft p95 < 500ms', 'errors < 1%' (docs/service-levels.md)."""
+    slo_remedies: tuple[Remedy, ...] = ()
+    """What may be done about a level that is not kept, in this order: roll_back, shed_low, shed_normal, limit_admission."""
+    slo_dry_run: bool = False
+    """Say what remedies would be applied, and apply none."""
+    alert_webhook: Annotated[str, Meta(min_length=1)] | None = None
+    """URL that is told of service levels; for PagerDuty with the routing key behind a #."""
+    alert_format: AlertFormat = "json"
+    """How it is told."""
+    watch_drift: bool = False
+    """Learn how fast models answer here, and warn when that gets worse and stays so."""
+    baselines_file: Annotated[str, Meta(min_length=1)] | None = None
+    """Where it is kept what was learnt; default for servers: baselines-PORT.json in home."""
     drain_timeout_s: Annotated[float, Meta(ge=0)] = 30.0
     """How long running streams may take to finish after SIGTERM or SIGINT."""
     ping_interval_s: Annotated[float, Meta(ge=0)] = 15.0

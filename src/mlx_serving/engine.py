@@ -85,6 +85,7 @@ class Engine:
 
         Raises the first model's error when waiting.
         """
+        self.gateway.start()
         self._worker.start()
         self._starting = asyncio.create_task(self._models.start(), name="start models")
         if wait_ready:

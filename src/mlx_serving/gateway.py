@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -59,6 +60,9 @@ from mlx_serving.types import (
 )
 from mlx_serving.worker.port import WorkerClient
 
+if TYPE_CHECKING:
+    from mlx_serving.traffic.watch import Watch
+
 _COMPLETE: frozenset[str] = frozenset({"stop", "length", "tool_calls"})
 """Outcomes of requests that got their whole answer."""
 log = logging.getLogger(__name__)
@@ -86,17 +90,32 @@ class Gateway:
         file = config.rollouts_file
         self.rollouts = Rollouts(Path(file) if file else None)
         self._shadows = Shadows()
+        self.watch = self._make_watch()
         self._limits = TimeLimits(
             config.queue_timeout_s, config.first_token_timeout_s, config.request_timeout_s
         )
         self._running: set[Generation] = set()
         self._idle = asyncio.Event()
 
+    def _make_watch(self) -> Watch | None:
+        if not (self._config.slo or self._config.watch_drift):
+            return None
+        from mlx_serving.traffic.watch import Watch  # few servers need it
+
+        return Watch(
+            self._config, _Hands(self._admission, self.rollouts), self._events, self._metrics
+        )
+
+    def start(self) -> None:
+        """Needs a running event loop."""
+        if self.watch is not None:
+            self.watch.start()
+
     async def open(self, request: GenerateRequest) -> Generation:
         """Accept a request and start its sequences. Raises a typed error before any work is done."""
         arrived_s = clock.monotonic()
         asked = self._slots.find(request.model)
-        self._admission.enter(arrived_s)
+        self._admission.enter(arrived_s, request.priority)
         self._metrics.open_requests.inc()
         try:
             slot, served, arm = await self._answerer(asked, request)
@@ -269,6 +288,7 @@ class Gateway:
             "workers": [msgspec.to_builtins(w) for w in workers],
             "models": [{"id": m.id, "status": m.status, "reason": m.reason} for m in models],
             "open_requests": self._admission.open_requests,
+            **(self.watch.health() if self.watch is not None else {}),
         }
 
     def start_rollout(self, spec: Spec) -> Rollout:
@@ -316,6 +336,8 @@ class Gateway:
 
     async def close(self) -> None:
         """Let go of what outlives requests."""
+        if self.watch is not None:
+            await self.watch.stop()
         await self._reuse.close()
 
     def _status(self, workers_live: bool) -> str:
@@ -469,6 +491,22 @@ class Gateway:
         if generation.arm is not None and (figures := measured(finished)) is not None:
             self.rollouts.observe(generation.arm, figures)
         self._events.publish(finished)
+
+
+class _Hands:
+    """What remedies for service levels can do here."""
+
+    def __init__(self, admission: Admission, rollouts: Rollouts) -> None:
+        self._admission = admission
+        self._rollouts = rollouts
+
+    def narrow(self, shed_from: Priority | None, halvings: int) -> None:
+        self._admission.narrow(shed_from, halvings)
+
+    def roll_back(self) -> None:
+        for name in self._rollouts.names():
+            if self._rollouts.get(name).status == "running":
+                self._rollouts.roll_back(name)
 
 
 def _check_generates(info: ModelInfo) -> None:

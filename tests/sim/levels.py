@@ -34,11 +34,8 @@ class Server:
     waiting: deque[tuple[float, Priority]] = field(default_factory=deque)
     running: list[tuple[float, float, float, Priority]] = field(default_factory=list)
 
-    def shed(self, lowest: Priority | None) -> None:
-        self.shed_from = lowest
-
-    def limit(self, halvings: int) -> None:
-        self.halvings = halvings
+    def narrow(self, shed_from: Priority | None, halvings: int) -> None:
+        self.shed_from, self.halvings = shed_from, halvings
 
     def roll_back(self) -> None:
         self.canary_slow = 1.0

@@ -58,7 +58,11 @@ async def _serve(config: Config, say: Say) -> int:
     from mlx_serving.engine import Engine
     from mlx_serving.telemetry import events
 
-    config = msgspec.structs.replace(config, rollouts_file=_rollouts_file(config))
+    config = msgspec.structs.replace(
+        config,
+        rollouts_file=config.rollouts_file or _kept(config, "rollouts"),
+        baselines_file=config.baselines_file or _kept(config, "baselines"),
+    )
     engine = Engine(config=config, progress=say.progress())
     give_up = asyncio.Event()
 
@@ -107,14 +111,12 @@ async def _serve(config: Config, say: Say) -> int:
     return Exit.NO_MODEL if give_up.is_set() else code
 
 
-def _rollouts_file(config: Config) -> str:
-    """One for each address, so that two servers of one home do not share their rollouts."""
+def _kept(config: Config, what: str) -> str:
+    """A file for each address, so that two servers of one home do not share what they keep."""
     from mlx_serving.catalog.home import models_home
 
-    if config.rollouts_file is not None:
-        return config.rollouts_file
     place = str(config.port) if config.uds is None else config.uds.strip("/").replace("/", "-")
-    return str(models_home(config.home, os.environ) / f"rollouts-{place}.json")
+    return str(models_home(config.home, os.environ) / f"{what}-{place}.json")
 
 
 def _hung_up(restart: Callable[[], None], minds_terminal: bool) -> None:

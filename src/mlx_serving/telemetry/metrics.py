@@ -149,6 +149,30 @@ class Metrics:
         self.worker_restarts = Counter(
             "mlx_serving_worker_restarts", "Times the worker was started again", registry=r
         )
+        self.slo_burn = Gauge(
+            "mlx_serving_slo_burn_rate",
+            "Share of requests that missed the objective over its error budget, short window",
+            ["objective"],
+            registry=r,
+        )
+        self.slo_violated = Gauge(
+            "mlx_serving_slo_violated",
+            "1 while the objective is violated",
+            ["objective"],
+            registry=r,
+        )
+        self.remedies = Counter(
+            "mlx_serving_remedies",
+            "Remedies for service levels: applied, taken_back, would_apply",
+            ["remedy", "act"],
+            registry=r,
+        )
+        self.drifts = Counter(
+            "mlx_serving_drifts",
+            "Times that a figure of a model got worse than its baseline and stayed so",
+            ["model", "metric"],
+            registry=r,
+        )
         self.events_dropped = Counter(
             "mlx_serving_events_dropped",
             "Events not delivered because an iterator's queue was full",

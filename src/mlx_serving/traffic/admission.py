@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 
 from mlx_serving.errors import Draining, MLXServingError, Overloaded
+from mlx_serving.types import Priority
 
 MIN_RETRY_S = 1.0
 MAX_RETRY_S = 120.0
+SHED_RETRY_S = 30.0
 _DECAY = 0.9
 
 
@@ -22,6 +24,8 @@ class Load:
     drain_left_s: float
     finish_interval_s: float
     """Mean time between two requests' ends of late; 0 when none has ended yet."""
+    shed: bool = False
+    """Requests of this class are refused for a service level's sake."""
 
 
 def refusal(load: Load) -> MLXServingError | None:
@@ -31,6 +35,12 @@ def refusal(load: Load) -> MLXServingError | None:
         return Draining(
             "The server is shutting down and accepts no new requests.",
             retry_after_s=max(MIN_RETRY_S, load.drain_left_s),
+        )
+    if load.shed:
+        return Overloaded(
+            "Requests of this class are refused until others are answered as promised.",
+            code="shed",
+            retry_after_s=SHED_RETRY_S,
         )
     if load.open_requests < load.max_queue:
         return None
@@ -49,15 +59,17 @@ class Admission:
         self._last_end_s: float | None = None
         self._interval_s = 0.0
         self._drain_until_s: float | None = None
+        self._shed_from: Priority | None = None
+        self._halvings = 0
         self.open_requests = 0
 
     @property
     def draining(self) -> bool:
         return self._drain_until_s is not None
 
-    def enter(self, now_s: float) -> None:
+    def enter(self, now_s: float, priority: Priority = Priority.NORMAL) -> None:
         """Count a request in, or raise why it may not enter. A caller that enters must leave."""
-        error = refusal(self._load(now_s))
+        error = refusal(self._load(now_s, priority))
         if error is not None:
             raise error
         self.open_requests += 1
@@ -77,10 +89,15 @@ class Admission:
     def drain(self, until_s: float) -> None:
         self._drain_until_s = until_s
 
-    def _load(self, now_s: float) -> Load:
+    def narrow(self, shed_from: Priority | None, halvings: int) -> None:
+        """Refuse classes from `shed_from` down, and let in 1 / 2**halvings of the rest."""
+        self._shed_from, self._halvings = shed_from, halvings
+
+    def _load(self, now_s: float, priority: Priority) -> Load:
         return Load(
             open_requests=self.open_requests,
-            max_queue=self._max_queue,
+            max_queue=max(1, self._max_queue >> self._halvings),
+            shed=self._shed_from is not None and priority >= self._shed_from,
             draining=self.draining,
             drain_left_s=(self._drain_until_s or now_s) - now_s,
             finish_interval_s=self._interval_s,

@@ -10,14 +10,13 @@ import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from mlx_serving.config import AlertFormat
 from mlx_serving.traffic.levels import LevelChanged
 
 log = logging.getLogger(__name__)
 
-Format = Literal["json", "slack", "pagerduty"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 GROUP_S = 5.0
 """Changes within that time go out together."""
 MIN_INTERVAL_S = 30.0
@@ -31,7 +30,7 @@ Post = Callable[[str, Any], Awaitable[int]]
 
 
 def payloads(
-    form: Format, changes: list[LevelChanged], *, key: str = "", host: str = ""
+    form: AlertFormat, changes: list[LevelChanged], *, key: str = "", host: str = ""
 ) -> list[Any]:
     """What to post: for PagerDuty (Events API v2) one event an objective, else one message.
 
@@ -91,7 +90,7 @@ class Alerts:
     def __init__(
         self,
         url: str,
-        form: Format,
+        form: AlertFormat,
         post: Post | None = None,
         *,
         group_s: float = GROUP_S,

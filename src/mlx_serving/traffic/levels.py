@@ -11,18 +11,18 @@ from typing import Literal, Protocol, assert_never
 import msgspec
 
 from mlx_serving import clock
+from mlx_serving.config import Remedy
 from mlx_serving.telemetry.events import RequestFinished
 from mlx_serving.traffic.remedies import (
     Applied,
     Apply,
-    Remedy,
     TakeBack,
     Wait,
     Watched,
     choose,
     hold_after,
 )
-from mlx_serving.traffic.slo import Level, Objective, Ok, State, Violated, budget_left
+from mlx_serving.traffic.slo import Burn, Level, Objective, Ok, State, Violated, budget_left
 from mlx_serving.types import Priority
 
 log = logging.getLogger(__name__)
@@ -52,12 +52,9 @@ class LevelChanged(msgspec.Struct, frozen=True, kw_only=True):
 class Hands(Protocol):
     """What remedies can do."""
 
-    def shed(self, lowest: Priority | None) -> None:
-        """Refuse requests of that class and below; None: refuse none."""
-        ...
-
-    def limit(self, halvings: int) -> None:
-        """Let in 1 / 2**halvings of the requests that may be open at once."""
+    def narrow(self, shed_from: Priority | None, halvings: int) -> None:
+        """Refuse requests of that class and below, and let in 1 / 2**halvings of those that may be
+        open at once."""
         ...
 
     def roll_back(self) -> None:
@@ -113,6 +110,10 @@ class Levels:
         now_s = self._now()
         return [self._row(level, now_s) for level in self._levels]
 
+    def burns(self) -> Mapping[str, Burn]:
+        now_s = self._now()
+        return {level.objective.text: level.burn(now_s) for level in self._levels}
+
     def states(self) -> Mapping[str, str]:
         return {level.objective.text: level.state.name for level in self._levels}
 
@@ -159,8 +160,8 @@ class Levels:
             self._hands.roll_back()
         in_force = self.applied
         lowest = {"shed_normal": Priority.NORMAL, "shed_low": Priority.LOW}
-        self._hands.shed(next((p for name, p in lowest.items() if name in in_force), None))
-        self._hands.limit(in_force.count("limit_admission"))
+        shed_from = next((p for name, p in lowest.items() if name in in_force), None)
+        self._hands.narrow(shed_from, in_force.count("limit_admission"))
 
     def _changed(self, level: Level, before: State) -> None:
         self._publish(level, before=before.name)

@@ -136,7 +136,11 @@ class Drifts:
         self._marks.append((self._now(), what))
 
     def observe(self, finished: RequestFinished) -> None:
-        if not finished.computed or finished.outcome not in ("stop", "length", "tool_calls"):
+        if not (finished.computed and finished.usage.completion_tokens) or finished.outcome not in (
+            "stop",
+            "length",
+            "tool_calls",
+        ):
             return
         figures = _figures(finished)
         for metric in METRICS:

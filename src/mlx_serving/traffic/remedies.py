@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
+from mlx_serving.config import Remedy
 from mlx_serving.traffic.slo import AtRisk, MetricName, Ok, State, Violated
 
-Remedy = Literal["roll_back", "shed_low", "shed_normal", "limit_admission"]
 REMEDIES: tuple[Remedy, ...] = get_args(Remedy)
 """roll_back: running canaries end; shed_low, shed_normal: requests of that class and below are
 refused with 503; limit_admission: fewer requests are open at once, by half each time."""

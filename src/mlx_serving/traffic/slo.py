@@ -60,6 +60,8 @@ class Objective:
                 return failed
             case _ if failed:
                 return None
+            case "throughput" if not finished.usage.completion_tokens:
+                return None  # vectors, not tokens
             case "throughput":
                 rate = 1e3 * finished.usage.completion_tokens / max(finished.duration_ms, 1e-3)
                 return rate < self.limit

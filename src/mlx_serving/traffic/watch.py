@@ -1,0 +1,128 @@
+"""What looks at finished requests: service levels with their remedies and alerts, and drift."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from mlx_serving.config import Config
+from mlx_serving.telemetry.events import (
+    Event,
+    EventBus,
+    ModelLoaded,
+    RequestFinished,
+    WorkerStarted,
+)
+from mlx_serving.telemetry.metrics import Metrics
+from mlx_serving.traffic.alerts import Alerts
+from mlx_serving.traffic.levels import TICK_S, Hands, LevelChanged, Levels
+from mlx_serving.traffic.regression import Drift, Drifts, settings_of
+from mlx_serving.traffic.slo import parse
+
+_DEPENDS = (
+    "max_num_seqs",
+    "prefill_step_size",
+    "pipeline_depth",
+    "kernels",
+    "dtype",
+    "exact_batch",
+)
+"""Settings that latencies depend on."""
+
+
+def wanted(config: Config) -> bool:
+    return bool(config.slo) or config.watch_drift
+
+
+class Watch:
+    """Hears of every finished request from `start` to `stop`.
+
+    Raises ConfigError for an objective that is none.
+    """
+
+    def __init__(self, config: Config, hands: Hands, events: EventBus, metrics: Metrics) -> None:
+        self._events = events
+        self._metrics = metrics
+        self._alerts = (
+            Alerts(config.alert_webhook, config.alert_format) if config.alert_webhook else None
+        )
+        self._levels = Levels(
+            [parse(text) for text in config.slo],
+            hands,
+            ladder=config.slo_remedies,
+            dry_run=config.slo_dry_run,
+            on_change=self._changed,
+        )
+        self._drifts = _drifts(config, self._drifted) if config.watch_drift else None
+        self._unhook: list[Callable[[], None]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Needs a running event loop."""
+        self._unhook = [
+            self._events.add_hook(self._finished, RequestFinished),
+            self._events.add_hook(self._mark, ModelLoaded),
+            self._events.add_hook(self._mark, WorkerStarted),
+        ]
+        self._task = asyncio.create_task(self._tick(), name="watch")
+
+    async def stop(self) -> None:
+        for unhook in self._unhook:
+            unhook()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._alerts is not None:
+            await self._alerts.close()
+
+    def health(self) -> dict[str, object]:
+        """For /health."""
+        found: dict[str, object] = {"slos": self._levels.report()}
+        if self._drifts is not None:
+            found["drifts"] = [
+                {**msgspec.to_builtins(drift), "text": drift.line} for drift in self._drifts.found
+            ]
+        return found
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._levels.tick()
+            for text, burn in self._levels.burns().items():
+                self._metrics.slo_burn.labels(text).set(burn.short)
+
+    def _finished(self, event: RequestFinished) -> None:
+        self._levels.observe(event)
+        if self._drifts is not None:
+            self._drifts.observe(event)
+
+    def _mark(self, event: Event) -> None:
+        if self._drifts is None:
+            return
+        match event:
+            case ModelLoaded(model_id=model_id):
+                self._drifts.mark(f"{model_id} was loaded")
+            case WorkerStarted():
+                self._drifts.mark("a worker started")
+
+    def _changed(self, change: LevelChanged) -> None:
+        violated = change.state == "violated"
+        self._metrics.slo_violated.labels(change.objective).set(violated)
+        if change.act is not None and change.remedy is not None:
+            self._metrics.remedies.labels(change.remedy, change.act).inc()
+        if self._alerts is not None:
+            self._alerts.add(change)
+
+    def _drifted(self, drift: Drift) -> None:
+        self._metrics.drifts.labels(drift.model, drift.metric).inc()
+
+
+def _drifts(config: Config, on_drift: Callable[[Drift], None]) -> Drifts:
+    file = Path(config.baselines_file) if config.baselines_file else None
+    depends = {name: getattr(config, name) for name in _DEPENDS}
+    depends["machine"] = f"{os.uname().nodename} {os.cpu_count()}"
+    return Drifts(file, settings_of(depends), on_drift)

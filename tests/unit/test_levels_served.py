@@ -1,0 +1,87 @@
+"""Service levels through the engine, over a real worker process that runs scripted models."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from mlx_serving import Engine
+from mlx_serving.errors import ConfigError, Overloaded
+from mlx_serving.traffic.rollout import Stage
+from mlx_serving.traffic.rollouts import Spec
+from mlx_serving.types import Priority
+
+
+@pytest.fixture(autouse=True)
+async def guard():
+    async with asyncio.timeout(90):
+        yield
+
+
+async def ask(engine: Engine, **fields) -> str:
+    return (await engine.complete("Hello", max_tokens=4, temperature=0, **fields)).text
+
+
+async def until(condition) -> None:
+    while not condition():  # noqa: ASYNC110 - time passes, and nothing signals it
+        await asyncio.sleep(0.02)
+
+
+async def test_a_promise_that_cannot_be_kept_ends_the_canary(scripted):
+    old, new = scripted(name="old", text="a" * 40), scripted(name="new", text="b" * 40)
+    settings = {"slo": ["ttft p50 < 0.001ms over=60s,120s"], "slo_remedies": ["roll_back"]}
+    async with Engine([str(old), str(new)], **settings) as engine:
+        stages = (Stage(0.5, min_samples=10_000),)
+        spec = Spec(name="c", model="old", variant="new", stages=stages)
+        engine.gateway.start_rollout(spec)
+        for _ in range(12):
+            await ask(engine)
+        (level,) = engine.gateway.health()["slos"]
+        assert level["burn_short"] == 2.0
+        await until(lambda: engine.gateway.rollouts.get("c").status == "rolled_back")
+        (level,) = engine.gateway.health()["slos"]
+        assert level["state"] == "violated" and level["remedies"] == ["roll_back"]
+        shown = engine.metrics.render().decode()
+        assert 'mlx_serving_remedies_total{act="applied",remedy="roll_back"} 1.0' in shown
+
+
+async def test_low_requests_are_refused_until_the_others_are_served_as_promised(scripted):
+    settings = {"slo": ["ttft p50 < 0.001ms"], "slo_remedies": ["shed_low"]}
+    async with Engine(str(scripted(text="a" * 40)), **settings) as engine:
+        assert await ask(engine, priority=Priority.LOW) == "aaaa"
+        for _ in range(12):
+            await ask(engine)
+        await until(lambda: engine.gateway.health()["slos"][0]["remedies"])
+        with pytest.raises(Overloaded) as caught:
+            await ask(engine, priority=Priority.LOW)
+        assert caught.value.code == "shed" and caught.value.retry_after_s
+        assert await ask(engine) == "aaaa"
+
+
+async def test_a_dry_run_refuses_nobody(scripted):
+    settings = {"slo": ["ttft p50 < 0.001ms"], "slo_remedies": ["shed_low"], "slo_dry_run": True}
+    async with Engine(str(scripted(text="a" * 40)), **settings) as engine:
+        for _ in range(12):
+            await ask(engine)
+        await until(lambda: engine.gateway.health()["slos"][0]["remedies"])
+        assert await ask(engine, priority=Priority.LOW) == "aaaa"
+
+
+async def test_what_is_not_watched_is_not_shown(scripted):
+    async with Engine(str(scripted(text="a"))) as engine:
+        assert engine.gateway.watch is None
+        assert "slos" not in engine.gateway.health()
+
+
+async def test_a_promise_that_is_none_is_refused_at_the_start(scripted):
+    with pytest.raises(ConfigError) as caught:
+        Engine(str(scripted(text="a")), slo=["ttft fast"])
+    assert caught.value.param == "slo"
+
+
+async def test_drift_is_watched_when_asked_for(scripted, tmp_path):
+    settings = {"watch_drift": True, "baselines_file": str(tmp_path / "b.json")}
+    async with Engine(str(scripted(text="a" * 40)), **settings) as engine:
+        await ask(engine)
+        assert engine.gateway.health()["drifts"] == []
