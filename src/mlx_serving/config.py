@@ -442,8 +442,10 @@ def _optional(name: str) -> bool:
 
 
 def choices(name: str) -> tuple[str, ...]:
-    """The words that the setting may be; empty if it is not a choice of words."""
+    """The words that the setting, or an item of its list, may be; empty if any text may be."""
     kind = FIELDS[name].type
+    if is_list(name):
+        kind = get_args(kind)[0]
     return get_args(kind) if "Literal[" in str(kind) else ()
 
 

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,15 +22,13 @@ from mlx_serving.catalog.home import models_home
 from mlx_serving.catalog.lifecycle import Failed, ModelSlot, Ready
 from mlx_serving.config import Config
 from mlx_serving.content.embedding import Text
-from mlx_serving.content.text import TextSide
 from mlx_serving.errors import (
-    ContextOverflow,
-    InvalidRequest,
     MLXServingError,
     ModelNotFound,
 )
 from mlx_serving.generation import Generation, OpenRows, Served
 from mlx_serving.roster import Roster
+from mlx_serving.settle import check_generates, check_ids, check_room, constrain, settle
 from mlx_serving.telemetry.events import EventBus, RequestFinished, RequestStarted
 from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.traffic.admission import Admission
@@ -102,9 +99,7 @@ class Gateway:
             return None
         from mlx_serving.traffic.watch import Watch  # few servers need it
 
-        return Watch(
-            self._config, _Hands(self._admission, self.rollouts), self._events, self._metrics
-        )
+        return Watch(self._config, self._admission, self.rollouts, self._events, self._metrics)
 
     def start(self) -> None:
         """Needs a running event loop."""
@@ -123,11 +118,11 @@ class Gateway:
             self._leave()
             raise
         try:
-            _check_generates(served.info)
-            _check_room(request.prompt, served.text.least_tokens(request.prompt), served.info)
+            check_generates(served.info)
+            check_room(request.prompt, served.text.least_tokens(request.prompt), served.info)
             token_ids = await self._tokenise(served, request.prompt)
-            sampling = _settle(request, served.info, len(token_ids), self._config.max_tokens)
-            request = _constrain(request, served.text, token_ids)
+            sampling = settle(request, served.info, len(token_ids), self._config.max_tokens)
+            request = constrain(request, served.text, token_ids)
             ended = partial(self._ended, slot)
             generation = Generation(
                 request,
@@ -223,7 +218,7 @@ class Gateway:
     async def detokenise(self, model: str, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included. Raises InvalidRequest for an id too high."""
         async with self._slots.find(model).use() as served:
-            _check_ids("tokens", token_ids, served.info.vocab_size)
+            check_ids("tokens", token_ids, served.info.vocab_size)
             if len(token_ids) < _THREAD_TOKENS:
                 return served.text.decode(token_ids, skip_special_tokens=False)
             return await asyncio.to_thread(served.text.decode, token_ids, skip_special_tokens=False)
@@ -493,80 +488,6 @@ class Gateway:
         self._events.publish(finished)
 
 
-class _Hands:
-    """What remedies for service levels can do here."""
-
-    def __init__(self, admission: Admission, rollouts: Rollouts) -> None:
-        self._admission = admission
-        self._rollouts = rollouts
-
-    def narrow(self, shed_from: Priority | None, halvings: int) -> None:
-        self._admission.narrow(shed_from, halvings)
-
-    def roll_back(self) -> None:
-        for name in self._rollouts.names():
-            if self._rollouts.get(name).status == "running":
-                self._rollouts.roll_back(name)
-
-
-def _check_generates(info: ModelInfo) -> None:
-    if info.kind != "decoder":
-        use = "/v1/rerank" if info.kind == "reranker" else "/v1/embeddings"
-        raise InvalidRequest(
-            f"'{info.model_id}' gives {'scores' if info.kind == 'reranker' else 'vectors'}, not text; "
-            f"use {use}.",
-            param="model",
-        )
-
-
-def _settle(
-    request: GenerateRequest, info: ModelInfo, prompt_tokens: int, default_max_tokens: int | None
-) -> SamplingParams:
-    """The sampling parameters with everything decided that the client left open; raises what the
-    model cannot do."""
-    room = _check_room(request.prompt, prompt_tokens, info)
-    sampling = request.sampling
-    _check_ids("logit_bias", sampling.logit_bias, info.vocab_size)
-    _check_ids("stop_token_ids", sampling.stop_token_ids, info.vocab_size)
-    wanted = request.max_tokens if request.max_tokens is not None else default_max_tokens
-    return msgspec.structs.replace(
-        sampling,
-        max_tokens=room if wanted is None else min(wanted, room),
-        seed=secrets.randbits(63) if request.seed is None else request.seed,
-    )
-
-
-def _check_room(prompt: Prompt, prompt_tokens: int, info: ModelInfo) -> int:
-    """The tokens that the context leaves for an answer. Raises ContextOverflow."""
-    room = info.context_length - prompt_tokens
-    if room < 1:
-        raise ContextOverflow(
-            f"The prompt has {prompt_tokens} tokens or more; the context of '{info.model_id}' is "
-            f"{info.context_length} and at least one must be left to generate.",
-            param="messages" if isinstance(prompt, ChatPrompt) else "prompt",
-        )
-    return room
-
-
-def _constrain(request: GenerateRequest, text: TextSide, token_ids: list[int]) -> GenerateRequest:
-    """The request with the grammar that its `tool_choice` or strict functions mean, or with its own
-    after the model's reasoning."""
-    prompt, grammar = request.prompt, request.grammar
-    if not isinstance(prompt, ChatPrompt):
-        return request
-    if grammar is not None and not prompt.tools:
-        before = text.reasoning_rules(prompt, token_ids)
-        grammar = msgspec.structs.replace(grammar, before=before)
-        return msgspec.structs.replace(request, grammar=grammar)
-    if grammar is not None:
-        raise InvalidRequest(
-            f"'{grammar.param}' says what the whole answer looks like, so nothing could call 'tools'.",
-            param=grammar.param,
-        )
-    forced = text.forced_calls(prompt, token_ids)
-    return request if forced is None else msgspec.structs.replace(request, grammar=forced)
-
-
 def _reuse(config: Config, metrics: Metrics) -> Reuse:
     cache = None
     if config.response_cache != "off":
@@ -612,11 +533,3 @@ def _ask(
         # One seed, which the answer names, keys them all.
         return msgspec.structs.replace(ask, caching="none")
     return ask
-
-
-def _check_ids(param: str, ids: Sequence[int] | dict[int, float], vocab_size: int) -> None:
-    for token_id in ids:
-        if not 0 <= token_id < vocab_size:
-            raise InvalidRequest(
-                f"Token id {token_id} is not in the vocabulary of {vocab_size}.", param=param
-            )

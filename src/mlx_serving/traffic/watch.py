@@ -18,10 +18,13 @@ from mlx_serving.telemetry.events import (
     WorkerStarted,
 )
 from mlx_serving.telemetry.metrics import Metrics
+from mlx_serving.traffic.admission import Admission
 from mlx_serving.traffic.alerts import Alerts
-from mlx_serving.traffic.levels import TICK_S, Hands, LevelChanged, Levels
+from mlx_serving.traffic.levels import TICK_S, LevelChanged, Levels
 from mlx_serving.traffic.regression import Drift, Drifts, settings_of
+from mlx_serving.traffic.rollouts import Rollouts
 from mlx_serving.traffic.slo import parse
+from mlx_serving.types import Priority
 
 _DEPENDS = (
     "max_num_seqs",
@@ -34,17 +37,20 @@ _DEPENDS = (
 """Settings that latencies depend on."""
 
 
-def wanted(config: Config) -> bool:
-    return bool(config.slo) or config.watch_drift
-
-
 class Watch:
     """Hears of every finished request from `start` to `stop`.
 
     Raises ConfigError for an objective that is none.
     """
 
-    def __init__(self, config: Config, hands: Hands, events: EventBus, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        config: Config,
+        admission: Admission,
+        rollouts: Rollouts,
+        events: EventBus,
+        metrics: Metrics,
+    ) -> None:
         self._events = events
         self._metrics = metrics
         self._alerts = (
@@ -52,7 +58,7 @@ class Watch:
         )
         self._levels = Levels(
             [parse(text) for text in config.slo],
-            hands,
+            _Hands(admission, rollouts),
             ladder=config.slo_remedies,
             dry_run=config.slo_dry_run,
             on_change=self._changed,
@@ -126,3 +132,19 @@ def _drifts(config: Config, on_drift: Callable[[Drift], None]) -> Drifts:
     depends = {name: getattr(config, name) for name in _DEPENDS}
     depends["machine"] = f"{os.uname().nodename} {os.cpu_count()}"
     return Drifts(file, settings_of(depends), on_drift)
+
+
+class _Hands:
+    """What remedies for service levels can do here."""
+
+    def __init__(self, admission: Admission, rollouts: Rollouts) -> None:
+        self._admission = admission
+        self._rollouts = rollouts
+
+    def narrow(self, shed_from: Priority | None, halvings: int) -> None:
+        self._admission.narrow(shed_from, halvings)
+
+    def roll_back(self) -> None:
+        for name in self._rollouts.names():
+            if self._rollouts.get(name).status == "running":
+                self._rollouts.roll_back(name)
