@@ -39,7 +39,8 @@ def test_version(args: list[str]) -> None:
 
 def test_help_lists_every_command() -> None:
     text = run("--help").stdout
-    for command in ("serve", "chat", "pull", "doctor", "version"):
+    commands = ("serve", "chat", "pull", "list", "show", "health", "repair", "convert", "rm", "ps")
+    for command in (*commands, "doctor", "restart", "version"):
         assert f" {command} " in text
 
 
