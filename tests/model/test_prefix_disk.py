@@ -37,7 +37,7 @@ CACHED = dataclasses.replace(
     prefix_blocks=8,
     prefix_block_tokens=STEP,
     prefix_whole_chunks=True,
-    prefix_block_bytes=BLOCK_BYTES,
+    disk_block_bytes=BLOCK_BYTES,
     disk_bytes=100 * BLOCK_BYTES,
 )
 SMALL = dataclasses.replace(CACHED, prefix_blocks=5, disk_bytes=6 * BLOCK_BYTES)

@@ -39,11 +39,11 @@ class FakeDisk:
         self._reads: deque[BlockFile] = deque()
         self._writes: deque[tuple[BlockFile, Content]] = deque()
         if self._rng.random() < 0.5 and not self.others:
-            size = self.limits.prefix_block_bytes
+            size = self.limits.disk_block_bytes
             self.others = {f"{FOREIGN} {i}": size for i in range(self._rng.randrange(4))}
 
     def scan(self) -> Scanned:
-        size = self.limits.prefix_block_bytes
+        size = self.limits.disk_block_bytes
         mine = [Found(f.key.hex(), size, self._rng.uniform(0, 99), f) for f in self.files]
         others = [Found(n, b, self._rng.uniform(0, 99)) for n, b in self.others.items()]
         return Scanned((*mine, *others))
@@ -98,7 +98,7 @@ class FakeDisk:
         if self._rng.random() < self._faults / 5:
             return NotWritten(file.key)
         self.files[file] = content
-        size = self.limits.prefix_block_bytes
+        size = self.limits.disk_block_bytes
         used = len(self.files) * size + sum(self.others.values())
         assert used <= self.limits.disk_bytes, "the folder is larger than it may be"
         return Written(file.key, size)

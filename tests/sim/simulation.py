@@ -167,7 +167,7 @@ def _with_disk(plain: Scenario, rng: random.Random) -> Scenario:
     return dataclasses.replace(
         plain,
         limits=dataclasses.replace(
-            plain.limits, prefix_block_bytes=block_bytes, disk_bytes=blocks * block_bytes
+            plain.limits, disk_block_bytes=block_bytes, disk_bytes=blocks * block_bytes
         ),
         disk_faults=rng.choice([0, 0, 0.05, 0.5]),
         disk_losses_s=[rng.uniform(0, horizon_s) for _ in range(rng.choice([0, 0, 1, 2]))],

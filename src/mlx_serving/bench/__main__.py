@@ -8,11 +8,11 @@ import os
 import sys
 from pathlib import Path
 
-from mlx_serving.bench import compare, overhead, prefix, report, schema
+from mlx_serving.bench import compare, gaps, overhead, prefix, report, schema
 from mlx_serving.catalog.ensure import ensure
 from mlx_serving.config import DEFAULT_MODEL, Config
 
-PARTS = ("overhead", "depth", "schema", "bare", "compare", "prefix")
+PARTS = ("overhead", "depth", "schema", "bare", "compare", "prefix", "gaps")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=24)
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--kernels", nargs="*", default=["off", "auto"])
+    parser.add_argument("--max-itl-ms", type=float, nargs="*", default=[60.0, 120.0])
     parser.add_argument("--chats", type=int, default=20)
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument(
@@ -76,6 +77,9 @@ async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> 
     if "prefix" in parts:
         print("shared prefixes and conversations …", file=sys.stderr, flush=True)
         sections += await _prefix(args, folder, stored)
+    if "gaps" in parts:
+        print("a long prompt beside running streams …", file=sys.stderr, flush=True)
+        sections.append(report.gaps(await gaps.measure(stored, (0.0, *args.max_itl_ms))))
     return "\n".join(sections)
 
 

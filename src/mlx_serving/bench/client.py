@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,8 +68,16 @@ async def post(host: str, port: int, path: str, payload: dict[str, Any]) -> tupl
         return await _head(reader), await reader.read()
 
 
-async def stream(host: str, port: int, path: str, payload: dict[str, Any]) -> Timing:
-    """Send one request with `stream: true`; raises RuntimeError on a status other than 200."""
+async def stream(
+    host: str,
+    port: int,
+    path: str,
+    payload: dict[str, Any],
+    *,
+    on_token: Callable[[], None] = lambda: None,
+) -> Timing:
+    """Send one request with `stream: true`; raises RuntimeError on a status other than 200.
+    `on_token` is called as each event arrives."""
     timing = Timing()
     body = {**payload, "stream": True, "stream_options": {"include_usage": True}}
     began_s = time.perf_counter()
@@ -79,6 +87,7 @@ async def stream(host: str, port: int, path: str, payload: dict[str, Any]) -> Ti
             raise RuntimeError(f"{path} answered {status}: {(await reader.read())[:500]!r}")
         async for line in reader:
             if line.startswith(b"data: {"):
+                on_token()
                 _note(timing, json.loads(line[6:]), time.perf_counter() - began_s)
     timing.end_s = timing.token_times_s[-1] if timing.token_times_s else 0.0
     return timing

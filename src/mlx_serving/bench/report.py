@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mlx_serving.bench.compare import Comparison
+from mlx_serving.bench.gaps import Gaps
 from mlx_serving.bench.overhead import Overhead
 from mlx_serving.bench.prefix import Replay, Reuse
 from mlx_serving.bench.schema import SchemaCost
@@ -144,6 +145,21 @@ def replays(kernels: str, found: Sequence[Replay]) -> str:
     ]
     head = ("server", "chats × turns", "to all answers", "ours over it (aim ≤ 0.7)")
     return _table(f"## A replay of conversations, kernels `{kernels}`", head, rows)
+
+
+def gaps(found: Sequence[Gaps]) -> str:
+    rows = [
+        (
+            f"{one.target_ms:.0f} ms" if one.target_ms else "none",
+            f"{one.p50_ms:.0f} ms",
+            f"{one.p99_ms:.0f} ms",
+            f"{one.most_ms:.0f} ms",
+            f"{one.prompt_s:.1f} s",
+        )
+        for one in found
+    ]
+    head = ("--max-itl-ms", "gap, p50", "p99", "longest", "the prompt's TTFT")
+    return _table("## 8 streams while 6,000 tokens are prefilled (kernels: auto)", head, rows)
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

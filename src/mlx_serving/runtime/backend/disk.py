@@ -48,8 +48,8 @@ RUN_BYTES = 16 * 1024 * 1024
 """Neighbouring blocks are staged together, up to so many bytes."""
 STAGED_RUNS = 8
 """Reading waits while so many are staged and not yet taken."""
-WAIT_S = 0.05
-"""A step that waits for the disk ends after this at the latest."""
+WAIT_S = 0.01
+"""A step that waits for the disk ends after this at the latest: other models' steps wait behind it."""
 RESCAN_SHARE = 16
 """The folder is looked through again once a bound's share of this was written."""
 CLOSE_S = 0.5

@@ -129,7 +129,8 @@ def load(
         prefix_blocks=prefix.blocks,
         prefix_block_tokens=prefix.block_tokens,
         prefix_whole_chunks=prefix.whole_chunks,
-        prefix_block_bytes=prefix.block_bytes + FILE_OVERHEAD_BYTES,
+        prefix_block_bytes=prefix.block_bytes,
+        disk_block_bytes=prefix.block_bytes + FILE_OVERHEAD_BYTES,
         disk_bytes=0 if folder is None else options.kv_disk_bytes,
     )
     info = ModelInfo(

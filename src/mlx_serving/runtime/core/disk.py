@@ -262,6 +262,7 @@ class DiskTier:
                 self._release(key)
                 self.arrived.append(key)
                 self.use((key,))
+                self._prune(self.index.blocks[key])
             case Lost(key):
                 self.counts.lost += 1
                 self.reading.discard(key)

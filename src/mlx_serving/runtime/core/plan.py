@@ -182,5 +182,7 @@ class Limits:
     prefill_grain: int = 0
     """Where there is a target, chunks may also end at multiples of this; 0: results would depend on it."""
     prefix_block_bytes: int = 0
+    disk_block_bytes: int = 0
+    """A block's file takes no more."""
     disk_bytes: int = 0
     """What the folder of block files may take; 0: none are kept."""

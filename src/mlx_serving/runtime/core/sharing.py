@@ -24,7 +24,7 @@ class Sharing:
         self.index = PrefixIndex(limits.prefix_blocks, limits.prefix_block_tokens)
         self.disk = DiskTier(
             limits.disk_bytes if limits.prefix_blocks else 0,
-            limits.prefix_block_bytes,
+            limits.disk_block_bytes,
             limits.prefix_block_tokens,
         )
         self.promised: dict[bytes, Sequence] = {}

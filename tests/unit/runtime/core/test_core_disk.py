@@ -220,7 +220,7 @@ class Tiers(RuleBasedStateMachine):
             kv_bucket_tokens=16,
             prefix_blocks=memory,
             prefix_block_tokens=2,
-            prefix_block_bytes=SIZE,
+            disk_block_bytes=SIZE,
             disk_bytes=disk * SIZE,
         )
         self.depth = 1 + depth
@@ -278,6 +278,14 @@ class Tiers(RuleBasedStateMachine):
         result = StepResult(plan.step_id, [Sampled(i, [1]) for i in ids], events)
         self.scheduler.apply(result)
 
+    @precondition(lambda self: not any(what == "write" for what, _ in self.orders))
+    @rule(lost=st.booleans())
+    def folder_is_looked_through(self, lost: bool) -> None:
+        if lost:
+            self.files.clear()
+        found = [Found(k.hex(), SIZE, 0.0, file) for k, file in self.files.items()]
+        self.events.append(Scanned(tuple(found)))
+
     @precondition(lambda self: self.orders)
     @rule(works=st.booleans())
     def disk_gets_on(self, works: bool) -> None:
@@ -308,7 +316,7 @@ class Tiers(RuleBasedStateMachine):
     def holds(self) -> None:
         if hasattr(self, "scheduler"):
             invariants.check(self.scheduler)
-            assert len(self.staged) <= len(self.scheduler.sharing.disk.reading) + len(self.events)
+            assert self.staged <= self.scheduler.sharing.disk.reading
 
 
 Tiers.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
