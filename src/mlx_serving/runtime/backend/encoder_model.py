@@ -56,7 +56,7 @@ from mlx_serving.runtime.slices import Slices
 from mlx_serving.types import ModelInfo, SamplingParams
 from mlx_serving.worker.wire import ModelOptions
 
-STEP_TOKENS_CPU, STEP_TOKENS_GPU = 256, 8192
+STEP_TOKENS_CPU, STEP_TOKENS_GPU = 64, 8192
 """Of one forward pass, more only for a single text: how long another model's streams may wait for it."""
 MAX_TEXTS = 256
 """That are computed or wait for the step in flight."""
@@ -144,7 +144,8 @@ def load(
         max_seq_length(path) or parsed.max_tokens,
         options.context_length or parsed.max_tokens,
     )
-    step_tokens = max(context, STEP_TOKENS_GPU if gpu else STEP_TOKENS_CPU)
+    step_tokens = STEP_TOKENS_GPU if gpu else STEP_TOKENS_CPU
+    longest = max(context, step_tokens)
     info = ModelInfo(
         model_id=model_id,
         path=str(path),
@@ -164,21 +165,23 @@ def load(
         kind="reranker" if ranks else "embedder",
         embedding_size=0 if ranks else pooling.size(parsed.hidden_size),
         max_input_tokens=context,
-        prefill_step_size=step_tokens,
+        prefill_step_size=longest,
         prompts=prompts,
         default_prompt=default_prompt,
     )
     device = MLXMemory(budget_bytes(options.memory_budget, mx.device_info(), gpu))
-    return LoadedModel(info, runner, _limits(context, step_tokens), device=device)
+    limits = _limits(context, longest, step_tokens)
+    return LoadedModel(info, runner, limits, device=device)
 
 
-def _limits(context: int, step_tokens: int) -> Limits:
+def _limits(context: int, longest: int, step_tokens: int) -> Limits:
     """A sequence ends one token past its prompt, which is then as long as the context. Memory is no
     bound: there is no KV."""
     row_tokens = -(-(context + 1) // KV_BUCKET) * KV_BUCKET
     return Limits(
         max_num_seqs=MAX_TEXTS,
-        prefill_step_size=step_tokens,
+        prefill_step_size=longest,
+        prefill_budget=step_tokens,
         context_length=context + 1,
         kv_capacity_tokens=MAX_TEXTS * row_tokens,
         kv_bucket_tokens=KV_BUCKET,

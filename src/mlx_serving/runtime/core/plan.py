@@ -164,7 +164,7 @@ class Limits:
     max_num_seqs: int
     """Rows."""
     prefill_step_size: int
-    """Prefill tokens a step; chunks are cut at multiples of it from position 0."""
+    """Chunks are cut at multiples of it from position 0."""
     context_length: int
     kv_capacity_tokens: int
     """Row slab tokens that fit memory: rows × the longest row's capacity."""
@@ -174,6 +174,8 @@ class Limits:
     prefix_blocks: int = 0
     """Prefix blocks that the runner keeps; 0: no prefix is reused."""
     prefix_block_tokens: int = 16
+    prefill_budget: int | None = None
+    """Prefill tokens a step; a chunk of more has a step to itself. None: `prefill_step_size`."""
     prefix_whole_chunks: bool = False
     """A block is one whole prefill chunk, and what was computed otherwise is never published. For
     arithmetic that depends on where chunks are cut, and for state that is only there at their ends."""

@@ -58,7 +58,7 @@ class Scheduler:
     """Continuous batching over dense rows with one quantity, `wanted - computed`.
 
     Each step decodes every row that has one position to go and spends at most
-    `prefill_step_size` tokens on prefill, in order of class and arrival. A sequence is admitted
+    `prefill_budget` tokens on prefill, in order of class and arrival. A sequence is admitted
     when its first chunk and its KV fit, with headroom; when growth does not fit, rows are
     preempted and recomputed later. A known prefix is copied, one that is being computed awaited.
     """
@@ -268,16 +268,17 @@ class Scheduler:
         that no later one overtakes it for good.
         """
         step_size, grain = self.limits.prefill_step_size, self.limits.prefill_grain
-        budget = self._prefill_budget()
+        budget, lone = self._prefill_budget(), self.limits.prefill_budget is not None
         chunks: list[tuple[Sequence, int]] = []
         starts: list[tuple[Sequence, list[Block]]] = []
         ready = [seq for seq in self.rows if seq.prefills and not seq.paused]
         ready.sort(key=_order, reverse=True)
         head = self.queue.peek()
         while budget and (ready or head is not None):
+            room = None if lone and not chunks else budget
             if head is None or (ready and ready[-1].order < head.order):
                 seq = ready.pop()
-                length = policy.chunk_length(seq.computed, seq.wanted, step_size, budget, grain)
+                length = policy.chunk_length(seq.computed, seq.wanted, step_size, room, grain)
             else:
                 seq = head
                 found = self.sharing.find(seq)
@@ -285,7 +286,7 @@ class Scheduler:
                     head = None
                     continue
                 copied = len(found) * self.sharing.block_tokens
-                length = policy.chunk_length(copied, seq.wanted, step_size, budget, grain)
+                length = policy.chunk_length(copied, seq.wanted, step_size, room, grain)
                 if not length or not self._admit(seq, found, now_s):
                     head = None
                     continue
@@ -293,14 +294,14 @@ class Scheduler:
                 head = self.queue.peek()
             if length and seq.prefills:
                 chunks.append((seq, length))
-                budget -= length
+                budget = max(0, budget - length)
         return chunks, starts
 
     def _prefill_budget(self) -> int:
         """Tokens of prefill in this step."""
         limits = self.limits
         if not (limits.max_itl_s and limits.prefill_grain):
-            return limits.prefill_step_size
+            return limits.prefill_budget or limits.prefill_step_size
         decoding = any(not seq.paused and not seq.prefills for seq in self.rows)
         return self.pace.budget(decoding, limits.prefill_step_size, limits.prefill_grain)
 

@@ -486,3 +486,13 @@ def test_a_pooled_sequence_neither_takes_nor_leaves_prefix_blocks() -> None:
         sampled = [Sampled(i, [], vector=b"v") for i in ids]
         sampled += [Sampled(row.seq_id, [EOS]) for row in plan.decode]
         sched.apply(StepResult(plan.step_id, sampled))
+
+
+def test_a_budget_below_the_chunk_gives_a_long_text_a_step_of_its_own() -> None:
+    limits = Limits(16, 16, 64, 1024, 8, (EOS,), prefill_budget=6)
+    sched = Scheduler(limits)
+    for seq_id, length in enumerate((3, 3, 16, 2, 5)):
+        add_pooled(sched, seq_id, length)
+    plans = [plan_of(sched) for _ in range(4)]
+    assert [[c.seq_id for c in plan.prefill] for plan in plans] == [[0, 1], [2], [3], [4]]
+    assert plans[1].prefill_tokens == 16
