@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import psutil
 import pytest
 
 PROMPT = "zebra-crossing"
@@ -53,6 +54,13 @@ def test_a_fault_of_ours_says_nothing_of_the_request(server: Any) -> None:
         for path in ("/metrics", "/health", "/v1/models", "/openapi.json"):
             text = client.get(path).text
             assert not any(s in text for s in (server.key, server.admin, PROMPT, ANSWER)), path
+
+
+def test_a_worker_knows_no_keys(server: Any) -> None:
+    (worker,) = psutil.Process(server.process.pid).children()
+    told = worker.environ()
+    assert "PATH" in told, "there is something to look at"
+    assert not {server.key, server.admin} & set(told.values())
 
 
 def test_settings_are_shown_without_their_secrets(server: Any) -> None:

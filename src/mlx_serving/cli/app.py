@@ -20,6 +20,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+ApiKey = Annotated[
+    str | None,
+    typer.Option("--api-key", envvar="MLX_SERVING_API_KEY", help="Where the server asks for one."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
@@ -76,6 +80,7 @@ def chat(
         float | None, typer.Option("--temperature", min=0.0, help="0 is greedy.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Same seed, same answers.")] = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Talk to a model: to a running server, or to an engine started here.
 
@@ -85,7 +90,7 @@ def chat(
 
     params = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     given = {name: value for name, value in params.items() if value is not None}
-    raise typer.Exit(command.run(model, url=url, system=system, params=given))
+    raise typer.Exit(command.run(model, url=url, system=system, params=given, api_key=api_key))
 
 
 @app.command()
@@ -206,10 +211,7 @@ def ps(
     uds: Annotated[
         str | None, typer.Option("--uds", help="The server's Unix domain socket.")
     ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option("--api-key", help="Where the server asks."),
-    ] = None,
+    api_key: ApiKey = None,
     json: Json = False,
 ) -> None:
     """Show what a running server has loaded: models, their sizes, running rows, workers."""

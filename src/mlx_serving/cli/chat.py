@@ -104,11 +104,16 @@ class Chat:
 
 
 def run(
-    model: str | None, *, url: str | None, system: str | None, params: Mapping[str, Any]
+    model: str | None,
+    *,
+    url: str | None,
+    system: str | None,
+    params: Mapping[str, Any],
+    api_key: str | None = None,
 ) -> int:
     say = Say()
     try:
-        talker = _talker(model, url, say)
+        talker = _talker(model, url, say, api_key)
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except ConfigError as error:
@@ -145,10 +150,10 @@ def _loop(chat: Chat) -> None:
             print("\n(/exit leaves)")
 
 
-def _talker(model: str | None, url: str | None, say: Say) -> Talker:
+def _talker(model: str | None, url: str | None, say: Say, api_key: str | None) -> Talker:
     if url is not None:
-        return ServerTalker(url, model)
+        return ServerTalker(url, model, api_key=api_key)
     if model is None and answers(DEFAULT_URL):
-        return ServerTalker(DEFAULT_URL, None)
+        return ServerTalker(DEFAULT_URL, None, api_key=api_key)
     say.event("starting", f"starting an engine with {model or 'the default model'} ...")
     return EngineTalker(model, say)

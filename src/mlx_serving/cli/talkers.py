@@ -11,7 +11,7 @@ import httpx
 
 from mlx_serving import config as settings
 from mlx_serving.cli.say import Say
-from mlx_serving.errors import MLXServingError, ServerError, from_code
+from mlx_serving.errors import MLXServingError, ServerError, Unauthorized, from_code
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -46,12 +46,19 @@ class ServerTalker:
     """
 
     def __init__(
-        self, url: str, model: str | None, transport: httpx.BaseTransport | None = None
+        self,
+        url: str,
+        model: str | None,
+        transport: httpx.BaseTransport | None = None,
+        api_key: str | None = None,
     ) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
         # A queued request may wait for long, and a slow machine prefills for long.
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-        self._http = httpx.Client(base_url=self._url, timeout=timeout, transport=transport)
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(
+            base_url=self._url, timeout=timeout, transport=transport, headers=headers
+        )
         self._model = model or self._first_model()
         self.name = f"{self._model} at {self._url}"
 
@@ -78,6 +85,10 @@ class ServerTalker:
         try:
             data = self._http.get("/v1/models").raise_for_status().json()
             return str(data["data"][0]["id"])
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code not in (401, 403):
+                raise self._unreachable(error) from error
+            raise Unauthorized(f"{self._url} asks for its key: --api-key") from error
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         except (ValueError, LookupError, TypeError) as error:

@@ -15,9 +15,13 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
+from mlx_serving.config import SECRETS, env_name
+
 log = logging.getLogger("mlx_serving.worker.stderr")
 
 TAIL_LINES = 50
+SECRET_VARIABLES = frozenset({*map(env_name, SECRETS), "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
+"""A worker, which runs what models bring, has no use for them."""
 COMMAND = (sys.executable, "-u", "-m", "mlx_serving.runtime.main")
 
 
@@ -55,6 +59,7 @@ class WorkerProcess:
                     start_new_session=True,
                     text=True,
                     errors="replace",
+                    env={k: v for k, v in os.environ.items() if k not in SECRET_VARIABLES},
                 )
         except BaseException:
             self.socket.close()

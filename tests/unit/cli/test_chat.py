@@ -18,6 +18,7 @@ from mlx_serving.errors import (
     ModelNotFound,
     Overloaded,
     ServerError,
+    Unauthorized,
 )
 
 
@@ -192,3 +193,17 @@ def test_a_server_refuses(handler: Handler, error: type[MLXServingError], messag
 def test_a_server_without_models(models: Handler) -> None:
     with pytest.raises(ServerError):
         ServerTalker("http://x", None, httpx.MockTransport(models))
+
+
+def test_a_server_that_asks_for_a_key() -> None:
+    def handle(request: httpx.Request) -> httpx.Response:
+        if request.headers.get("authorization") != "Bearer secret":
+            return httpx.Response(401, json={"error": {"code": "missing_api_key", "message": ""}})
+        return httpx.Response(200, json={"data": [{"id": "m"}]})
+
+    with pytest.raises(Unauthorized, match="--api-key"):
+        ServerTalker("http://x", None, httpx.MockTransport(handle))
+    assert (
+        ServerTalker("http://x", None, httpx.MockTransport(handle), "secret").name
+        == "m at http://x"
+    )
