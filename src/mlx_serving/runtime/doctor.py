@@ -18,6 +18,7 @@ from typing import Any, Literal
 import msgspec
 
 from mlx_serving.host import Probe
+from mlx_serving.runtime import blas
 
 BUDGET_S = 1.0
 """For each of the two measurements, after a warm-up."""
@@ -25,12 +26,15 @@ BUDGET_S = 1.0
 
 def probe(budget_s: float = BUDGET_S) -> Probe:
     """Import MLX, look at its device and measure it. An MLX that cannot be imported is a result."""
+    products = blas.preload()
     try:
         mx: Any = importlib.import_module("mlx.core")
     except ImportError as error:
         return Probe(error=str(error))
     native, native_detail = _native()
     backend = _backend(mx)
+    if not native and backend == "cpu":
+        native_detail = f"{native_detail}; {products}"
     info: dict[str, Any] = mx.device_info() if hasattr(mx, "device_info") else {}
     return Probe(
         mlx_version=mx.__version__,

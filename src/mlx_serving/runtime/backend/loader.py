@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from mlx_serving.errors import ModelBroken
+from mlx_serving.runtime import blas
 from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
 from mlx_serving.runtime.slices import Slices, whole
 from mlx_serving.types import ENCODERS
 from mlx_serving.worker.wire import ModelOptions
+
+log = logging.getLogger(__name__)
 
 __all__ = ["LoadedModel", "OnPhase", "check_weights", "load", "loading"]
 
@@ -37,6 +41,7 @@ def loading(
     if not isinstance(config.get("model_type"), str):
         raise ModelBroken(f"{path / 'config.json'} has no model_type")
     check_weights(path)
+    log.info("%s", blas.preload())
     if config["model_type"] in ENCODERS:
         from mlx_serving.runtime.backend import encoder_model
 

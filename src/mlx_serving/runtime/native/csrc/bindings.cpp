@@ -19,6 +19,7 @@ NB_MODULE(_native, m) {
   m.def("threads", [] { return Pool::get().threads(); });
   m.def("set_threads", [](int n) { Pool::get().set_threads(n); }, "n"_a);
   m.def("available_threads", &available_threads);
+  m.def("cgroup_cpus", &cgroup_cpus, "membership"_a, "mount"_a);
 
   nb::class_<Packed>(m, "Packed")
       .def_prop_ro("n", &Packed::n)

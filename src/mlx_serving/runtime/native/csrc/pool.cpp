@@ -44,10 +44,11 @@ double ratio(const std::string& quota, const std::string& period) {
   }
 }
 
-// The smallest quota on the way from this process's cgroup to the root.
-double cgroup_cpus() {
+}  // namespace
+
+double cgroup_cpus(const std::string& membership, const std::string& mount) {
   double cpus = 1e9;
-  std::istringstream lines(read_file("/proc/self/cgroup"));
+  std::istringstream lines(read_file(membership));
   std::string line;
   auto each_level = [&](const std::string& root, std::string path, auto&& limit) {
     for (;;) {
@@ -62,15 +63,15 @@ double cgroup_cpus() {
     if (a == std::string::npos || b == std::string::npos) continue;
     const std::string controllers = "," + line.substr(a + 1, b - a - 1) + ",", path = line.substr(b + 1);
     if (controllers == ",,") {
-      each_level("/sys/fs/cgroup", path, [](const std::string& dir) {
+      each_level(mount, path, [](const std::string& dir) {
         std::istringstream s(read_file(dir + "/cpu.max"));
         std::string quota, period;
         s >> quota >> period;
         return ratio(quota, period);
       });
     } else if (controllers.find(",cpu,") != std::string::npos) {
-      for (const char* root : {"/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"}) {
-        each_level(root, path, [](const std::string& dir) {
+      for (const char* root : {"/cpu", "/cpu,cpuacct"}) {
+        each_level(mount + root, path, [](const std::string& dir) {
           return ratio(read_file(dir + "/cpu.cfs_quota_us"), read_file(dir + "/cpu.cfs_period_us"));
         });
       }
@@ -78,7 +79,6 @@ double cgroup_cpus() {
   }
   return cpus;
 }
-}  // namespace
 
 int available_threads() {
   int n = int(std::max(1u, std::thread::hardware_concurrency()));
@@ -86,7 +86,7 @@ int available_threads() {
   cpu_set_t set;
   CPU_ZERO(&set);
   if (sched_getaffinity(0, sizeof(set), &set) == 0) n = std::max(1, CPU_COUNT(&set));
-  n = std::min(n, int(std::min(1e6, std::ceil(cgroup_cpus()))));
+  n = std::min(n, int(std::min(1e6, std::ceil(cgroup_cpus("/proc/self/cgroup", "/sys/fs/cgroup")))));
 #endif
   return std::clamp(n, 1, 256);
 }

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <mutex>
+#include <string>
 #include <type_traits>
 
 namespace ms {
@@ -13,6 +14,10 @@ namespace ms {
 // Threads this process may use: its affinity mask and its cgroup's CPU quota
 // (v1 and v2), at least 1.
 int available_threads();
+
+// CPUs by the smallest quota on the way from a process's cgroup to the root, 1e9 without one.
+// membership: /proc/self/cgroup, mount: /sys/fs/cgroup (or a test's).
+double cgroup_cpus(const std::string& membership, const std::string& mount);
 
 class Pool {
  public:
