@@ -49,6 +49,7 @@ _REQUEST = frozenset(
         "cache_salt",
         "grammar",
         "keep_alive_s",
+        "timeout_s",
     }
 )
 _TOOL_USE = ("tools", "tool_choice", "parallel_tool_calls")

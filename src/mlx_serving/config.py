@@ -150,7 +150,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_num_seqs: Annotated[int, Meta(ge=1, le=4096)] = 16
     """Sequences that decode at once."""
     max_queue: Annotated[int, Meta(ge=1)] = 1024
-    """Requests waiting or running at once; more are refused with 503 and Retry-After."""
+    """Requests of one class (critical, high, normal, low) waiting or running at once; more are refused with 503 and Retry-After."""
+    class_queue: tuple[str, ...] = ()
+    """Requests of one class waiting or running at once, where not max-queue: CLASS=COUNT; low=64."""
+    max_wait_s: Annotated[float, Meta(ge=0)] = 60.0
+    """A request that has waited so long for a row goes before every class, in an eighth of the rows; 0: never."""
+    short_jobs_first: bool = False
+    """Within a class, requests with a small max_tokens go before others that came up to 10 s earlier."""
     coalesce: Literal["off", "deterministic", "all"] = "off"
     """Which identical requests share one sequence while it runs; deterministic: greedy or seeded ones."""
     coalesce_subscribers: Annotated[int, Meta(ge=1, le=10_000)] = 100
@@ -343,6 +349,10 @@ def _contradictions(config: Config, places: Mapping[str, str]) -> Iterable[str]:
     if config.kv_disk_path is not None and config.prefix_cache_bytes == 0:
         place = places.get("kv_disk_path", "kv_disk_path")
         yield f"{place}: needs a prefix cache in memory, and prefix_cache_bytes is 0"
+    for item in config.class_queue:
+        if not re.fullmatch(r"(critical|high|normal|low)=[0-9]{1,9}", item):
+            place = places.get("class_queue", "class_queue")
+            yield f"{place}: expected CLASS=COUNT with CLASS one of critical, high, normal, low, got '{item}'"
     if len(set(models)) < len(models):
         yield f"{places.get('models', 'models')}: a model is given twice"
 

@@ -15,6 +15,7 @@
     ├── ServerError               500  ours; report it
     │   └── WorkerDied            500  the worker died under this request; retry
     ├── TimedOut                  504  ask for less, or allow it more time
+    │   └── DeadlineExceeded      504  the request's own 'timeout'
     ├── ModelBroken               503  the model's files or this runtime: see the reason
     ├── Overloaded                503  wait, then retry (Retry-After)
     ├── Draining                  503  the server is shutting down
@@ -112,6 +113,10 @@ class WorkerDied(ServerError):
 
 class TimedOut(MLXServingError):
     status, type, code = 504, "timeout_error", "timed_out"
+
+
+class DeadlineExceeded(TimedOut):
+    code = "deadline_exceeded"
 
 
 class ModelBroken(MLXServingError):

@@ -31,8 +31,8 @@ from mlx_serving.roster import Roster
 from mlx_serving.settle import check_generates, check_ids, check_room, constrain, settle
 from mlx_serving.telemetry.events import EventBus, RequestFinished, RequestStarted
 from mlx_serving.telemetry.metrics import Metrics
-from mlx_serving.traffic.admission import Admission
-from mlx_serving.traffic.deadlines import TimeLimits
+from mlx_serving.traffic.admission import Admission, class_bounds
+from mlx_serving.traffic.deadlines import TimeLimits, within
 from mlx_serving.traffic.response_cache import ResponseCache
 from mlx_serving.traffic.reuse import Reuse
 from mlx_serving.traffic.rollouts import FAILED, Arm, Rollout, Rollouts, Spec, measured
@@ -53,6 +53,7 @@ from mlx_serving.types import (
     RankRequest,
     SamplingParams,
     ServedModel,
+    Turn,
     Usage,
 )
 from mlx_serving.worker.port import WorkerClient
@@ -82,7 +83,7 @@ class Gateway:
         self._metrics = metrics
         self._events = events
         self._slots = Roster(slots, config.model_aliases, worker)
-        self._admission = Admission(config.max_queue)
+        self._admission = Admission(class_bounds(config.max_queue, config.class_queue))
         self._reuse = _reuse(config, metrics)
         file = config.rollouts_file
         self.rollouts = Rollouts(Path(file) if file else None)
@@ -108,6 +109,10 @@ class Gateway:
 
     async def open(self, request: GenerateRequest) -> Generation:
         """Accept a request and start its sequences. Raises a typed error before any work is done."""
+        async with within(request.timeout_s):
+            return await self._open(request)
+
+    async def _open(self, request: GenerateRequest) -> Generation:
         arrived_s = clock.monotonic()
         asked = self._slots.find(request.model)
         self._admission.enter(arrived_s, request.priority)
@@ -115,7 +120,7 @@ class Gateway:
         try:
             slot, served, arm = await self._answerer(asked, request)
         except BaseException:
-            self._leave()
+            self._leave(request.priority)
             raise
         try:
             check_generates(served.info)
@@ -132,13 +137,13 @@ class Gateway:
                 sampling,
                 arrived_s,
                 ended,
-                self._limits,
+                self._limits.asked(request.timeout_s),
             )
             generation.arm = arm
-            await generation.start(self._rows_for(served, request, token_ids))
+            await generation.start(self._rows_for(served, request, token_ids, arrived_s))
         except BaseException:
             slot.release()
-            self._leave()
+            self._leave(request.priority)
             raise
         self._running.add(generation)
         self._shadow(asked, request, generation)
@@ -351,9 +356,13 @@ class Gateway:
             return await asyncio.to_thread(served.text.encode_prompt, prompt)
         return served.text.encode_prompt(prompt)
 
-    def _rows_for(self, served: Served, request: GenerateRequest, token_ids: list[int]) -> OpenRows:
+    def _rows_for(
+        self, served: Served, request: GenerateRequest, token_ids: list[int], arrived_s: float
+    ) -> OpenRows:
+        turn = _turn(request, arrived_s)
+
         async def open_rows(sampling: SamplingParams) -> RowSource:
-            ask = _ask(served, request, token_ids, sampling)
+            ask = _ask(served, request, token_ids, sampling, turn)
             return await self._reuse.open(ask, lambda: self._submit(ask))
 
         return open_rows
@@ -416,11 +425,12 @@ class Gateway:
             priority=ask.priority,
             grammar=ask.grammar,
             cache_salt=ask.cache_salt,
+            turn=ask.turn,
         )
 
-    def _leave(self) -> float:
+    def _leave(self, priority: Priority = Priority.NORMAL) -> float:
         now_s = clock.monotonic()
-        self._admission.leave(now_s)
+        self._admission.leave(now_s, priority)
         self._metrics.open_requests.dec()
         if not self._admission.open_requests:
             self._idle.set()
@@ -447,7 +457,7 @@ class Gateway:
 
     def _ended(self, slot: ModelSlot[Served], generation: Generation, outcome: str) -> None:
         slot.release(generation.request.keep_alive_s)
-        now_s = self._leave()
+        now_s = self._leave(generation.request.priority)
         self._running.discard(generation)
         if outcome in _COMPLETE:
             self._reuse.keep(generation.sources)
@@ -513,8 +523,22 @@ def _reuse(config: Config, metrics: Metrics) -> Reuse:
     )
 
 
+def _turn(request: GenerateRequest, arrived_s: float) -> Turn:
+    return Turn(
+        arrived_s=arrived_s,
+        client=request.client,
+        weight=request.weight,
+        expected_tokens=request.max_tokens,
+        deadline_s=None if request.timeout_s is None else arrived_s + request.timeout_s,
+    )
+
+
 def _ask(
-    served: Served, request: GenerateRequest, token_ids: list[int], sampling: SamplingParams
+    served: Served,
+    request: GenerateRequest,
+    token_ids: list[int],
+    sampling: SamplingParams,
+    turn: Turn,
 ) -> Ask:
     ask = Ask(
         model_id=served.info.model_id,
@@ -527,6 +551,7 @@ def _ask(
         cache_salt=request.cache_salt,
         seeded=request.seed is not None,
         priority=request.priority,
+        turn=turn,
         caching=request.caching,
     )
     if request.n > 1 and not ask.deterministic:

@@ -7,6 +7,7 @@ it is asked for, or at the start as far as the budget holds.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -131,6 +132,8 @@ class Models:
             kernels=c.kernels,
             exact_batch=c.exact_batch,
             prefix_cache_bytes=c.prefix_cache_bytes,
+            max_wait_s=c.max_wait_s or math.inf,
+            short_jobs_first=c.short_jobs_first,
             json_digit_tokens=c.json_digit_tokens,
             json_string_tokens=c.json_string_tokens,
             json_white_space=c.json_white_space,

@@ -34,6 +34,8 @@ MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 MAX_INPUTS = 2048
 """Texts in one request for vectors, as OpenAI bounds it."""
+MAX_WEIGHT = 1000
+MAX_TIMEOUT_S = 86_400
 
 
 def _require(ok: bool, param: str, must: str, value: object) -> None:
@@ -48,6 +50,25 @@ class Priority(enum.IntEnum):
     HIGH = 1
     NORMAL = 2
     LOW = 3
+
+
+class Turn(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What decides when a sequence is served, besides its class; it cannot change its tokens.
+
+    Times are of the monotonic clock, which the processes of one machine share.
+    """
+
+    arrived_s: float | None = None
+    client: str | None = None
+    """Clients share what there is, by weight: the name of an API key."""
+    weight: float = 1.0
+    expected_tokens: int | None = None
+    """Length of the answer, where it is bounded."""
+    deadline_s: float | None = None
+    """It is not begun if it cannot end by then."""
+
+
+NO_TURN = Turn()
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -200,6 +221,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive_s: float | None = None
     """How long the model stays in memory after this request, if no other comes; below 0: until its
     memory is needed; None: as configured."""
+    weight: float = 1.0
+    """The client's share beside other clients'."""
+    timeout_s: float | None = None
+    """From its arrival; then it ends with DeadlineExceeded, and is not begun if that is foreseen."""
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest naming the first field that is out of its range."""
@@ -211,6 +236,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
             r(ok, "stop", f"strings of 1 to {MAX_STOP_CHARS} characters", stop[:20])
         if self.seed is not None:
             r(-(2**63) <= self.seed < 2**64, "seed", "an integer of 64 bits", self.seed)
+        r(0 < self.weight <= MAX_WEIGHT, "weight", f"above 0 and at most {MAX_WEIGHT}", self.weight)
+        if self.timeout_s is not None:
+            ok = 0 < self.timeout_s <= MAX_TIMEOUT_S
+            r(ok, "timeout", f"seconds, above 0 and at most {MAX_TIMEOUT_S}", self.timeout_s)
         if self.max_tokens is not None:
             r(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
             ok = self.sampling.min_tokens <= self.max_tokens

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mlx_serving.errors import ContextOverflow
+from mlx_serving.errors import ContextOverflow, DeadlineExceeded
 from mlx_serving.runtime.core import invariants
 from mlx_serving.runtime.core.disk import STAGED_BYTES
 from mlx_serving.runtime.core.plan import Limits, PendingStep, StepPlan
@@ -22,7 +23,7 @@ from mlx_serving.runtime.core.policy import usable_context
 from mlx_serving.runtime.core.rows import bucketed
 from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
 from mlx_serving.runtime.core.sequence import Sequence, Status
-from mlx_serving.types import FinishReason, Priority, SamplingParams, TokenLogprob
+from mlx_serving.types import FinishReason, Priority, SamplingParams, TokenLogprob, Turn
 from sim.fake_disk import FakeDisk
 from sim.fake_runner import VOCAB, FakeRunner, next_token
 
@@ -40,10 +41,13 @@ class Request:
     pauses_s: list[tuple[float, float]]
     """When its reader stalls, and when it goes on."""
     salt: str | None = None
+    turn: Turn = field(default_factory=Turn)
 
     submitted: bool = False
     rejected: bool = False
     cancelled: bool = False
+    refused: bool = False
+    """It could not have ended by its deadline, and was not begun."""
     paused: bool = False
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -54,7 +58,9 @@ class Request:
 
     @property
     def live(self) -> bool:
-        return self.submitted and not (self.rejected or self.cancelled or self.endings)
+        return self.submitted and not (
+            self.rejected or self.cancelled or self.refused or self.endings
+        )
 
 
 @dataclass(slots=True)
@@ -120,7 +126,28 @@ def scenario(seed: int) -> Scenario:
         deaths_s=[rng.uniform(0, 2 * horizon_s) for _ in range(rng.choice([0, 0, 1, 2]))],
         failures_s=[rng.uniform(0, 2 * horizon_s) for _ in range(rng.choice([0, 0, 1]))],
     )
-    return _sharing(plain, random.Random(~seed))
+    return _crowded(_sharing(plain, random.Random(~seed)), random.Random(seed ^ 0xC201))
+
+
+def _crowded(plain: Scenario, rng: random.Random) -> Scenario:
+    """The same with several clients, deadlines, ageing and a liking for short jobs, each or none."""
+    limits = dataclasses.replace(
+        plain.limits,
+        max_wait_s=rng.choice([math.inf, 5.0, 50.0]),
+        short_jobs_first=rng.random() < 0.3,
+    )
+    clients = [None, "a", "b", "c"][: rng.randint(1, 4)]
+    hurried = rng.choice([0, 0, 0.2])
+    for request in plain.requests:
+        client = rng.choice(clients)
+        in_s = rng.choice([0.0, rng.uniform(0, 20), rng.uniform(0, 200)])
+        request.turn = Turn(
+            client=client,
+            weight=1.0 + len(client or ""),
+            expected_tokens=rng.choice([None, request.sampling.max_tokens]),
+            deadline_s=request.arrives_s + in_s if rng.random() < hurried else None,
+        )
+    return dataclasses.replace(plain, limits=limits)
 
 
 def _sharing(plain: Scenario, rng: random.Random) -> Scenario:
@@ -212,6 +239,11 @@ class Report:
     tokens: int = 0
     preemptions: int = 0
     """Rows taken away because memory did not suffice."""
+    outranked: int = 0
+    """Rows that a higher class took."""
+    promoted: int = 0
+    """Rows given to those who had waited too long."""
+    refused: int = 0
     evictions: int = 0
     """Rows that paused sequences had to give up."""
     discarded: int = 0
@@ -284,21 +316,26 @@ class Simulation:
 
     def _step(self) -> None:
         self._now_s += self._rng.expovariate(1.0)
+        refused = self.report.refused
         room = len(self._pending) < self.scenario.depth
         if room and (not self._pending or self._rng.random() < 0.7) and self._launch():
             return
-        if not self._pending and not self._scheduler.has_work:
-            return  # nothing was left to write
+        done = self.report.refused > refused or not self._scheduler.has_work
+        if not self._pending and done:
+            return  # what was left was refused, or nothing was left to write
         assert self._pending, "stuck: there is work, no step in flight, and no plan"
         self._deliver()
 
     def _launch(self) -> bool:
         scheduler = self._scheduler
         before = list(scheduler.rows)
+        self._orders = {seq: seq.order for seq in before}
         plan = scheduler.schedule(self._now_s)
+        if plan is not None:
+            self._observe(plan, before)
+        self._take_refused()
         if plan is None:
             return False
-        self._observe(plan, before)
         self._pending.append((plan, self._runner.launch(plan)))
         self.report.deepest = max(self.report.deepest, len(self._pending))
         return True
@@ -307,25 +344,42 @@ class Simulation:
         report, scheduler = self.report, self._scheduler
         self._log(f"{self._now_s:8.1f} launch {_brief(plan)}")
         lost = [seq for seq in before if seq.status is Status.WAITING]
-        grown = [seq for seq in lost if not seq.paused]
-        report.evictions += len(lost) - len(grown)
+        starters = [scheduler.sequences[start.seq_id] for start in plan.starts]
+        outranked = [
+            seq
+            for seq in lost
+            if not (seq.paused or seq.promoted)
+            and any(seq.priority >= starter.priority + 2 for starter in starters)
+        ]
+        grown = [seq for seq in lost if not seq.paused and seq not in outranked]
+        report.evictions += len(lost) - len(grown) - len(outranked)
         report.preemptions += len(grown)
+        report.outranked += len(outranked)
+        report.disturbances += bool(outranked)
+        report.promoted += sum(starter.promoted for starter in starters)
         if grown:
             since = report.steps - self._last_admission
             assert since > self.limits.kv_bucket_tokens, f"thrash: {since} steps after admission"
-            kept = [_order(seq) for seq in before if seq.status is Status.RUNNING]
-            assert all(order < _order(seq) for order in kept for seq in grown)
+            kept = [self._orders[seq] for seq in before if seq.status is Status.RUNNING]
+            assert all(order < self._orders[seq] for order in kept for seq in grown)
         worked = {work.seq_id for work in (*plan.prefill, *plan.decode)}
         assert not any(scheduler.sequences[i].paused for i in worked), "a paused row works"
         assert worked.issuperset(s.seq_id for s in plan.starts), "a row is taken to stay idle"
         self._observe_sharing(plan)
         if plan.starts:
             self._last_admission = report.steps
-            admitted = [_order(scheduler.sequences[start.seq_id]) for start in plan.starts]
-            assert admitted == sorted(admitted)
-            head = scheduler.queue.peek()
-            assert head is None or admitted[-1] < _order(head), "somebody was overtaken"
+            self._check_order([seq for seq in starters if not seq.promoted])
         report.steps += bool(plan.prefill or plan.decode or plan.frees)
+
+    def _check_order(self, admitted: list[Sequence]) -> None:
+        """By class and, where no client or length is preferred, by arrival."""
+        head = self._scheduler.queue.peek()
+        if head is not None and not head.promoted:
+            admitted = [*admitted, head]
+        ranks = [(seq.priority, seq.rank, seq.arrival) for seq in admitted]
+        if len({request.turn.client for request in self.scenario.requests}) > 1:
+            ranks = [(seq.priority, 0, 0) for seq in admitted]
+        assert ranks == sorted(ranks), "somebody was overtaken"
 
     def _observe_sharing(self, plan: StepPlan) -> None:
         report, scheduler = self.report, self._scheduler
@@ -335,6 +389,16 @@ class Simulation:
         report.published += sum(len(publish.blocks) for publish in plan.publish)
         head = scheduler.queue.peek()
         report.awaited += head is not None and scheduler.sharing.find(head) is None
+
+    def _take_refused(self) -> None:
+        for refused in self._scheduler.refused:
+            request = self._requests[refused.seq_id]
+            assert request.live and not request.tokens, "what had begun was refused"
+            assert isinstance(refused.error, DeadlineExceeded)
+            request.refused = True
+            self.report.refused += 1
+            self._log(f"{self._now_s:8.1f} refuse {refused.seq_id}")
+        self._scheduler.refused.clear()
 
     def _deliver(self) -> None:
         plan, pending = self._pending.popleft()
@@ -398,16 +462,18 @@ class Simulation:
             self.report.work += chunks + len(oracle.tokens)
         self._log(f"{self._now_s:8.1f} submit {request.seq_id} {request.priority.name}")
 
-    def _add(self, request: Request) -> None:
+    def _add(self, request: Request, priority: Priority | None = None) -> None:
         self._scheduler.add(
             Sequence(
                 seq_id=request.seq_id,
                 tokens=request.prompt + request.tokens,
                 prompt_len=len(request.prompt),
                 sampling=request.sampling,
-                priority=request.priority,
+                priority=request.priority if priority is None else priority,
                 salt=request.salt,
-            )
+                turn=request.turn,
+            ),
+            self._now_s,
         )
 
     def _cancel(self, request: Request) -> None:
@@ -474,7 +540,7 @@ class Simulation:
         self._count_disk()
         assert not self._scheduler.rows.slots and not self._runner.rows, "a row leaked"
         for request in self._requests.values():
-            if request.rejected or request.cancelled:
+            if request.rejected or request.cancelled or request.refused:
                 assert not request.endings
                 continue
             oracle = self._oracles[request.seq_id]
@@ -484,10 +550,6 @@ class Simulation:
                 assert request.logprobs == oracle.logprobs
         bound = self.report.work * (2 + self.report.disturbances) + 2 * len(self._requests)
         assert self.report.steps <= bound, f"{self.report.steps} steps where {bound} suffice"
-
-
-def _order(seq: Sequence) -> tuple[int, int]:
-    return seq.priority, seq.arrival
 
 
 def _brief(plan: StepPlan) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from mlx_serving.runtime.core.plan import StepPlan
 from mlx_serving.runtime.core.scheduler import Emitted
 from mlx_serving.runtime.core.sequence import Sequence
+from mlx_serving.types import Priority
 from mlx_serving.worker import blame
 from sim.simulation import Request, Simulation
 
@@ -80,6 +81,11 @@ class Storm(Simulation):
                 self._scheduler.pause(request.seq_id)
             self._try_next()
 
+    def _take_refused(self) -> None:
+        super()._take_refused()
+        if self._on_trial is not None and self._on_trial.refused:
+            self._try_next()
+
     def _cancel(self, request: Request) -> None:
         if request.seq_id in self.given_up:
             return
@@ -116,4 +122,4 @@ class Storm(Simulation):
     def _try_next(self) -> None:
         self._on_trial = self._suspects.pop(0) if self._suspects else None
         if self._on_trial is not None:
-            self._add(self._on_trial)
+            self._add(self._on_trial, Priority.CRITICAL)

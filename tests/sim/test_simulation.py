@@ -32,7 +32,17 @@ def test_a_few_seeds_and_everything_is_injected() -> None:
     reports = [run(seed) for seed in FAST]
     injected = ("preemptions", "evictions", "discarded", "deaths", "cancelled", "rejected")
     disk = ("disk_read", "disk_written", "disk_lost", "disk_not_written", "disk_evicted")
-    for what in (*injected, *disk, "disk_late", "reused", "published", "dropped", "awaited"):
+    turns = ("outranked", "promoted", "refused")
+    for what in (
+        *injected,
+        *disk,
+        *turns,
+        "disk_late",
+        "reused",
+        "published",
+        "dropped",
+        "awaited",
+    ):
         assert sum(getattr(report, what) for report in reports) > 0, f"no seed shows {what}"
     assert {report.deepest for report in reports} >= {1, 2, 3}
 

@@ -12,7 +12,7 @@ from msgspec import Meta
 from mlx_serving.api import embeddings_fields as fields
 from mlx_serving.api.body import convert, read_object
 from mlx_serving.api.disposition import check
-from mlx_serving.api.openai_request import parse_priority
+from mlx_serving.api.wishes import parse_priority
 from mlx_serving.errors import InvalidRequest
 from mlx_serving.types import MAX_INPUTS, EmbedRequest, RankRequest, TextPrompt, TokenPrompt
 

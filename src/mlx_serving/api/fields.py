@@ -53,6 +53,7 @@ _SAMPLING = {
     "ignore_eos": "the end-of-sequence token does not end the answer",
     "include_stop_str_in_output": "the stop string stays in the text",
     "priority": "critical, high, normal, low; or an integer: to -10 critical, -9 to -1 high, 0 normal, above low",
+    "timeout": "seconds, up to 86,400, from the request's arrival; an answer that is not complete by then ends with a 504, and is not begun where that is foreseen",
     "response_format": "text, json_object or json_schema, which is followed exactly, strict or not; see docs/structured-output.md",
     "structured_outputs": "one of json, regex, choice, grammar (Lark), json_object",
     "guided_json": "as structured_outputs.json",

@@ -186,6 +186,7 @@ def signed(request: GenerateRequest, key: Key) -> GenerateRequest:
         request,
         client=key.name,
         priority=_priority(request.priority, key.priority),
+        weight=key.weight,
         cache_salt=_salt(request.cache_salt, key),
     )
 

@@ -15,7 +15,7 @@ from mlx_serving.config import Config
 from mlx_serving.errors import ConfigError
 from mlx_serving.secret import hashed, is_hash, is_name, same
 from mlx_serving.traffic.allowance import Limits
-from mlx_serving.types import Priority
+from mlx_serving.types import MAX_WEIGHT, Priority
 
 PriorityName = Literal["critical", "high", "normal", "low"]
 Count = Annotated[int, Meta(ge=1)]
@@ -31,6 +31,8 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
     priority: Priority | None = None
     share_cache: bool = False
+    weight: float = 1.0
+    """Its share of the tokens beside other keys' where there is not enough for all."""
 
     def allows(self, model: str) -> bool:
         return not self.models or any(fnmatchcase(model, pattern) for pattern in self.models)
@@ -99,6 +101,7 @@ class _Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tokens_per_min: Count | None = None
     priority: PriorityName | None = None
     share_cache: bool = False
+    weight: Annotated[float, Meta(gt=0, le=MAX_WEIGHT)] = 1.0
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -142,6 +145,7 @@ def _key(entry: _Entry, folder: Path, env: Mapping[str, str]) -> Key:
         limits=Limits(entry.max_concurrent, entry.requests_per_min, entry.tokens_per_min),
         priority=None if entry.priority is None else Priority[entry.priority.upper()],
         share_cache=entry.share_cache,
+        weight=entry.weight,
     )
 
 

@@ -16,16 +16,17 @@ from mlx_serving.api.body import MAX_MESSAGES
 from mlx_serving.api.body import convert as _convert
 from mlx_serving.api.body import read_object as _object
 from mlx_serving.api.disposition import refuse_unknown
+from mlx_serving.api.wishes import parse_priority
 from mlx_serving.content import structured
 from mlx_serving.content.tools.definitions import tool_use
 from mlx_serving.errors import InvalidRequest, UnsupportedParameter
 from mlx_serving.types import (
     MAX_LOGPROBS,
+    MAX_TIMEOUT_S,
     ChatPrompt,
     GenerateRequest,
     Grammar,
     Message,
-    Priority,
     Prompt,
     SamplingParams,
     TextPrompt,
@@ -95,6 +96,7 @@ class _Body(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     priority: str | int | None = None
+    timeout: Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_S)] | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     max_tokens: Positive | None = None
     response_format: dict[str, Any] | None = None
@@ -234,6 +236,7 @@ def _call(
         "stop": _stop(body.stop),
         "include_stop_str": bool(body.include_stop_str_in_output),
         "priority": parse_priority(body.priority),
+        "timeout_s": body.timeout,
         "cache_salt": body.cache_salt,
         "grammar": _grammar(body),
         "session": user if isinstance(user, str) else None,
@@ -351,24 +354,6 @@ def _stop(stop: str | list[Any] | None) -> tuple[str, ...]:
                 param="stop" if single else f"stop[{i}]",
             )
     return tuple(strings)
-
-
-def parse_priority(priority: str | int | None) -> Priority:
-    """vLLM's integers, and our names. Raises InvalidRequest."""
-    if priority is None:
-        return Priority.NORMAL
-    if isinstance(priority, str):
-        named = Priority.__members__.get(priority.upper()) if priority.islower() else None
-        if named is None:
-            raise InvalidRequest(
-                "'priority' must be critical, high, normal, low or an integer.", param="priority"
-            )
-        return named
-    if priority <= -10:
-        return Priority.CRITICAL
-    if priority < 0:
-        return Priority.HIGH
-    return Priority.NORMAL if priority == 0 else Priority.LOW
 
 
 def _chat_prompt(body: _ChatBody) -> ChatPrompt:

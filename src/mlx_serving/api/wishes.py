@@ -2,23 +2,75 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import msgspec
 
 from mlx_serving.api.exchange import Exchange, Headers
 from mlx_serving.api.port import Generation
-from mlx_serving.types import Caching, GenerateRequest
+from mlx_serving.errors import InvalidRequest
+from mlx_serving.types import MAX_TIMEOUT_S, Caching, GenerateRequest, Priority
+
+_INTEGER = re.compile(r"-?[0-9]{1,9}")
 
 MAX_SESSION_CHARS = 256
 
 
 def apply(exchange: Exchange, request: GenerateRequest) -> GenerateRequest:
-    """The request with what its headers say."""
-    caching, session = _caching(exchange), _session(exchange)
-    if caching == "use" and session is None:
-        return request
-    return msgspec.structs.replace(request, caching=caching, session=session or request.session)
+    """The request with what its headers say; a field of the body says more than a header. Raises
+    InvalidRequest naming the header."""
+    found: dict[str, object] = {}
+    if (caching := _caching(exchange)) != "use":
+        found["caching"] = caching
+    if (session := _session(exchange)) is not None:
+        found["session"] = session
+    if request.priority is Priority.NORMAL and (priority := _priority(exchange)) is not None:
+        found["priority"] = priority
+    if request.timeout_s is None and (timeout_s := _timeout_s(exchange)) is not None:
+        found["timeout_s"] = timeout_s
+    return msgspec.structs.replace(request, **found) if found else request
+
+
+def _priority(exchange: Exchange) -> Priority | None:
+    given = exchange.header(b"x-priority")
+    if given is None:
+        return None
+    text = given.decode("latin-1").strip()
+    return parse_priority(int(text) if _INTEGER.fullmatch(text) else text, param="x-priority")
+
+
+def parse_priority(value: str | int | None, *, param: str = "priority") -> Priority:
+    """A class by name, or vLLM's integers, of which a lower one is sooner. Raises InvalidRequest."""
+    if value is None:
+        return Priority.NORMAL
+    if isinstance(value, str):
+        named = Priority.__members__.get(value.upper()) if value.islower() else None
+        if named is None:
+            raise InvalidRequest(
+                f"'{param}' must be critical, high, normal, low or an integer.", param=param
+            )
+        return named
+    if value <= -10:
+        return Priority.CRITICAL
+    if value < 0:
+        return Priority.HIGH
+    return Priority.NORMAL if value == 0 else Priority.LOW
+
+
+def _timeout_s(exchange: Exchange) -> float | None:
+    given = exchange.header(b"x-timeout")
+    if given is None:
+        return None
+    try:
+        timeout_s = float(given)
+    except ValueError:
+        timeout_s = 0.0
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise InvalidRequest(
+            f"'x-timeout' must be seconds, above 0 and at most {MAX_TIMEOUT_S}.", param="x-timeout"
+        )
+    return timeout_s
 
 
 def _caching(exchange: Exchange) -> Caching:

@@ -19,7 +19,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
 from mlx_serving import clock, errors
@@ -88,7 +88,9 @@ class Model:
                 salt=request.cache_salt,
                 pooled=request.pooled or self.info.kind != "decoder",
                 second_at=request.second_at,
-            )
+                turn=request.turn,
+            ),
+            self._now(),
         )
         self.sequences.add(request.seq_id)
 
@@ -127,16 +129,21 @@ class Model:
                     self._started.update(starts)
                     self._on_start(starts)
                 self._in_flight.append(_Launched(plan, self._runner.launch(plan), self._now()))
+            refused = self._take_refused()
             if not self._in_flight:
-                return None
+                return wire.Step(refused) if refused else None
             oldest = self._in_flight.popleft()
             emitted = self._scheduler.apply(oldest.pending.wait())
             stats = self._stats(oldest.plan, oldest.at_s)
             self._scheduler.observe(oldest.plan, stats.step_ms / 1e3)
-            return wire.Step(self._rows(emitted), stats)
+            return wire.Step(refused + self._rows(emitted), stats)
         except Exception as error:
             log.exception("%s: step failed", self.info.model_id)
             return self._fail_started(error)
+
+    def _take_refused(self) -> list[wire.TokenRow]:
+        refused, self._scheduler.refused = self._scheduler.refused, []
+        return self._rows(refused)
 
     def end_all(self, code: str, message: str) -> wire.Step:
         """Error rows for every sequence; the model is not stepped again."""
@@ -213,6 +220,16 @@ class Model:
     def _forget(self, seq_id: int) -> None:
         self.sequences.discard(seq_id)
         self._started.discard(seq_id)
+
+
+def _governed(loaded: LoadedModel, options: wire.ModelOptions) -> LoadedModel:
+    """With what the settings say of who waits for whom."""
+    limits = replace(
+        loaded.limits,
+        max_wait_s=options.max_wait_s,
+        short_jobs_first=options.short_jobs_first,
+    )
+    return replace(loaded, limits=limits)
 
 
 def error_row(seq_id: int, code: str, message: str, param: str | None = None) -> wire.TokenRow:
@@ -477,7 +494,9 @@ class Loop:
             return
         if loaded is not None:
             depth = message.options.pipeline_depth
-            self._models[model_id] = Model(loaded, depth, self._now, self._announce)
+            self._models[model_id] = Model(
+                _governed(loaded, message.options), depth, self._now, self._announce
+            )
             self._device = loaded.device or self._device
             self._collector.loaded()
             self._tell_memory()

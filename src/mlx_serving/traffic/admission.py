@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mlx_serving.errors import Draining, MLXServingError, Overloaded
@@ -16,10 +17,11 @@ _DECAY = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the decision looks at."""
+    """What the decision looks at, for one class."""
 
     open_requests: int
     max_queue: int
+    name: str
     draining: bool
     drain_left_s: float
     finish_interval_s: float
@@ -46,22 +48,27 @@ def refusal(load: Load) -> MLXServingError | None:
         return None
     wait_s = load.finish_interval_s * math.ceil(load.max_queue / 10)
     return Overloaded(
-        f"The server's queue is full ({load.open_requests} of {load.max_queue} requests).",
+        f"The server's queue for {load.name} requests is full "
+        f"({load.open_requests} of {load.max_queue}).",
         retry_after_s=min(MAX_RETRY_S, max(MIN_RETRY_S, wait_s)),
     )
 
 
 class Admission:
-    """Counts open requests and measures how often one ends."""
+    """Counts open requests by class and measures how often one ends. `bounds`: by class, how many."""
 
-    def __init__(self, max_queue: int) -> None:
-        self._max_queue = max_queue
+    def __init__(self, bounds: Mapping[Priority, int]) -> None:
+        self.bounds = bounds
+        self._open = dict.fromkeys(Priority, 0)
         self._last_end_s: float | None = None
         self._interval_s = 0.0
         self._drain_until_s: float | None = None
         self._shed_from: Priority | None = None
         self._halvings = 0
-        self.open_requests = 0
+
+    @property
+    def open_requests(self) -> int:
+        return sum(self._open.values())
 
     @property
     def draining(self) -> bool:
@@ -72,11 +79,11 @@ class Admission:
         error = refusal(self._load(now_s, priority))
         if error is not None:
             raise error
-        self.open_requests += 1
+        self._open[priority] += 1
 
-    def leave(self, now_s: float) -> None:
-        self.open_requests -= 1
-        assert self.open_requests >= 0, "a request left twice"
+    def leave(self, now_s: float, priority: Priority = Priority.NORMAL) -> None:
+        self._open[priority] -= 1
+        assert self._open[priority] >= 0, "a request left twice"
         if self._last_end_s is not None:
             sample_s = now_s - self._last_end_s
             self._interval_s = (
@@ -95,10 +102,17 @@ class Admission:
 
     def _load(self, now_s: float, priority: Priority) -> Load:
         return Load(
-            open_requests=self.open_requests,
-            max_queue=max(1, self._max_queue >> self._halvings),
+            open_requests=self._open[priority],
+            max_queue=self.bounds[priority] >> self._halvings or min(1, self.bounds[priority]),
+            name=priority.name.lower(),
             shed=self._shed_from is not None and priority >= self._shed_from,
             draining=self.draining,
             drain_left_s=(self._drain_until_s or now_s) - now_s,
             finish_interval_s=self._interval_s,
         )
+
+
+def class_bounds(max_queue: int, class_queue: Sequence[str]) -> dict[Priority, int]:
+    """`low=64` bounds one class; the others have `max_queue`."""
+    given = dict(item.split("=") for item in class_queue)
+    return {p: int(given.get(p.name.lower(), max_queue)) for p in Priority}

@@ -168,11 +168,12 @@ class Flights:
         return len(self._open)
 
     def join(self, key: bytes, ask: Ask) -> Subscriber | None:
-        """None: nothing of the kind runs, it is full, or it may be served later than `ask` may."""
+        """None: nothing of the kind runs, it is full, or it may be served later or given up sooner than
+        `ask` may."""
         flight = self._open.get(key)
         if flight is None or len(flight.readers) >= self.max_subscribers:
             return None
-        if flight.ask.priority > ask.priority:
+        if flight.ask.priority > ask.priority or _sooner(flight.ask, ask):
             return None
         self._on_join(ask)
         return flight.join("shared")
@@ -186,3 +187,9 @@ class Flights:
 
         flight = self._open[key] = Flight(key, ask, source, ended)
         return flight.join("miss")
+
+
+def _sooner(one: Ask, other: Ask) -> bool:
+    """Whether `one` is given up sooner."""
+    deadline_s, others_s = one.turn.deadline_s, other.turn.deadline_s
+    return deadline_s is not None and (others_s is None or deadline_s < others_s)

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from mlx_serving.types import Caching, Grammar, Priority, SamplingParams
+from mlx_serving.types import NO_TURN, Caching, Grammar, Priority, SamplingParams, Turn
 from mlx_serving.worker.wire import TokenRow
 
 Reused = Literal["hit", "shared", "miss"]
@@ -60,6 +60,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     seeded: bool = False
     """The client gave the seed."""
     priority: Priority = Priority.NORMAL
+    turn: Turn = NO_TURN
     caching: Caching = "use"
 
     @property
@@ -86,6 +87,7 @@ def digest(ask: Ask) -> bytes:
         ),
         seeded=keyed,
         priority=Priority.NORMAL,
+        turn=NO_TURN,
         caching="use",
     )
     return hashlib.sha256(_encode(canonical)).digest()

@@ -23,7 +23,7 @@ from typing import Any, cast
 import msgspec
 
 from mlx_serving import clock, errors
-from mlx_serving.types import CacheStats, ModelInfo
+from mlx_serving.types import CacheStats, ModelInfo, Priority
 from mlx_serving.worker import blame, wire
 from mlx_serving.worker.watchdog import Vitals
 
@@ -94,11 +94,15 @@ class SequenceStream:
             self._end()
 
     def resumption(self) -> wire.Submit:
-        """The request for what has not arrived yet."""
+        """The request for what has not arrived yet. A suspect is tried at once: beside others that
+        keep it from its first token it would be a suspect of their deaths too."""
+        request = self.request
+        if self.deaths:
+            request = msgspec.structs.replace(request, priority=Priority.CRITICAL)
         if not self._received:
-            return self.request
-        token_ids = [*self.request.token_ids, *self._received]
-        return msgspec.structs.replace(self.request, token_ids=token_ids)
+            return request
+        token_ids = [*request.token_ids, *self._received]
+        return msgspec.structs.replace(request, token_ids=token_ids)
 
     def attach(self, connection: Connection) -> None:
         """From now on the rows come from there."""

@@ -12,7 +12,15 @@ from typing import Protocol
 import msgspec
 
 from mlx_serving.errors import MLXServingError
-from mlx_serving.types import CacheStats, Grammar, ModelInfo, Priority, SamplingParams
+from mlx_serving.types import (
+    NO_TURN,
+    CacheStats,
+    Grammar,
+    ModelInfo,
+    Priority,
+    SamplingParams,
+    Turn,
+)
 from mlx_serving.worker.client import SequenceStream
 from mlx_serving.worker.wire import Memory, ModelOptions, StepStats
 
@@ -192,6 +200,7 @@ class WorkerClient(Protocol):
         cache_salt: str | None = None,
         pooled: bool = False,
         second_at: int | None = None,
+        turn: Turn = NO_TURN,
     ) -> SequenceStream:
         """Start a sequence. Tokens past `prompt_len` are output that an earlier stream delivered.
         One that is `pooled` ends with its prompt, in one row that has its vector; `second_at` says

@@ -20,7 +20,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlx_serving import clock, errors
-from mlx_serving.types import CacheStats, Grammar, ModelInfo, Priority, SamplingParams
+from mlx_serving.types import (
+    NO_TURN,
+    CacheStats,
+    Grammar,
+    ModelInfo,
+    Priority,
+    SamplingParams,
+    Turn,
+)
 from mlx_serving.worker import port, reasons, reconcile, wire
 from mlx_serving.worker.backlog import Backlog
 from mlx_serving.worker.breaker import (
@@ -227,6 +235,7 @@ class Supervisor:
         cache_salt: str | None = None,
         pooled: bool = False,
         second_at: int | None = None,
+        turn: Turn = NO_TURN,
     ) -> SequenceStream:
         request = wire.Submit(
             seq_id=next(self._seq_ids),
@@ -239,6 +248,7 @@ class Supervisor:
             cache_salt=cache_salt,
             pooled=pooled,
             second_at=second_at,
+            turn=turn,
         )
         stream = SequenceStream(request)
         connection = self._usable()

@@ -13,11 +13,13 @@ One `Step` frame a step carries the new tokens of every sequence.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
 
 from mlx_serving.types import (
+    NO_TURN,
     CacheStats,
     FinishReason,
     Grammar,
@@ -25,6 +27,7 @@ from mlx_serving.types import (
     Priority,
     SamplingParams,
     TokenLogprob,
+    Turn,
 )
 
 MAX_FRAME_BYTES = 256 * 1024 * 1024
@@ -52,6 +55,9 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """Always decode with `max_num_seqs` rows, so that logits are bit-equal whatever the batch."""
     tokenizer_path: str | None = None
     """Folder of tokenizer.json, where it is not the model's."""
+    max_wait_s: float = math.inf
+    """A sequence that has waited so long for a row goes before every class; inf: never."""
+    short_jobs_first: bool = False
     prefix_cache_bytes: int | None = None
     """Memory for prefix blocks; 0: none are kept; None: a share of what KV may take."""
     json_digit_tokens: int = 40
@@ -99,6 +105,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True):
     """Cached prefixes are shared only between sequences of equal salts."""
     pooled: bool = False
     """It ends with its prompt, and its only row has a vector. Always so in a model that is no decoder."""
+    turn: Turn = NO_TURN
     second_at: int | None = None
     """Of a pair of texts: where the second one begins, for models that tell them apart."""
 

@@ -46,6 +46,7 @@ SHARED: dict[str, tuple[Any, Read, Any]] = {
     "ignore_eos": (True, lambda r: r.sampling.ignore_eos, True),
     "include_stop_str_in_output": (True, lambda r: r.include_stop_str, True),
     "priority": ("high", lambda r: r.priority, Priority.HIGH),
+    "timeout": (2.5, lambda r: r.timeout_s, 2.5),
     "cache_salt": ("tenant", lambda r: r.cache_salt, "tenant"),
     "max_tokens": (9, lambda r: r.max_tokens, 9),
     "response_format": (
@@ -322,6 +323,8 @@ CHAT_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"priority": "urgent"}, "priority"),
     ({"priority": "HIGH"}, "priority"),
     ({"priority": 0.5}, "priority"),
+    ({"timeout": 0}, "timeout"),
+    ({"timeout": 86401}, "timeout"),
     ({"cache_salt": ""}, "cache_salt"),
     ({"model": ""}, "model"),
     ({"stream": "yes"}, "stream"),

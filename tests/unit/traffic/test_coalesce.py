@@ -10,7 +10,7 @@ import pytest
 from mlx_serving.errors import Overloaded
 from mlx_serving.traffic.coalesce import AHEAD_TOKENS
 from mlx_serving.traffic.reuse import Reuse
-from mlx_serving.types import Priority, TokenLogprob
+from mlx_serving.types import Priority, TokenLogprob, Turn
 from mlx_serving.worker.wire import TokenRow
 from unit.traffic.conftest import FakeSource, make_ask, settled
 
@@ -178,6 +178,23 @@ async def test_the_urgent_does_not_wait_behind_the_patient(starts) -> None:
     assert urgent.reused == "miss" and len(starts.sources) == 2
     patient = await reuse.open(make_ask(priority=Priority.LOW), starts)
     assert patient.reused == "shared" and len(starts.sources) == 2
+
+
+@pytest.mark.parametrize(
+    ("first_s", "second_s", "shared"),
+    [
+        (None, None, True),
+        (None, 5.0, True),
+        (5.0, None, False),
+        (5.0, 6.0, False),
+        (6.0, 5.0, True),
+    ],
+)
+async def test_nobody_is_given_up_at_another_s_deadline(starts, first_s, second_s, shared) -> None:
+    reuse = Reuse("deterministic", 100)
+    for deadline_s in (first_s, second_s):
+        await reuse.open(make_ask(turn=Turn(deadline_s=deadline_s)), starts)
+    assert len(starts.sources) == (1 if shared else 2)
 
 
 @pytest.mark.parametrize(

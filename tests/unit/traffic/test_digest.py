@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from mlx_serving.traffic.source import digest
-from mlx_serving.types import Grammar, Priority
+from mlx_serving.types import Grammar, Priority, Turn
 
 
 def test_the_same_request_has_the_same_digest(ask) -> None:
@@ -18,6 +18,7 @@ def test_what_cannot_change_the_tokens_does_not_part_two_requests(ask) -> None:
     same = digest(ask())
     assert digest(ask(sampling={"seed": 7, "choice": 2})) == same, "greedy needs no seed"
     assert digest(ask(priority=Priority.LOW)) == same
+    assert digest(ask(turn=Turn(client="a", deadline_s=3.0))) == same
     assert digest(ask(caching="refresh")) == same
     one = ask(sampling={"logit_bias": {1: 2.0, 3: 4.0}})
     other = ask(sampling={"logit_bias": {3: 4.0, 1: 2.0}})
@@ -64,7 +65,7 @@ def test_every_field_was_considered(ask) -> None:
     """A field that is added has to be put into a test above."""
     assert set(ask().__struct_fields__) == {
         "model_id", "fingerprint", "token_ids", "sampling", "grammar", "stop", "one_call",
-        "cache_salt", "seeded", "priority", "caching",
+        "cache_salt", "seeded", "priority", "turn", "caching",
     }  # fmt: skip
     assert {f.name for f in msgspec.structs.fields(type(ask().sampling))} == {
         "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",

@@ -12,6 +12,7 @@ are keyed by (seed, choice, p + 1): the same on resumption, in any row, beside a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -171,6 +172,9 @@ class Limits:
     kv_bucket_tokens: int = 256
     """A row's capacity grows in multiples of this."""
     eos_token_ids: tuple[int, ...] = ()
+    max_wait_s: float = math.inf
+    """A sequence that has waited so long for a row goes before every class, in a share of the rows."""
+    short_jobs_first: bool = False
     prefix_blocks: int = 0
     """Prefix blocks that the runner keeps; 0: no prefix is reused."""
     prefix_block_tokens: int = 16

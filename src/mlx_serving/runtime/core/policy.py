@@ -1,4 +1,4 @@
-"""Decisions as pure functions: how a prefill is cut, who fits, who gives way."""
+"""Decisions as pure functions: how a prefill is cut, who fits, who goes first and who gives way."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from mlx_serving.runtime.core.plan import Limits
 from mlx_serving.runtime.core.rows import rectangle
 from mlx_serving.runtime.core.sequence import Sequence
+from mlx_serving.types import Priority
 
 
 def usable_context(limits: Limits) -> int:
@@ -43,3 +44,60 @@ def victim(running: Iterable[Sequence]) -> Sequence:
     """Who gives its row up: one whose reader is slow loses nothing by it; else the lowest class's
     youngest. The first in order is never chosen before all others, so somebody always advances."""
     return max(running, key=lambda seq: (seq.paused, seq.order))
+
+
+def yields(running: Sequence, seq: Sequence) -> bool:
+    """Whether a running sequence gives its row up to a waiting one, should there be no other: if its
+    reader is slow, or if it is two classes lower. Who had waited too long, or joins in this very step,
+    keeps its row."""
+    if running.row is None or running.paused:
+        return running.row is not None
+    return not running.promoted and running.priority >= seq.priority + 2
+
+
+LANE_SHARE = 8
+"""One row in so many may be held by those who had waited too long."""
+
+
+def lane_rows(limits: Limits) -> int:
+    return max(1, limits.max_num_seqs // LANE_SHARE)
+
+
+SHORT_JOB_S_PER_TOKEN = 0.01
+SHORT_JOB_MAX_S = 10.0
+
+
+def rank(seq: Sequence, limits: Limits) -> float:
+    """Who goes first among one client's sequences of one class: by arrival or, where short jobs are
+    preferred, as if each token of the expected answer were a later arrival, up to a bound."""
+    expected = seq.turn.expected_tokens
+    if not limits.short_jobs_first:
+        return seq.arrived_s
+    late_s = SHORT_JOB_MAX_S if expected is None else expected * SHORT_JOB_S_PER_TOKEN
+    return seq.arrived_s + min(SHORT_JOB_MAX_S, late_s)
+
+
+def blend(average: float, sample: float) -> float:
+    """A moving average of about ten samples; 0: there was none."""
+    return sample if not average else 0.9 * average + 0.1 * sample
+
+
+def too_late(seq: Sequence, reused: int, now_s: float, step_s: float, limits: Limits) -> bool:
+    """Whether a sequence that has not begun will not end by its deadline: its prompt's chunks, and the
+    tokens that it generates at least, take a step each. `step_s`: the present pace; 0: not known."""
+    deadline_s = seq.turn.deadline_s
+    if deadline_s is None or seq.admitted_s is not None or len(seq.tokens) > seq.prompt_len:
+        return False
+    sampling = seq.sampling
+    endless = sampling.ignore_eos and not sampling.stop_token_ids
+    least = sampling.max_tokens if endless else max(1, sampling.min_tokens)
+    chunks = -(-(seq.prompt_len - reused) // limits.prefill_step_size)
+    return now_s + (chunks + least - 1) * step_s > deadline_s
+
+
+def stands_aside(seq: Sequence, urgent: Priority, now_s: float, limits: Limits) -> bool:
+    """Whether a sequence computes nothing in a step, for the sake of the most urgent prompt in it: beside
+    a critical one only critical ones do, and those that waited too long or have been there so long."""
+    if urgent is not Priority.CRITICAL or seq.priority is Priority.CRITICAL or seq.promoted:
+        return False
+    return now_s - seq.arrived_s < limits.max_wait_s

@@ -13,7 +13,12 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 
-from mlx_serving.errors import ContextOverflow, InvalidRequest, MLXServingError
+from mlx_serving.errors import (
+    ContextOverflow,
+    DeadlineExceeded,
+    InvalidRequest,
+    MLXServingError,
+)
 from mlx_serving.runtime.core import policy
 from mlx_serving.runtime.core.disk import DiskOrders, Scanned
 from mlx_serving.runtime.core.pace import Pace
@@ -30,9 +35,10 @@ from mlx_serving.runtime.core.plan import (
 from mlx_serving.runtime.core.prefix import Block
 from mlx_serving.runtime.core.rows import Rows, rectangle
 from mlx_serving.runtime.core.sequence import Sequence, Status
+from mlx_serving.runtime.core.shares import Shares
 from mlx_serving.runtime.core.sharing import Sharing
 from mlx_serving.runtime.core.waiting import WaitingQueue
-from mlx_serving.types import CacheStats, FinishReason, TokenLogprob
+from mlx_serving.types import CacheStats, FinishReason, Priority, TokenLogprob
 
 
 @dataclass(slots=True)
@@ -71,7 +77,12 @@ class Scheduler:
         assert self.context_length >= 2, f"no sequence fits {limits}"
         self.sequences: dict[int, Sequence] = {}
         self.rows = Rows()
-        self.queue = WaitingQueue()
+        self.shares = Shares()
+        self.queue = WaitingQueue(self.shares, limits.max_wait_s, policy.lane_rows(limits))
+        self.step_s = 0.0
+        """What a step takes of late; 0: not known."""
+        self.refused: list[Emitted] = []
+        """Ended before they began, since they could not have ended in time; for the caller to take."""
         self.sharing = Sharing(limits)
         self.pace = Pace(limits.max_itl_s)
         if on_disk is not None:
@@ -84,7 +95,7 @@ class Scheduler:
 
     # -- what the client wants ------------------------------------------------------------
 
-    def add(self, seq: Sequence) -> None:
+    def add(self, seq: Sequence, now_s: float = 0.0) -> None:
         """Queue a sequence, new or resumed (its tokens then include what was generated).
 
         Raises ContextOverflow if it can never fit, InvalidRequest if nothing is left to generate.
@@ -109,6 +120,9 @@ class Scheduler:
             )
         seq.bind(self._arrivals, self.context_length, self.limits.eos_token_ids)
         self._arrivals += 1
+        seq.arrived_s = now_s if seq.turn.arrived_s is None else min(now_s, seq.turn.arrived_s)
+        seq.rank = policy.rank(seq, self.limits)
+        self.shares.enter(seq.turn.client)
         self.sequences[seq.seq_id] = seq
         self.queue.push(seq)
         self.sharing.expect(seq)
@@ -153,8 +167,10 @@ class Scheduler:
     def schedule(self, now_s: float) -> StepPlan | None:
         """The next step, or None if there is nothing to do before the next `apply` or client's wish."""
         self._shed()
+        self.queue.advance(now_s, self.rows)
         self.sharing.prepare(now_s, self.pace.s_per_token)
         prefill, starts = self._choose_prefill(now_s)
+        urgent, joined = _most_urgent(prefill), {seq for seq, _ in starts}
         frees, moves = self.rows.settle()
         decode = [
             seq
@@ -162,6 +178,7 @@ class Scheduler:
             if seq.wanted - seq.computed == 1
             and seq.wanted < seq.limit
             and not (seq.paused or seq.pooled)
+            and (seq in joined or not policy.stands_aside(seq, urgent, now_s, self.limits))
         ]
         chunks = tuple([_prefill(seq, length) for seq, length in prefill])
         decoded = tuple([_decode(seq) for seq in decode])
@@ -179,6 +196,8 @@ class Scheduler:
             publish=publish,
             disk=disk,
         )
+        for seq in (*[seq for seq, _ in prefill], *decode):
+            self.shares.charge(seq)
         samples = len(plan.decode) + sum(chunk.samples for chunk in plan.prefill)
         self.launched.append((self._steps, samples))
         self._steps += 1
@@ -209,6 +228,7 @@ class Scheduler:
     def observe(self, plan: StepPlan, step_s: float) -> None:
         """How long a step took."""
         self.pace.observe(len(plan.decode), plan.prefill_tokens, step_s)
+        self.step_s = policy.blend(self.step_s, step_s)
 
     def _disk_orders(self, *, idle: bool) -> DiskOrders:
         orders = self.sharing.orders()
@@ -276,8 +296,14 @@ class Scheduler:
         head = self.queue.peek()
         while budget and (ready or head is not None):
             room = None if lone and not chunks else budget
+            urgent = _most_urgent(chunks)
+            if head is not None and policy.stands_aside(head, urgent, now_s, self.limits):
+                head = None
+                continue
             if head is None or (ready and ready[-1].order < head.order):
                 seq = ready.pop()
+                if seq.row is None or policy.stands_aside(seq, urgent, now_s, self.limits):
+                    continue
                 length = policy.chunk_length(seq.computed, seq.wanted, step_size, room, grain)
             else:
                 seq = head
@@ -286,6 +312,12 @@ class Scheduler:
                     head = None
                     continue
                 copied = len(found) * self.sharing.block_tokens
+                # Where nothing runs, the pace is that of earlier times.
+                pace_s = self.step_s if len(self.rows) else 0.0
+                if policy.too_late(seq, copied, now_s, pace_s, self.limits):
+                    self._refuse(seq)
+                    head = self.queue.peek()
+                    continue
                 length = policy.chunk_length(copied, seq.wanted, step_size, room, grain)
                 if not length or not self._admit(seq, found, now_s):
                     head = None
@@ -307,18 +339,23 @@ class Scheduler:
 
     def _admit(self, seq: Sequence, found: list[Block], now_s: float) -> bool:
         """Give the queue's first sequence a row, if memory will hold for a bucket's worth of steps;
-        paused sequences make way. Tokens still in flight must arrive first."""
+        who yields to it makes way. Tokens still in flight must arrive first."""
         limits = self.limits
-        if seq.inflight or len(self.rows) - self._paused_rows() >= limits.max_num_seqs:
+        if seq.inflight:
             return False
-        active = [other for other in self.rows if not other.paused]
-        if not policy.fits([*active, seq], limits, ahead=limits.kv_bucket_tokens):
+        yielding = [other for other in self.rows if policy.yields(other, seq)]
+        stay = [other for other in self.rows if other not in yielding]
+        if len(stay) >= limits.max_num_seqs:
             return False
+        if not policy.fits([*stay, seq], limits, ahead=limits.kv_bucket_tokens):
+            return False
+        self.queue.pop()
         while len(self.rows) >= limits.max_num_seqs or not policy.fits(
             [*self.rows, seq], limits, ahead=limits.kv_bucket_tokens
         ):
-            self._preempt(policy.victim(self.rows))
-        self.queue.pop()
+            last = policy.victim(yielding)
+            yielding.remove(last)
+            self._preempt(last)
         self.rows.join(seq)
         self.sharing.begin(seq, found)
         seq.status = Status.RUNNING
@@ -327,8 +364,10 @@ class Scheduler:
             seq.cached = min(seq.reused, seq.prompt_len)
         return True
 
-    def _paused_rows(self) -> int:
-        return sum(seq.paused for seq in self.rows) if self.paused else 0
+    def _refuse(self, seq: Sequence) -> None:
+        self._finish(seq)
+        error = DeadlineExceeded("The answer could not have been complete by its deadline.")
+        self.refused.append(Emitted(seq.seq_id, [], finish_reason="error", error=error))
 
     def _preempt(self, seq: Sequence) -> None:
         self.rows.release(seq)
@@ -346,6 +385,7 @@ class Scheduler:
             self.sharing.end(seq)
         seq.status = Status.FINISHED
         self.paused -= seq.paused
+        self.shares.leave(seq.turn.client)
         del self.sequences[seq.seq_id]
 
     # -- figures --------------------------------------------------------------------------
@@ -385,6 +425,10 @@ class Scheduler:
 def _row(seq: Sequence) -> int:
     assert seq.row is not None
     return seq.row
+
+
+def _most_urgent(chunks: list[tuple[Sequence, int]]) -> Priority:
+    return min((seq.priority for seq, _ in chunks), default=Priority.LOW)
 
 
 def _order(seq: Sequence) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from mlx_serving.runtime.core.plan import Constraint
 from mlx_serving.runtime.core.prefix import Block
-from mlx_serving.types import FinishReason, Priority, SamplingParams
+from mlx_serving.types import NO_TURN, FinishReason, Priority, SamplingParams, Turn
 
 
 class Status(enum.Enum):
@@ -38,6 +38,7 @@ class Sequence:
     constraint: Constraint | None = None
     salt: str | None = None
     """It shares prefixes only with sequences of the same salt."""
+    turn: Turn = NO_TURN
     pooled: bool = False
     """It ends with its prompt, as a vector. It neither takes nor leaves prefix blocks: what is embedded
     seldom comes again, and would push out the chats'."""
@@ -46,6 +47,9 @@ class Sequence:
 
     # Set by Scheduler.add.
     arrival: int = -1
+    arrived_s: float = 0.0
+    rank: float = 0.0
+    """`policy.rank`'s."""
     limit: int = 0
     """Length at which it ends: prompt and `max_tokens`, or the context."""
     stops: frozenset[int] = frozenset()
@@ -62,6 +66,11 @@ class Sequence:
     """It has an entry in the waiting queue."""
     admitted_s: float | None = None
     """When it first got a row, by the clock that `Scheduler.schedule` is given."""
+
+    promoted: bool = False
+    """It has waited too long, and goes before every class from now on."""
+    charged: int = 0
+    """Positions that its client was charged for."""
 
     # Kept by Sharing.
     keys: list[bytes] = field(default_factory=list)
@@ -91,8 +100,8 @@ class Sequence:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Who is served first: by class, then by arrival."""
-        return self.priority, self.arrival
+        """Who is served first of those that have a row: by class, then by arrival."""
+        return -1 if self.promoted else self.priority, self.arrival
 
     def bind(self, arrival: int, context_length: int, eos_token_ids: Iterable[int]) -> None:
         """Fix what depends on the model: the length at which it ends, and the tokens that end it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_serving.errors import ContextOverflow, InvalidRequest
+from mlx_serving.errors import ContextOverflow, DeadlineExceeded, InvalidRequest
 from mlx_serving.runtime.core import invariants
 from mlx_serving.runtime.core.plan import (
     DecodeRow,
@@ -16,7 +16,7 @@ from mlx_serving.runtime.core.plan import (
 )
 from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
 from mlx_serving.runtime.core.sequence import Sequence
-from mlx_serving.types import Priority, SamplingParams, TokenLogprob
+from mlx_serving.types import Priority, SamplingParams, TokenLogprob, Turn
 
 EOS = 0
 TOKEN = 5
@@ -496,3 +496,42 @@ def test_a_budget_below_the_chunk_gives_a_long_text_a_step_of_its_own() -> None:
     plans = [plan_of(sched) for _ in range(4)]
     assert [[c.seq_id for c in plan.prefill] for plan in plans] == [[0, 1], [2], [3], [4]]
     assert plans[1].prefill_tokens == 16
+
+
+def test_a_critical_sequence_takes_a_low_one_s_row_which_resumes_with_its_tokens() -> None:
+    sched = scheduler(rows=2)
+    low, high = add(sched, 1, priority=Priority.LOW), add(sched, 2, priority=Priority.HIGH)
+    step(sched)
+    step(sched)
+    add(sched, 3, length=8, priority=Priority.CRITICAL, max_tokens=2)
+    plan = plan_of(sched)
+    assert [start.seq_id for start in plan.starts] == [3] and low.row is None
+    assert high.row is not None and not plan.decode, "beside it nothing else is computed"
+    deliver(sched, plan)
+    assert [d.seq_id for d in plan_of(sched).decode] == [2, 3]
+    sched.launched.clear()
+    sched.cancel(3)
+    again = sched.schedule(0.0)
+    assert again is not None and again.starts[0].seq_id == 1
+    assert again.starts[0].token_ids[3:] == (TOKEN, TOKEN)
+
+
+def test_what_cannot_end_in_time_is_refused_where_others_run() -> None:
+    sched = scheduler(rows=2)
+    add(sched, 1)
+    step(sched)
+    sched.step_s = 1.0
+    for seq_id, deadline_s in ((2, 2.0), (3, 20.0)):
+        seq = Sequence(
+            seq_id=seq_id,
+            tokens=[1] * 30,
+            prompt_len=30,
+            sampling=SamplingParams(max_tokens=5),
+            turn=Turn(deadline_s=deadline_s),
+        )
+        sched.add(seq)
+    plan = plan_of(sched)
+    (refused,) = sched.refused
+    assert (refused.seq_id, refused.finish_reason) == (2, "error")
+    assert isinstance(refused.error, DeadlineExceeded)
+    assert [start.seq_id for start in plan.starts] == [3]
