@@ -245,8 +245,10 @@ class DiskTier:
     def clear(self) -> None:
         """Delete every file of this model that nobody is reading or writing."""
         self._unwritten.clear()
+        evicted = self.counts.evicted
         while (victim := self.index.victim()) is not None:
             self._evict(victim)
+        self.counts.evicted = evicted
 
     # -- what came of it ------------------------------------------------------------------------
 

@@ -186,6 +186,7 @@ def test_clear_deletes_what_nobody_uses() -> None:
     tier.clear()
     assert len(tier.orders(memory, ()).drop) == 2
     assert list(tier.files) == [blocks[0].key]
+    assert tier.counts.evicted == 0, "it was not for room"
 
 
 @pytest.mark.parametrize(
