@@ -38,6 +38,8 @@ WANTED = (
     "LICENSE*",
 )
 """Files at a repository's top that serving needs; never code, never other frameworks' weights."""
+MODULES = ("[0-9]_*/config.json", "[0-9]_*/model.safetensors")
+"""What sentence-transformers does after the transformer: pooling, dense layers."""
 _INFO_TIMEOUT_S = 20.0
 
 
@@ -103,8 +105,7 @@ def _snapshot_folder(repo: str, info: ModelInfo) -> Path:
 
 def _wanted(repo: str, info: ModelInfo) -> list[RepoSibling]:
     siblings = info.siblings or []
-    top = [file for file in siblings if "/" not in file.rfilename]
-    files = [file for file in top if any(fnmatch(file.rfilename, pattern) for pattern in WANTED)]
+    files = [file for file in siblings if _is_wanted(file.rfilename)]
     if not any(file.rfilename.endswith(".safetensors") for file in files):
         ggufs = [file.rfilename for file in siblings if file.rfilename.endswith(".gguf")]
         hint = (
@@ -114,6 +115,11 @@ def _wanted(repo: str, info: ModelInfo) -> list[RepoSibling]:
         )
         raise ModelBroken(f"{repo} has no safetensors weights{hint}", code="no_weights")
     return files
+
+
+def _is_wanted(name: str) -> bool:
+    patterns = WANTED if "/" not in name else MODULES
+    return name.count("/") < 2 and any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _whole(snapshot: Path, file: RepoSibling) -> bool:

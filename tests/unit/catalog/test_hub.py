@@ -186,3 +186,23 @@ def test_a_full_disk_is_told_before_anything_is_fetched(fake_hub: Any, pull: Any
     fake_hub.claimed["model.safetensors"] = 1 << 60
     assert pull()["code"] == "no_space"
     assert not fake_hub.served
+
+
+def test_what_follows_the_transformer_is_fetched_too(fake_hub: Any, pull: Any) -> None:
+    """sentence-transformers keeps pooling and dense layers in folders of their own."""
+    wanted = {
+        "modules.json": b"[]",
+        "1_Pooling/config.json": b'{"pooling_mode_cls_token": true}',
+        "2_Dense/config.json": b"{}",
+        "2_Dense/model.safetensors": safetensors(1000),
+    }
+    fake_hub.files |= wanted | {
+        "2_Dense/pytorch_model.bin": b"\0",
+        "1_Pooling/more/config.json": b"{}",
+        "openvino/config.json": b"{}",
+    }
+    path = Path(pull()["path"])
+    for name, content in wanted.items():
+        assert (path / name).read_bytes() == content
+    kept = {str(p.relative_to(path)) for p in path.rglob("*") if not p.is_dir()}
+    assert kept == {*wanted, "config.json", "tokenizer.json", "model.safetensors"}
