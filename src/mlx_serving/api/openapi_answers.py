@@ -96,6 +96,7 @@ _MODEL = _object(
     owned_by=TEXT,
     status=TEXT,
     reason=_null_or(TEXT),
+    cause=_null_or(TEXT),
     aliases=_list(TEXT),
     context_length=_null_or(COUNT),
     pinned={"type": "boolean"},
