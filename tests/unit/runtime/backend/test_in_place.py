@@ -11,7 +11,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlx_serving.runtime import native
 from mlx_serving.runtime.backend.in_place import InPlaceLayer, attends_in_place
-from mlx_serving.runtime.backend.kv import KVLayer, RowSlots
+from mlx_serving.runtime.backend.kv import KVLayer, RowSlots, SeparateRows
 from mlx_serving.runtime.native.slab import RowMask, scaled_dot_product_attention
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why())
@@ -56,6 +56,11 @@ def test_a_plain_model_attends_in_place(window: int) -> None:
 def test_a_model_that_handles_masks_or_keys_does_not(spoil: str) -> None:
     model = Attention(spoil)
     assert not attends_in_place(model, _stores(model))
+
+
+def test_separate_rows_have_nothing_in_place() -> None:
+    model = Attention()
+    assert not attends_in_place(model, lambda _: SeparateRows(model, 2))
 
 
 def test_a_layer_gives_its_slabs_and_a_row_mask() -> None:
