@@ -102,7 +102,7 @@ class Scenario:
     """When all block files are deleted."""
 
 
-def scenario(seed: int) -> Scenario:
+def scenario(seed: int, *, crowded: bool = True) -> Scenario:
     rng = random.Random(seed)
     context = rng.choice([12, 40, 100, 200])
     bucket = rng.choice([4, 8, 16])
@@ -126,7 +126,8 @@ def scenario(seed: int) -> Scenario:
         deaths_s=[rng.uniform(0, 2 * horizon_s) for _ in range(rng.choice([0, 0, 1, 2]))],
         failures_s=[rng.uniform(0, 2 * horizon_s) for _ in range(rng.choice([0, 0, 1]))],
     )
-    return _crowded(_sharing(plain, random.Random(~seed)), random.Random(seed ^ 0xC201))
+    shared = _sharing(plain, random.Random(~seed))
+    return _crowded(shared, random.Random(seed ^ 0xC201)) if crowded else shared
 
 
 def _crowded(plain: Scenario, rng: random.Random) -> Scenario:
@@ -272,8 +273,10 @@ class Report:
 
 
 class Simulation:
-    def __init__(self, seed: int, log: Callable[[str], None] | None = None) -> None:
-        self.scenario = scenario(seed)
+    def __init__(
+        self, seed: int, log: Callable[[str], None] | None = None, *, crowded: bool = True
+    ) -> None:
+        self.scenario = scenario(seed, crowded=crowded)
         self.limits = self.scenario.limits
         self.report = Report(seed)
         self._log = log or (lambda line: None)

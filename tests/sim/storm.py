@@ -36,7 +36,8 @@ class Storm(Simulation):
         log: Callable[[str], None] | None = None,
     ) -> None:
         self._limit = LIMIT if poisons else 10**9
-        super().__init__(seed, log)
+        # Who ages or is refused begins beside a suspect on trial more often than blame can tell apart.
+        super().__init__(seed, log, crowded=not poisons)
         rng = random.Random(seed ^ 0x57047)
         ids = sorted(self._requests)
         self.poisons = set(rng.sample(ids, min(poisons, len(ids))))
