@@ -280,6 +280,8 @@ class Engine:
                 self._models.residency.budget_bytes = memory.budget_bytes
                 for kind, count in memory.kinds().items():
                     m.memory.labels(kind).set(count)
+            case port.MemoryShort(count):
+                self._models.residency.relieve(count)
             case port.ModelGone(model_id):
                 for gauge in (m.running, m.waiting, m.kv_tokens, m.kv_capacity):
                     gauge.labels(model_id).set(0)

@@ -87,6 +87,8 @@ class FakeRunner:
         self.blocks.clear()
 
     def launch(self, plan: StepPlan) -> _Done:
+        if plan.keep_blocks is not None:
+            self.blocks = {i: self.blocks[old] for i, old in enumerate(plan.keep_blocks)}
         self._arrange(plan)
         result = StepResult(plan.step_id)
         assert plan.prefill_tokens <= self.limits.prefill_step_size

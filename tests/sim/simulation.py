@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from mlx_serving.errors import ContextOverflow, DeadlineExceeded
 from mlx_serving.runtime.core import invariants
 from mlx_serving.runtime.core.disk import STAGED_BYTES
+from mlx_serving.runtime.core.memory import Room
 from mlx_serving.runtime.core.plan import Limits, PendingStep, StepPlan
 from mlx_serving.runtime.core.policy import usable_context
 from mlx_serving.runtime.core.rows import bucketed
@@ -95,6 +96,8 @@ class Scenario:
     deaths_s: list[float]
     """When the worker dies: all rows are lost, clients resubmit with what they have."""
     failures_s: list[float]
+    pressures_s: list[tuple[float, float]] = field(default_factory=list)
+    """When other models take memory, and give it back."""
     """When a step fails inside the worker: rows are lost, the scheduler is reset."""
     disk_faults: float = 0.0
     """How often a read of a block file fails; writes fail less often."""
@@ -195,8 +198,16 @@ def _with_disk(plain: Scenario, rng: random.Random) -> Scenario:
     return dataclasses.replace(
         plain,
         limits=dataclasses.replace(
-            plain.limits, disk_block_bytes=block_bytes, disk_bytes=blocks * block_bytes
+            plain.limits,
+            prefix_block_bytes=block_bytes,
+            disk_block_bytes=block_bytes,
+            disk_bytes=blocks * block_bytes,
+            kv_bytes_per_token=1,
         ),
+        pressures_s=[
+            (at_s := rng.uniform(0, horizon_s), at_s + rng.expovariate(1 / 20))
+            for _ in range(rng.choice([0, 0, 1, 3]))
+        ],
         disk_faults=rng.choice([0, 0, 0.05, 0.5]),
         disk_losses_s=[rng.uniform(0, horizon_s) for _ in range(rng.choice([0, 0, 1, 2]))],
     )
@@ -250,6 +261,8 @@ class Report:
     discarded: int = 0
     """Tokens computed past an end or a cancel."""
     deaths: int = 0
+    pressures: int = 0
+    """Times that memory was taken away for a while."""
     cancelled: int = 0
     rejected: int = 0
     reused: int = 0
@@ -296,6 +309,8 @@ class Simulation:
             for r in self.scenario.requests
             if len(r.prompt) < usable_context(self.limits)
         }
+        self._pressed = False
+        self._room: Room | None = None
         self._plan_events()
 
     def run(self) -> Report:
@@ -305,7 +320,7 @@ class Simulation:
             while self._events and self._events[0][0] <= self._now_s:
                 heapq.heappop(self._events)[2]()
                 invariants.check(self._scheduler)
-            if self._scheduler.has_work:
+            if self._scheduler.has_work and not self._starved():
                 self._step()
                 invariants.check(self._scheduler)
             elif self._events:
@@ -339,6 +354,12 @@ class Simulation:
         self._take_refused()
         if plan is None:
             return False
+        if self._room is not None:
+            assert scheduler.kv_tokens <= self._room.kv_bytes, "more is held than was granted"
+            assert scheduler.sharing.index.capacity <= max(
+                self._room.prefix_bytes // max(1, self.limits.prefix_block_bytes),
+                len(scheduler.sharing.index),
+            )
         self._pending.append((plan, self._runner.launch(plan)))
         self.report.deepest = max(self.report.deepest, len(self._pending))
         return True
@@ -441,6 +462,9 @@ class Simulation:
                 self._at(goes_on_s, lambda r=request: self._pause(r, False))
         for at_s in self.scenario.deaths_s:
             self._at(at_s, self._die)
+        for from_s, until_s in self.scenario.pressures_s:
+            self._at(from_s, lambda: self._press(True))
+            self._at(until_s, lambda: self._press(False))
         for at_s in self.scenario.failures_s:
             self._at(at_s, self._fail)
         for at_s in self.scenario.disk_losses_s:
@@ -493,6 +517,25 @@ class Simulation:
         act(request.seq_id)
         self._log(f"{self._now_s:8.1f} {'pause' if paused else 'resume'} {request.seq_id}")
 
+    def _press(self, pressed: bool) -> None:
+        """Other models take a part of the memory, or all of it; or they give it back."""
+        limits, rng = self.limits, self._rng
+        self._pressed = pressed
+        kv = limits.kv_capacity_tokens
+        prefix = limits.prefix_blocks * limits.prefix_block_bytes
+        if pressed:
+            kv, prefix = rng.choice([0, kv // 4, kv // 2]), rng.choice([0, prefix // 3])
+            self.report.pressures += 1
+            self.report.disturbances += len(self._scheduler.rows)
+        self._last_admission = -(10**9)
+        self._room = Room(kv, kv, prefix)
+        self._scheduler.grant(self._room, alone=True)
+        self._log(f"{self._now_s:8.1f} room for {kv} tokens, {prefix} bytes of prefixes")
+
+    def _starved(self) -> bool:
+        """Nobody can do anything before others give memory back."""
+        return self._pressed and not self._pending and not self._launch()
+
     def _die(self) -> None:
         """A new worker: clients resubmit, each with the tokens it has got."""
         self._log(f"{self._now_s:8.1f} worker dies")
@@ -516,6 +559,7 @@ class Simulation:
         self._count_disk()
         self._disk.begin_anew()
         self._start_worker()
+        self._room = None
         self._last_admission = -(10**9)
 
     def _fail(self) -> None:

@@ -30,7 +30,15 @@ def run(seed: int) -> Report:
 
 def test_a_few_seeds_and_everything_is_injected() -> None:
     reports = [run(seed) for seed in FAST]
-    injected = ("preemptions", "evictions", "discarded", "deaths", "cancelled", "rejected")
+    injected = (
+        "preemptions",
+        "evictions",
+        "discarded",
+        "deaths",
+        "cancelled",
+        "rejected",
+        "pressures",
+    )
     disk = ("disk_read", "disk_written", "disk_lost", "disk_not_written", "disk_evicted")
     turns = ("outranked", "promoted", "refused")
     for what in (

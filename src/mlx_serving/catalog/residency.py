@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import assert_never
 
 from mlx_serving.catalog.budget import (
@@ -87,12 +86,12 @@ class Residency:
         self._needs.pop(model_id, None)
         self._change()
 
-    def relieve(self, model_id: str, short_bytes: int) -> None:
-        """A loaded model's requests need so much more than is free: let idle models go for it."""
-        residents = [
-            replace(r, pinned=r.pinned or r.model_id == model_id) for r in self._residents()
-        ]
-        decision = decide(self.held_bytes, residents, short_bytes)
+    def relieve(self, short_bytes: int) -> None:
+        """Requests of loaded models wait for so much more: let idle models go for it, as many as it
+        takes or there are."""
+        idle = [r for r in self._residents() if not (r.busy or r.pinned or r.loading or r.leaving)]
+        most = min(short_bytes, sum(r.need_bytes for r in idle))
+        decision = decide(sum(r.need_bytes for r in idle), idle, most)
         if isinstance(decision, Evict):
             self._unload(decision.model_ids)
 

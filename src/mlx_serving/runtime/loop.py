@@ -17,13 +17,15 @@ import select
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Literal, assert_never
 
 from mlx_serving import clock, errors
 from mlx_serving.runtime.backend.model import Device, LoadedModel
+from mlx_serving.runtime.core.memory import share
 from mlx_serving.runtime.core.plan import Constraint, PendingStep, StepPlan
 from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
 from mlx_serving.runtime.core.sequence import Sequence
@@ -58,13 +60,15 @@ class Model:
         depth: int,
         now: clock.Clock = clock.monotonic,
         on_start: Callable[[list[int]], None] = lambda _: None,
+        arrivals: Iterator[int] | None = None,
     ) -> None:
         self.info = loaded.info
         self._on_start = on_start
         self.sequences: set[int] = set()
         """Those that have not ended."""
         self._runner = loaded.runner
-        self._scheduler = Scheduler(loaded.limits, loaded.on_disk)
+        self._scheduler = Scheduler(loaded.limits, loaded.on_disk, arrivals)
+        self.claim, self.grant = self._scheduler.claim, self._scheduler.grant
         self.close = loaded.close
         self._grammars = loaded.grammars
         self._depth = max(1, depth)
@@ -396,6 +400,9 @@ class Loop:
         self._models: dict[str, Model] = {}
         self._loads = Loads(load, self._pulse.enter, now)
         self._device: Device | None = None
+        self._arrivals = count()
+        self._short_bytes = 0
+        """What a waiting sequence lacks until idle models leave."""
 
     def run(self, hello: wire.Hello) -> None:
         """Returns when it is told to leave or the parent has gone; raises on our own mistakes."""
@@ -425,6 +432,7 @@ class Loop:
         for model in self._models.values():
             if model.sequences and self._pulse.phase != "stepping":
                 self._pulse.enter("stepping")
+            self._share_memory()
             step = model.step()
             if step is not None:
                 self._link.send(step)
@@ -432,12 +440,28 @@ class Loop:
                 worked = True
         return worked
 
+    def _share_memory(self) -> None:
+        """Give each model its room, by what all hold and want now."""
+        if self._device is None:
+            return
+        models = list(self._models.values())
+        weights = sum(model.info.held_bytes for model in models)
+        claims = [model.claim() for model in models]
+        sharing = share(self._device.usable_bytes - weights, claims)
+        for model, room in zip(models, sharing.rooms, strict=True):
+            model.grant(room, alone=len(models) == 1)
+        if sharing.short_bytes and not self._short_bytes:
+            self._link.send(wire.Short(sharing.short_bytes))
+        self._short_bytes = sharing.short_bytes
+
     def _sleep(self) -> None:
         if self._pulse.phase != "idle":
             self._pulse.enter("idle")
         while not self._link.wait(self._heartbeat_s):
             self._collector.idle()
             self._link.send(wire.Phase("idle"))
+            if self._short_bytes:
+                self._link.send(wire.Short(self._short_bytes))
 
     def _obey(self, message: wire.ToWorker) -> None:
         match message:
@@ -495,7 +519,11 @@ class Loop:
         if loaded is not None:
             depth = message.options.pipeline_depth
             self._models[model_id] = Model(
-                _governed(loaded, message.options), depth, self._now, self._announce
+                _governed(loaded, message.options),
+                depth,
+                self._now,
+                self._announce,
+                self._arrivals,
             )
             self._device = loaded.device or self._device
             self._collector.loaded()

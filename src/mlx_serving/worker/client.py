@@ -222,7 +222,7 @@ class Connection(asyncio.Protocol):
         self.lost: asyncio.Future[None] = loop.create_future()
         self.models: dict[str, ModelInfo] = {}
         self.phase: wire.Phase | None = None
-        self.on_memory: Callable[[wire.Memory], None] = lambda _: None
+        self.on_memory: Callable[[wire.Memory | wire.Short], None] = lambda _: None
         self._on_stats = on_stats
         self._on_phase = on_phase
         self._splitter = wire.FrameSplitter()
@@ -368,7 +368,7 @@ class Connection(asyncio.Protocol):
             case wire.Phase():
                 self.phase = message
                 self._on_phase(message)
-            case wire.Memory():
+            case wire.Memory() | wire.Short():
                 self.on_memory(message)
             case wire.Hello():
                 self.hello.set_result(message)

@@ -127,6 +127,12 @@ class PhaseChanged(msgspec.Struct, frozen=True, tag="phase_changed"):
     elapsed_s: float
 
 
+class MemoryShort(msgspec.Struct, frozen=True, tag="memory_short"):
+    """See `wire.Short`."""
+
+    bytes: int
+
+
 class MemoryUse(msgspec.Struct, frozen=True, tag="memory_use"):
     memory: Memory
 
@@ -139,6 +145,7 @@ WorkerEvent = (
     | ModelGone
     | PhaseChanged
     | MemoryUse
+    | MemoryShort
 )
 
 

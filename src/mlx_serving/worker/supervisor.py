@@ -530,8 +530,11 @@ class Supervisor:
     def _stats(self, stats: wire.StepStats) -> None:
         self.on_stats(stats)
 
-    def _memory(self, memory: wire.Memory) -> None:
-        self.on_event(port.MemoryUse(memory))
+    def _memory(self, told: wire.Memory | wire.Short) -> None:
+        if isinstance(told, wire.Short):
+            self.on_event(port.MemoryShort(told.bytes))
+        else:
+            self.on_event(port.MemoryUse(told))
 
     def _phase(self, phase: wire.Phase) -> None:
         self.on_event(port.PhaseChanged(phase.phase, phase.detail, phase.elapsed_s))

@@ -5,8 +5,8 @@ message, told apart by its tag. Both ends are the same version of this package (
 supervisor starts the worker), so fields may change freely between releases.
 
     to the worker      LoadModel  UnloadModel  ClearCache  Submit  Cancel  Pause  Resume  Shutdown
-    from the worker    Hello  Phase  ModelLoaded  ModelFailed  ModelUnloaded  Memory  CacheCleared
-                       Started  Step
+    from the worker    Hello  Phase  ModelLoaded  ModelFailed  ModelUnloaded  Memory  Short
+                       CacheCleared  Started  Step
 
 One `Step` frame a step carries the new tokens of every sequence.
 """
@@ -190,6 +190,13 @@ class Memory(msgspec.Struct, frozen=True, tag="memory", kw_only=True):
         return {name.removesuffix("_bytes"): getattr(self, name) for name in fields}
 
 
+class Short(msgspec.Struct, frozen=True, tag="short"):
+    """A sequence waits for so many bytes more than there are, and none is held for others: idle
+    models have to leave."""
+
+    bytes: int
+
+
 class TokenRow(msgspec.Struct, frozen=True, array_like=True):
     """One sequence's share of a step. Tokens past the one that finished it are never sent."""
 
@@ -244,6 +251,7 @@ FromWorker = (
     | ModelFailed
     | ModelUnloaded
     | Memory
+    | Short
     | CacheCleared
     | Started
     | Step

@@ -115,10 +115,10 @@ async def test_idle_models_leave_for_the_requests_of_a_loaded_one() -> None:
     for name in "abc":
         await house.slots[name].acquire()
     house.slots["b"].release()
-    house.residency.relieve("a", 2)
+    house.residency.relieve(2)
     while house.log[-1] != "-b":  # noqa: ASYNC110
         await asyncio.sleep(0)
-    house.residency.relieve("a", 2)  # c is busy, and a is who asks
+    house.residency.relieve(2)  # nobody is idle any more
     for _ in range(20):
         await asyncio.sleep(0)
     assert house.log == ["+a", "+b", "+c", "-b"]

@@ -16,12 +16,9 @@ from typing import Protocol
 import mlx.core as mx
 
 from mlx_serving.runtime.backend.block_file import Array, Layout
+from mlx_serving.runtime.core.prefix import pool_blocks
 
 Index = slice | mx.array | tuple[slice, ...]
-
-FIRST_BLOCKS = 64
-"""Pools begin with room for as many."""
-
 
 _TYPES = {
     "F32": mx.float32,
@@ -101,6 +98,15 @@ class BlockPool:
             pools[array.part] = place(fitted, index, part)
             start = end
 
+    def keep(self, blocks: Sequence[int]) -> None:
+        """Keep these blocks, as 0, 1, …, and give the others' memory back."""
+        if not blocks:
+            self.drop()
+            return
+        index = mx.array(list(blocks), dtype=mx.int32)
+        self._pools = [[None if p is None else p[index] for p in pools] for pools in self._pools]
+        mx.eval(self.arrays)
+
     def drop(self) -> None:
         self._pools = [[] for _ in self._layers]
 
@@ -108,7 +114,7 @@ class BlockPool:
         held = 0 if pool is None else pool.shape[0]
         if pool is not None and highest < held:
             return pool
-        room = min(self.capacity, max(FIRST_BLOCKS, 2 * held, highest + 1))
+        room = max(held, pool_blocks(highest + 1, self.capacity))
         grown = mx.zeros((room, *part.shape[1:]), part.dtype)
         if pool is not None:
             grown[:held] = pool

@@ -151,6 +151,8 @@ class KVLayer:
         rows, tokens = min(slots, slab.shape[0]), min(capacity, slab.shape[2])
         fitted = mx.zeros((slots, slab.shape[1], capacity, slab.shape[3]), slab.dtype)
         fitted[:rows, :, :tokens] = slab[:rows, :, :tokens]
+        # Now, so that no two layers' old and new slabs are held at once.
+        mx.eval(fitted)
         return fitted
 
 
@@ -275,6 +277,7 @@ class KVStore(Protocol):
     def bytes_per_token(self) -> int: ...
     def set_budget(self, tokens: int, /) -> None: ...
     def open_pool(self, blocks: int, size: int, /) -> None: ...
+    def keep_blocks(self, blocks: Sequence[int], /) -> None: ...
     def copy_blocks(self, row: int, blocks: Sequence[int], /) -> None: ...
     def publish(self, row: int, start: int, blocks: Sequence[int], /) -> list[mx.array]: ...
     def copy_out(self, blocks: Sequence[int], /) -> tuple[Layout, mx.array]: ...
@@ -393,6 +396,10 @@ class RowSlots:
     def open_pool(self, blocks: int, size: int) -> None:
         """Keep so many prefix blocks of `size` positions each."""
         self.pool = BlockPool(self.layers, blocks, size)
+
+    def keep_blocks(self, blocks: Sequence[int]) -> None:
+        """Keep these, as 0, 1, …, and give the memory of the others back."""
+        self.pool.keep(blocks)
 
     def copy_blocks(self, row: int, blocks: Sequence[int]) -> None:
         """Begin an empty row with blocks, in order."""
@@ -519,6 +526,9 @@ class SeparateRows:
         """Caches are as large as their sequences already."""
 
     def open_pool(self, _blocks: int, _size: int) -> None:
+        raise UnsupportedCache("separate rows have no blocks")
+
+    def keep_blocks(self, _blocks: Sequence[int]) -> None:
         raise UnsupportedCache("separate rows have no blocks")
 
     def copy_blocks(self, _row: int, _blocks: Sequence[int]) -> None:

@@ -10,6 +10,9 @@ from typing import Any
 from mlx_serving import host
 from mlx_serving.worker.wire import Memory
 
+STEP_SHARE = 0.05
+"""Of the budget: for activations, masks, and slabs while they grow."""
+
 
 def device_memory_bytes(info: Mapping[str, Any]) -> int | None:
     """Of a GPU, from `mx.device_info()`; None where it says nothing of memory (the CPU)."""
@@ -31,6 +34,10 @@ class MLXMemory:
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
+
+    @property
+    def usable_bytes(self) -> int:
+        return int(self.budget_bytes * (1 - STEP_SHARE))
 
     def use(self) -> Memory:
         import mlx.core as mx

@@ -96,7 +96,7 @@ def load(
     kv_bytes, state_bytes = _warm_up(runner, store, vocab_size, options.max_num_seqs)
     step_size = options.prefill_step_size or _prefill_step(gpu, kernels.name)
     device = MLXMemory(budget_bytes(options.memory_budget, mx.device_info(), gpu))
-    room = device.budget_bytes - held_bytes
+    room = device.usable_bytes - held_bytes
     prefix = prefix_plan(
         store.prefix_reuse, step_size, kernels.invariant, kv_bytes, state_bytes, room, options
     )
@@ -107,7 +107,9 @@ def load(
         context = min(context, options.context_length)
     rows = options.max_num_seqs
     most = rows * round_up(context, KV_BUCKET)
-    capacity = _kv_capacity(held_bytes, room - prefix.total_bytes, kv_bytes, most)
+    # Slabs that always have every row cannot give way to prefixes; others share one room with them.
+    fixed = prefix.total_bytes if options.exact_batch else 0
+    capacity = _kv_capacity(held_bytes, room - fixed, kv_bytes, most)
     store.set_budget(capacity)
     if options.exact_batch:
         # The slabs then always have every row.
@@ -122,6 +124,7 @@ def load(
         prefill_step_size=step_size,
         context_length=context,
         kv_capacity_tokens=capacity,
+        kv_bytes_per_token=0 if options.exact_batch else kv_bytes,
         kv_bucket_tokens=KV_BUCKET,
         eos_token_ids=eos,
         max_itl_s=options.max_itl_ms / 1e3,

@@ -24,6 +24,11 @@ class GrammarCompiler(Protocol):
 class Device(Protocol):
     """The memory that all models of the worker share."""
 
+    @property
+    def usable_bytes(self) -> int:
+        """For weights, KV and prefixes: the budget less what a step's arithmetic needs."""
+        ...
+
     def use(self) -> Memory:
         """What is held of it now."""
         ...

@@ -168,6 +168,10 @@ class MLXRunner:
 
     def launch(self, plan: StepPlan) -> MLXPendingStep:
         self._settle()
+        if plan.keep_blocks is not None:
+            self.store.keep_blocks(plan.keep_blocks)
+        if plan.slab_tokens is not None:
+            self.store.set_budget(plan.slab_tokens)
         for row in plan.frees:
             self.store.free(row)
             self.sampler.free(row)

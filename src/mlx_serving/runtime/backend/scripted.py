@@ -19,6 +19,7 @@ imported. Keys of that file, all optional but the first:
       token_ids      for "text" and "cycle"
       step_delay_ms  a step's tokens are there this long after its launch
       logprob        the log-probability of every token, default -0.5
+      kv_bytes_per_token  counted where memory_budget is in bytes; default 8
       load_slices    loading it takes so many slices of `load_slice_ms`
       die_on_load    loading it ends the process (SIGABRT)
       die_on         a prompt with this token ends the process (SIGABRT), as an accelerator fault does
@@ -56,7 +57,7 @@ from mlx_serving.runtime.core.plan import (
 )
 from mlx_serving.runtime.slices import Slices
 from mlx_serving.types import ModelInfo, ModelKind, SamplingParams, TokenLogprob
-from mlx_serving.worker.wire import ModelOptions
+from mlx_serving.worker.wire import Memory, ModelOptions
 
 _MASK64 = (1 << 64) - 1
 _PREFILL_STEP = 512
@@ -71,6 +72,7 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step_delay_ms: float = 0.0
     logprob: float = -0.5
     die_on_load: bool = False
+    kv_bytes_per_token: int = 8
     load_slices: int = 1
     load_slice_ms: float = 0.0
     die_on: int | None = None
@@ -145,6 +147,8 @@ class ScriptedRunner:
         self._free_at = 0.0
 
     def launch(self, plan: StepPlan) -> ScriptedStep:
+        if plan.keep_blocks is not None:
+            self._blocks = {i: self._blocks[old] for i, old in enumerate(plan.keep_blocks)}
         for row in plan.frees:
             self._rows.pop(row, None)
         for source, target in plan.moves:
@@ -284,12 +288,16 @@ def load(
         max_input_tokens=context - 1,
         prefill_step_size=options.prefill_step_size or _PREFILL_STEP,
     )
+    budget = options.memory_budget
+    device = ScriptedMemory(int(budget)) if budget and budget > 1 else None
     row_tokens = -(-context // _KV_BUCKET) * _KV_BUCKET
     limits = Limits(
         max_num_seqs=options.max_num_seqs,
         prefill_step_size=options.prefill_step_size or _PREFILL_STEP,
         context_length=context,
-        kv_capacity_tokens=options.max_num_seqs * row_tokens,
+        kv_capacity_tokens=_kv_tokens(parsed, options, info.held_bytes, row_tokens),
+        kv_bytes_per_token=parsed.script.kv_bytes_per_token if device else 0,
+        prefix_block_bytes=PREFIX_BLOCK * parsed.script.kv_bytes_per_token,
         kv_bucket_tokens=_KV_BUCKET,
         eos_token_ids=parsed.eos,
         prefix_blocks=_prefix_blocks(options.prefix_cache_bytes),
@@ -297,7 +305,31 @@ def load(
     )
     bounds = Bounds.of(options)
     grammars = Grammars(tokenizer_file(path, options), parsed.vocab_size, parsed.eos, bounds)
-    return LoadedModel(info, ScriptedRunner(parsed), limits, grammars)
+    return LoadedModel(info, ScriptedRunner(parsed), limits, grammars, device=device)
+
+
+class ScriptedMemory:
+    """A device of which nothing is ever used. Implements `model.Device`."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.usable_bytes = budget_bytes
+
+    def use(self) -> Memory:
+        return Memory(budget_bytes=self.usable_bytes)
+
+    def give_back(self) -> None:
+        pass
+
+
+def _kv_tokens(
+    config: ScriptedConfig, options: ModelOptions, held_bytes: int, row_tokens: int
+) -> int:
+    """All that the rows can use or, of a budget in bytes, what the weights leave."""
+    most = options.max_num_seqs * row_tokens
+    if not options.memory_budget or options.memory_budget <= 1:
+        return most
+    room = int(options.memory_budget) - held_bytes
+    return max(_KV_BUCKET, min(most, room // config.script.kv_bytes_per_token))
 
 
 def _weight_bytes(path: Path) -> int:

@@ -229,7 +229,7 @@ class DiskTier:
     @property
     def behind(self) -> bool:
         """Blocks wait to be written, or files to be deleted."""
-        return bool(self._unwritten or self._drops)
+        return bool(self) and bool(self._unwritten or self._drops)
 
     def tick(self, now_s: float) -> None:
         self.now_s = now_s

@@ -112,6 +112,10 @@ class StepPlan:
     decode: tuple[DecodeRow, ...] = ()
     """In order of rows."""
     publish: tuple[Publish, ...] = ()
+    keep_blocks: tuple[int, ...] | None = None
+    """Not None: before all else, the pool of prefix blocks keeps these, as 0, 1, …, and no others."""
+    slab_tokens: int | None = None
+    """Rows' slabs may have room to spare up to this; 0: none; None: as before."""
     disk: DiskOrders = NO_ORDERS
 
     @property
@@ -169,6 +173,8 @@ class Limits:
     context_length: int
     kv_capacity_tokens: int
     """Row slab tokens that fit memory: rows × the longest row's capacity."""
+    kv_bytes_per_token: int = 0
+    """0: rows take no memory that is counted."""
     kv_bucket_tokens: int = 256
     """A row's capacity grows in multiples of this."""
     eos_token_ids: tuple[int, ...] = ()

@@ -29,15 +29,23 @@ def chunk_length(
     return max(0, (computed + budget) // grain * grain - computed) if grain else 0
 
 
-def fits(sequences: Iterable[Sequence], limits: Limits, *, ahead: int = 0) -> bool:
+def fits(
+    sequences: Iterable[Sequence], limits: Limits, *, ahead: int = 0, room_tokens: int | None = None
+) -> bool:
     """Whether these sequences' rows fit the KV memory once each is `ahead` tokens longer."""
+    room = limits.kv_capacity_tokens if room_tokens is None else room_tokens
+    return row_tokens(sequences, limits, ahead=ahead) <= room
+
+
+def row_tokens(sequences: Iterable[Sequence], limits: Limits, *, ahead: int = 0) -> int:
+    """KV tokens that their rows take once each is `ahead` tokens longer."""
     count = longest = 0
     for seq in sequences:
         count += 1
         length = seq.reach(ahead)
         if length > longest:
             longest = length
-    return rectangle(count, longest, limits.kv_bucket_tokens) <= limits.kv_capacity_tokens
+    return rectangle(count, longest, limits.kv_bucket_tokens)
 
 
 def victim(running: Iterable[Sequence]) -> Sequence:

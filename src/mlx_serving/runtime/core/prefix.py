@@ -25,6 +25,27 @@ COST_DOUBLES_AT = 4096
 _KEY_BYTES = 16
 
 
+FIRST_BLOCKS = 64
+"""A pool of blocks begins with room for as many."""
+
+
+def pool_blocks(given_out: int, most: int) -> int:
+    """Blocks that a pool has room for once ids up to `given_out` were used: it grows by a quarter."""
+    return min(most, max(FIRST_BLOCKS, given_out + given_out // 4)) if given_out else 0
+
+
+def most_blocks(room: int, most: int) -> int:
+    """The most ids that may be given out while the pool has at most `room` blocks."""
+    if room >= most:
+        return most
+    if room < FIRST_BLOCKS:
+        return 0
+    ids = room * 4 // 5
+    while ids + 1 + (ids + 1) // 4 <= room:
+        ids += 1
+    return ids
+
+
 def extend_keys(
     keys: list[bytes], salt: str | None, tokens: Sequence[int], block_tokens: int
 ) -> None:
@@ -139,6 +160,22 @@ class PrefixIndex:
         self.evictions += 1
         self.remove(block)
         return True
+
+    def shrink(self, most: int) -> tuple[int, ...] | None:
+        """Keep at most so many blocks, or those in use where they are more, and number them anew from
+        0 on. Returns their ids until now, in the new order; None: there are no more already."""
+        given_out = len(self.blocks) + len(self.spare)
+        while given_out > most and len(self.blocks) > most and self.evict():
+            pass
+        self.capacity = max(most, len(self.blocks))
+        if given_out <= self.capacity:
+            return None
+        left = sorted(self.blocks.values(), key=lambda block: block.id)
+        ids = tuple([block.id for block in left])
+        for new_id, block in enumerate(left):
+            block.id = new_id
+        self.spare.clear()
+        return ids
 
     def victim(self) -> Block | None:
         """The block of least value among those that may go."""

@@ -11,7 +11,9 @@ that wait cost nothing.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 
 from mlx_serving.errors import (
     ContextOverflow,
@@ -21,6 +23,7 @@ from mlx_serving.errors import (
 )
 from mlx_serving.runtime.core import policy
 from mlx_serving.runtime.core.disk import DiskOrders, Scanned
+from mlx_serving.runtime.core.memory import Claim, Room
 from mlx_serving.runtime.core.pace import Pace
 from mlx_serving.runtime.core.plan import (
     DecodeRow,
@@ -39,6 +42,9 @@ from mlx_serving.runtime.core.shares import Shares
 from mlx_serving.runtime.core.sharing import Sharing
 from mlx_serving.runtime.core.waiting import WaitingQueue
 from mlx_serving.types import CacheStats, FinishReason, Priority, TokenLogprob
+
+GROW_AHEAD = 32
+"""Tokens that rows may grow before memory asked for now has to be there."""
 
 
 @dataclass(slots=True)
@@ -69,8 +75,14 @@ class Scheduler:
     preempted and recomputed later. A known prefix is copied, one that is being computed awaited.
     """
 
-    def __init__(self, limits: Limits, on_disk: Scanned | None = None) -> None:
-        """`on_disk`: the block files that earlier workers left."""
+    def __init__(
+        self,
+        limits: Limits,
+        on_disk: Scanned | None = None,
+        arrivals: Iterator[int] | None = None,
+    ) -> None:
+        """`on_disk`: the block files that earlier workers left. `arrivals`: numbers for those that
+        come, where several models' sequences stand in one order."""
         self.limits = limits
         self.context_length = policy.usable_context(limits)
         """Tokens a sequence may have, prompt and answer together."""
@@ -90,7 +102,9 @@ class Scheduler:
         self.launched: deque[tuple[int, int]] = deque()
         """Steps in flight, oldest first: (step_id, sequences it samples)."""
         self.paused = 0
-        self._arrivals = 0
+        self._arrivals = count() if arrivals is None else arrivals
+        self._room: Room | None = None
+        self._alone = True
         self._steps = 0
 
     # -- what the client wants ------------------------------------------------------------
@@ -118,8 +132,7 @@ class Scheduler:
                 f"{len(seq.tokens) - seq.prompt_len} tokens exist: nothing to generate",
                 param="max_tokens",
             )
-        seq.bind(self._arrivals, self.context_length, self.limits.eos_token_ids)
-        self._arrivals += 1
+        seq.bind(next(self._arrivals), self.context_length, self.limits.eos_token_ids)
         seq.arrived_s = now_s if seq.turn.arrived_s is None else min(now_s, seq.turn.arrived_s)
         seq.rank = policy.rank(seq, self.limits)
         self.shares.enter(seq.turn.client)
@@ -166,6 +179,7 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> StepPlan | None:
         """The next step, or None if there is nothing to do before the next `apply` or client's wish."""
+        kept = None if self._room is None else self.sharing.fit(self._room.prefix_bytes)
         self._shed()
         self.queue.advance(now_s, self.rows)
         self.sharing.prepare(now_s, self.pace.s_per_token)
@@ -184,7 +198,7 @@ class Scheduler:
         decoded = tuple([_decode(seq) for seq in decode])
         publish = self._publish(prefill, decode)
         disk = self._disk_orders(idle=not (chunks or decoded or frees))
-        if not (chunks or decoded or frees or disk):
+        if not (chunks or decoded or frees or disk or kept is not None):
             return None
         plan = StepPlan(
             step_id=self._steps,
@@ -195,6 +209,8 @@ class Scheduler:
             decode=decoded,
             publish=publish,
             disk=disk,
+            keep_blocks=kept,
+            slab_tokens=self._slab_tokens,
         )
         for seq in (*[seq for seq, _ in prefill], *decode):
             self.shares.charge(seq)
@@ -272,9 +288,48 @@ class Scheduler:
 
     # -- memory and order -----------------------------------------------------------------
 
+    def claim(self) -> Claim:
+        """What it holds and wants, for `memory.share`."""
+        limits, held = self.limits, self.kv_tokens
+        each = limits.kv_bytes_per_token
+        grown = policy.row_tokens(self.rows, limits, ahead=GROW_AHEAD)
+        head = self.queue.peek()
+        stay = [seq for seq in self.rows if head is None or not policy.yields(seq, head)]
+        if head is None or len(stay) >= limits.max_num_seqs:
+            first, joined = None, held
+        else:
+            first = head.order
+            joined = policy.row_tokens([*stay, head], limits, ahead=limits.kv_bucket_tokens)
+        return Claim(
+            kv_bytes=held * each,
+            prefix_bytes=self.sharing.held_bytes,
+            growth_bytes=max(0, grown - held) * each,
+            first=first,
+            first_bytes=max(0, joined - held) * each,
+        )
+
+    def grant(self, room: Room, *, alone: bool) -> None:
+        """What it may hold from the next plan on. `alone`: no other model could use what is spare."""
+        self._room = room
+        self._alone = alone
+
+    @property
+    def _slab_tokens(self) -> int | None:
+        if self._room is None or not self.limits.kv_bytes_per_token:
+            return None
+        return self._tokens(self._room.kv_bytes) if self._alone else 0
+
+    def _tokens(self, kv_bytes: int | None) -> int:
+        """Row tokens in so many bytes, at most those that its own limit allows."""
+        limits = self.limits
+        if kv_bytes is None or not limits.kv_bytes_per_token:
+            return limits.kv_capacity_tokens
+        return min(limits.kv_capacity_tokens, kv_bytes // limits.kv_bytes_per_token)
+
     def _shed(self) -> None:
         """Preempt until what the rows will hold after this step fits."""
-        while not policy.fits(self.rows, self.limits):
+        room = self._tokens(None if self._room is None else self._room.kv_bytes)
+        while not policy.fits(self.rows, self.limits, room_tokens=room):
             self._preempt(policy.victim(self.rows))
 
     def _choose_prefill(
@@ -347,11 +402,13 @@ class Scheduler:
         stay = [other for other in self.rows if other not in yielding]
         if len(stay) >= limits.max_num_seqs:
             return False
-        if not policy.fits([*stay, seq], limits, ahead=limits.kv_bucket_tokens):
+        room = self._tokens(None if self._room is None else self._room.admit_bytes)
+        ahead = limits.kv_bucket_tokens
+        if not policy.fits([*stay, seq], limits, ahead=ahead, room_tokens=room):
             return False
         self.queue.pop()
         while len(self.rows) >= limits.max_num_seqs or not policy.fits(
-            [*self.rows, seq], limits, ahead=limits.kv_bucket_tokens
+            [*self.rows, seq], limits, ahead=ahead, room_tokens=room
         ):
             last = policy.victim(yielding)
             yielding.remove(last)

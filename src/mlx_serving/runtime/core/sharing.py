@@ -11,7 +11,13 @@ from collections.abc import Sequence as Items
 
 from mlx_serving.runtime.core.disk import DiskOrders, DiskTier, patience_s
 from mlx_serving.runtime.core.plan import Limits, Publish
-from mlx_serving.runtime.core.prefix import Block, PrefixIndex, extend_keys
+from mlx_serving.runtime.core.prefix import (
+    Block,
+    PrefixIndex,
+    extend_keys,
+    most_blocks,
+    pool_blocks,
+)
 from mlx_serving.runtime.core.sequence import Sequence
 from mlx_serving.types import CacheStats
 
@@ -30,6 +36,7 @@ class Sharing:
         self.promised: dict[bytes, Sequence] = {}
         self.memory_hit_tokens = self.disk_hit_tokens = self.miss_tokens = 0
         self._block_bytes = limits.prefix_block_bytes
+        self._most_blocks = limits.prefix_blocks
         self._newcomers: list[Sequence] = []
         self._fills: dict[int, bytes] = {}
         """By block."""
@@ -73,6 +80,19 @@ class Sharing:
         """Of the step being planned, once everything else of it is decided."""
         fills, self._fills = self._fills, {}
         return self.disk.orders(self.index, tuple((key, block) for block, key in fills.items()))
+
+    @property
+    def held_bytes(self) -> int:
+        """What the pool of blocks takes."""
+        index = self.index
+        given_out = len(index) + len(index.spare)
+        return pool_blocks(given_out, self._most_blocks) * self._block_bytes
+
+    def fit(self, prefix_bytes: int) -> tuple[int, ...] | None:
+        """Keep to so many bytes: the blocks that stay, by their ids until now; None: all do."""
+        if not self._enabled or not self._block_bytes:
+            return None
+        return self.index.shrink(most_blocks(prefix_bytes // self._block_bytes, self._most_blocks))
 
     def prepare(self, now_s: float, prefill_s_per_token: float) -> None:
         """Before a step is planned: take in what was read, order what newcomers lack."""
