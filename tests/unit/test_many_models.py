@@ -187,3 +187,22 @@ async def test_three_models_in_a_budget_for_two(weighing):
 @pytest.mark.slow
 async def test_three_models_in_a_budget_for_two_over_five_hundred_requests(weighing):
     await hold_two_of_three(weighing, 500)
+
+
+async def test_requests_of_two_models_share_what_the_weights_leave(weighing):
+    """Some fourteen short sequences fit beside the weights: who does not fit waits. A long one does not
+    fit beside both models: the one that nobody uses leaves."""
+    kv = 64 * 1024
+    models = [weighing(name, 100, context=4096, kv_bytes_per_token=kv) for name in "ab"]
+    async with Engine(models, memory_budget=1 << 40, prefix_cache_bytes=0) as engine:
+        alone = {n: await engine.complete("x", model=n, max_tokens=40, seed=1) for n in "ab"}
+    async with Engine(models, memory_budget=424 * MIB, prefix_cache_bytes=0) as engine:
+        assert states(engine) == {"a": "ready", "b": "ready"}
+        asked = [
+            engine.complete("x", model=n, max_tokens=40, seed=1) for n in "ab" for _ in range(32)
+        ]
+        answers = await asyncio.gather(*asked)
+        assert {answer.text for answer in answers} == {answer.text for answer in alone.values()}
+        long = await engine.complete("y" * 4000, model="b", max_tokens=96, seed=1)
+        assert long.usage.completion_tokens == 96
+        assert states(engine) == {"a": "absent", "b": "ready"}

@@ -12,6 +12,7 @@ from mlx_serving.worker.wire import Memory
 
 STEP_SHARE = 0.05
 """Of the budget: for activations, masks, and slabs while they grow."""
+STEP_MIN_BYTES = 24 << 20
 
 
 def device_memory_bytes(info: Mapping[str, Any]) -> int | None:
@@ -37,7 +38,7 @@ class MLXMemory:
 
     @property
     def usable_bytes(self) -> int:
-        return int(self.budget_bytes * (1 - STEP_SHARE))
+        return self.budget_bytes - max(STEP_MIN_BYTES, int(self.budget_bytes * STEP_SHARE))
 
     def use(self) -> Memory:
         import mlx.core as mx

@@ -173,8 +173,6 @@ class Limits:
     context_length: int
     kv_capacity_tokens: int
     """Row slab tokens that fit memory: rows × the longest row's capacity."""
-    kv_bytes_per_token: int = 0
-    """0: rows take no memory that is counted."""
     kv_bucket_tokens: int = 256
     """A row's capacity grows in multiples of this."""
     eos_token_ids: tuple[int, ...] = ()
@@ -198,3 +196,5 @@ class Limits:
     """A block's file takes no more."""
     disk_bytes: int = 0
     """What the folder of block files may take; 0: none are kept."""
+    kv_bytes_per_token: int = 0
+    """0: rows take no memory that is counted."""

@@ -1,0 +1,50 @@
+"""SmolLM2 in a budget that holds a few streams: all finish as they would alone, within it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_serving import Engine
+from mlx_serving.runtime.backend.memory import STEP_MIN_BYTES
+
+pytestmark = pytest.mark.model
+MIB = 1 << 20
+
+
+async def pressed(model: Path, streams: int, fitting: int) -> None:
+    """`fitting` rows of one bucket fit beside the weights; each stream needs one."""
+    prompts = [f"Story number {i}: once upon a time there was" for i in range(streams)]
+
+    async def ask(engine: Engine, prompt: str) -> str:
+        return (await engine.complete(prompt, max_tokens=24, temperature=0)).text
+
+    async with Engine(str(model), supervise=False) as engine:
+        info = engine.gateway.model_info(engine.gateway.default_model())
+        alone = [await ask(engine, prompt) for prompt in prompts[:: max(1, streams // 4)]]
+    assert info is not None
+    mx.clear_cache()
+    rows_bytes = fitting * 256 * info.kv_bytes_per_token
+    budget = info.held_bytes + rows_bytes + STEP_MIN_BYTES + MIB
+    async with Engine(
+        str(model), supervise=False, memory_budget=budget, max_num_seqs=4 * fitting
+    ) as engine:
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        answers = await asyncio.gather(*(ask(engine, prompt) for prompt in prompts))
+        peak = mx.get_peak_memory()
+    assert answers[:: max(1, streams // 4)] == alone
+    assert before < budget
+    assert peak <= budget, f"{peak / MIB:.0f} of {budget / MIB:.0f} MiB"
+
+
+async def test_a_few_streams_of_which_fewer_fit(model_dir: Path) -> None:
+    await pressed(model_dir, streams=10, fitting=4)
+
+
+@pytest.mark.slow
+async def test_sixty_four_streams_of_which_sixteen_fit(model_dir: Path) -> None:
+    await pressed(model_dir, streams=64, fitting=16)
