@@ -25,6 +25,7 @@ from mlx_serving.runtime.core.rows import bucketed
 from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
 from mlx_serving.runtime.core.sequence import Sequence, Status
 from mlx_serving.types import FinishReason, Priority, SamplingParams, TokenLogprob, Turn
+from sim.brief import brief
 from sim.fake_disk import FakeDisk
 from sim.fake_runner import VOCAB, FakeRunner, next_token
 
@@ -366,7 +367,7 @@ class Simulation:
 
     def _observe(self, plan: StepPlan, before: list[Sequence]) -> None:
         report, scheduler = self.report, self._scheduler
-        self._log(f"{self._now_s:8.1f} launch {_brief(plan)}")
+        self._log(f"{self._now_s:8.1f} launch {brief(plan)}")
         lost = [seq for seq in before if seq.status is Status.WAITING]
         starters = [scheduler.sequences[start.seq_id] for start in plan.starts]
         outranked = [
@@ -597,28 +598,3 @@ class Simulation:
                 assert request.logprobs == oracle.logprobs
         bound = self.report.work * (2 + self.report.disturbances) + 2 * len(self._requests)
         assert self.report.steps <= bound, f"{self.report.steps} steps where {bound} suffice"
-
-
-def _brief(plan: StepPlan) -> str:
-    parts = [f"#{plan.step_id}"]
-    if plan.frees:
-        parts.append(f"free {list(plan.frees)}")
-    if plan.moves:
-        parts.append("move " + " ".join(f"{a}>{b}" for a, b in plan.moves))
-    if plan.starts:
-        copied = {s.seq_id: f"+{s.reused}" if s.reused else "" for s in plan.starts}
-        parts.append(
-            "start " + " ".join(f"{s.seq_id}@{s.row}{copied[s.seq_id]}" for s in plan.starts)
-        )
-    if plan.prefill:
-        parts.append(
-            "prefill "
-            + " ".join(f"{c.seq_id}[{c.start}:+{len(c.token_ids)}]" for c in plan.prefill)
-        )
-    if plan.decode:
-        parts.append("decode " + " ".join(f"{d.seq_id}[{d.position}]" for d in plan.decode))
-    if plan.publish:
-        parts.append(
-            "publish " + " ".join(f"{p.seq_id}[{p.start}:]>{list(p.blocks)}" for p in plan.publish)
-        )
-    return " ".join(parts)
