@@ -106,6 +106,14 @@ async def _the_request_itself(c: Client) -> None:
     assert (await c.http.post("/v1/chat/completions", json={"model": "x", "messages": USER})).status_code == 404  # fmt: skip
 
 
+@check("timeout")
+async def _deadlines(c: Client) -> None:
+    assert await c.say(timeout=600) == await c.say()
+    body = {"model": "real", "messages": USER, "max_tokens": 200, "ignore_eos": True}
+    late = await c.http.post("/v1/chat/completions", json={**body, "timeout": 0.001})
+    assert late.status_code == 504 and late.json()["error"]["code"] == "deadline_exceeded"
+
+
 @check("stream", "stream_options")
 async def _streams(c: Client) -> None:
     body = {"model": "real", "messages": USER, "seed": 5, "max_tokens": 10, "stream": True}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 PACKAGE = "cmeel-openblas"
 """A build whose functions have their plain names, unlike those that NumPy and SciPy bring."""
+_NATIVE = "mlx_serving.runtime.native._native"
 
 
 @functools.cache
@@ -24,7 +25,7 @@ def preload() -> str:
     MLX is first imported."""
     if platform.system() != "Linux":
         return "MLX brings its own BLAS here"
-    if list((Path(__file__).parent / "native").glob("_native*.so")):
+    if _native_is_built():
         return "OpenBLAS is not needed beside native kernels"
     library = _library()
     if library is None:
@@ -37,6 +38,14 @@ def preload() -> str:
         hint = " (Debian, Ubuntu: apt install libgfortran5)" if "libgfortran" in str(error) else ""
         return f"OpenBLAS cannot be loaded: {error}{hint}"
     return f"float32 products by OpenBLAS {importlib.metadata.version(PACKAGE)}"
+
+
+def _native_is_built() -> bool:
+    """Told by asking the finders: to look for it by its whole name would import its package, and MLX.
+    An editable installation keeps it apart from the sources."""
+    where = [str(Path(__file__).parent / "native")]
+    finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
+    return any(finder.find_spec(_NATIVE, where) is not None for finder in finders)
 
 
 def _library() -> Path | None:

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,9 @@ def _gfortran(folder: Path) -> str:
 
 def _run(package: Path, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", PRODUCT],
-        env={**os.environ, "PYTHONPATH": str(package), **env},
+        # Without .pth files, through which an editable installation would come first.
+        [sys.executable, "-S", "-c", PRODUCT],
+        env={**os.environ, "PYTHONPATH": f"{package}:{sysconfig.get_path('purelib')}", **env},
         capture_output=True,
         text=True,
         timeout=300,
