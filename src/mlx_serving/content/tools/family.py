@@ -161,15 +161,18 @@ def attempt(calls: Calls, steps: Steps[None], ends: Stops, *, opener: str = "") 
         yield from steps
     except Malformed as error:
         draft.malformed += 1
+        # The error has words of the model's: not for a log that nobody asked to have them.
+        log.debug("A tool call is malformed: %s.", error)
         if draft.open:
-            # The error has words of the model's: not for a log that nobody asked to have them.
-            log.debug("The arguments of a tool call are malformed: %s.", error)
+            log.warning(
+                "The arguments of a tool call are malformed; at level debug the log says how."
+            )
             yield from reader.until(ends, draft.arguments)
             draft.end()
             if draft.done:
                 raise Complete from None
         else:
-            log.debug("What looked like a tool call is text: %s.", error)
+            log.warning("What looked like a tool call is text; at level debug the log says why.")
             draft.say(reader.raw())
     reader.unmark()
     return draft.calls > before
