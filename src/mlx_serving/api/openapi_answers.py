@@ -157,7 +157,7 @@ _DURATIONS = {
 }
 _OLLAMA_ALTERNATIVE = {"token": TEXT, "logprob": NUMBER, "bytes": _list(COUNT)}
 _OLLAMA_END: dict[str, Schema] = {
-    "done_reason": _one("stop", "length", "load"),
+    "done_reason": _one("stop", "length", "load", "unload"),
     "logprobs": _list(
         _object(top_logprobs=_list(_object(**_OLLAMA_ALTERNATIVE)), **_OLLAMA_ALTERNATIVE)
     ),
