@@ -191,7 +191,8 @@ class ModelSlot(Generic[T]):
     _task: asyncio.Task[None] | None = None
     _leaving: asyncio.Task[None] | None = None
     _unused: asyncio.Event = field(default_factory=asyncio.Event)
-    _expiry: asyncio.TimerHandle | None = None
+    _expiry: asyncio.Handle | None = None
+    _expires_s: float = 0.0
     _kept_s: float | None = None
     """The last request's own wish, in place of `keep_alive_s`."""
     _failed_s: float = 0.0
@@ -206,7 +207,7 @@ class ModelSlot(Generic[T]):
         """Until it leaves if nobody asks for it; None: it does not."""
         if self._expiry is None:
             return None
-        return max(0.0, self._expiry.when() - asyncio.get_running_loop().time())
+        return max(0.0, self._expires_s - time.monotonic())
 
     def enter(self, event: Event[T]) -> None:
         self.state = after(self.state, event)
@@ -330,8 +331,8 @@ class ModelSlot(Generic[T]):
         self._stop_expiry()
         kept_s = self.keep_alive_s if self._kept_s is None else self._kept_s
         if kept_s >= 0 and not self.pinned and not self.users:
-            loop = asyncio.get_running_loop()
-            self._expiry = loop.call_later(kept_s, self._expire)
+            self._expires_s = time.monotonic() + kept_s
+            self._expiry = asyncio.get_running_loop().call_later(kept_s, self._expire)
 
     def _stop_expiry(self) -> None:
         if self._expiry is not None:

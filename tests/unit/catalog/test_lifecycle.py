@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+import uvloop
 
 from mlx_serving.catalog.lifecycle import (
     Absent,
@@ -218,6 +219,19 @@ async def test_time_to_live(
             await asyncio.sleep(0)
         assert isinstance(slot.state, Ready)
     await slot.close()
+
+
+def test_time_to_live_on_the_servers_event_loop(hands: Hands) -> None:
+    async def story() -> None:
+        slot = slot_of(hands, keep_alive_s=0)
+        await slot.acquire()
+        slot.release(None)
+        assert slot.expires_in_s == 0.0
+        await until(lambda: "down" in hands.log)
+        await slot.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(story())
 
 
 async def test_use_stops_the_clock_and_pinning_does(hands: Hands) -> None:
