@@ -43,6 +43,8 @@ DEFAULT_CONTEXT = 8192
 PREFILL_STEP_CPU, PREFILL_STEP_NATIVE, PREFILL_STEP_GPU = 8, 256, 512
 """Stock MLX on a CPU computes a token at a time anyway, so short chunks cost nothing there, stall
 running streams least, and let prefixes be reused in short blocks."""
+LEAST_PREFILL_TOKENS = 32
+"""Of several prompts in one step, where chunks are shorter: prompts that come together start together."""
 _CONTEXT_KEYS = (
     "max_position_embeddings",
     "n_positions",
@@ -122,6 +124,7 @@ def load(
     limits = Limits(
         max_num_seqs=rows,
         prefill_step_size=step_size,
+        prefill_budget=None if options.prefill_step_size else max(step_size, LEAST_PREFILL_TOKENS),
         context_length=context,
         kv_capacity_tokens=capacity,
         kv_bytes_per_token=0 if options.exact_batch else kv_bytes,
