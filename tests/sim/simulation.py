@@ -385,13 +385,8 @@ class Simulation:
         if grown:
             since = report.steps - self._last_admission
             assert since > self.limits.kv_bucket_tokens, f"thrash: {since} steps after admission"
-            # Who starts again in the same step had lost its row too: the queue chose who came first.
-            kept = [
-                self._orders[seq]
-                for seq in before
-                if seq.status is Status.RUNNING and seq not in starters
-            ]
-            assert all(order < self._orders[seq] for order in kept for seq in grown)
+            stayed = [q for q in before if q.status is Status.RUNNING and q not in starters]
+            assert all(self._orders[q] < self._orders[seq] for q in stayed for seq in grown)
         worked = {work.seq_id for work in (*plan.prefill, *plan.decode)}
         assert not any(scheduler.sequences[i].paused for i in worked), "a paused row works"
         assert worked.issuperset(s.seq_id for s in plan.starts), "a row is taken to stay idle"
