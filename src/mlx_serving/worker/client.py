@@ -14,9 +14,10 @@ worker for the rest, and sampling keyed by position gives the tokens that the la
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
-from socket import socket
+from socket import MSG_DONTWAIT, socket
 from types import TracebackType
 from typing import Any, cast
 
@@ -34,6 +35,8 @@ HIGH_WATER_TOKENS = 256
 
 MAX_UNSENT_BYTES = 64 * 1024 * 1024
 """What may wait for a worker that does not read (it is loading) before submissions are refused."""
+
+LAST_WORDS_BYTES = 1 << 16
 
 
 class SequenceStream:
@@ -227,6 +230,8 @@ class Connection(asyncio.Protocol):
         self._on_phase = on_phase
         self._splitter = wire.FrameSplitter()
         self._transport: asyncio.Transport | None = None
+        self._last_words: socket | None = None
+        """The socket once more, for what the transport leaves unread when it fails to write."""
         self._loads: dict[str, asyncio.Future[ModelInfo]] = {}
         self._unloads: dict[str, asyncio.Future[None]] = {}
         self._clears: dict[str, asyncio.Future[CacheStats]] = {}
@@ -242,9 +247,11 @@ class Connection(asyncio.Protocol):
     ) -> Connection:
         """Takes over one end of a Unix socket pair; the caller awaits `hello`."""
         loop = asyncio.get_running_loop()
+        last_words = sock.dup()
         _, connection = await loop.create_unix_connection(
             lambda: cls(on_stats, on_phase, now), sock=sock
         )
+        connection._last_words = last_words
         return connection
 
     @property
@@ -351,6 +358,10 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None:
             log.debug("worker connection: %r", exc)
+        if self._last_words is not None:
+            with self._last_words as sock, contextlib.suppress(OSError):
+                while data := sock.recv(LAST_WORDS_BYTES, MSG_DONTWAIT):
+                    self.data_received(data)
         if not self.lost.done():
             self.lost.set_result(None)
 

@@ -24,6 +24,10 @@ class Worker:
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(self._sock, wire.encode(wire.Step(list(rows), STATS)))
 
+    def say(self, *messages: wire.FromWorker) -> None:
+        for message in messages:
+            self._sock.send(wire.encode(message))
+
     async def receive(self) -> list[wire.ToWorker]:
         loop = asyncio.get_running_loop()
         data = await loop.sock_recv(self._sock, 65536)
@@ -128,3 +132,14 @@ async def test_a_lost_connection_is_told_and_then_abandoned(ends):
     for waiter in (anext(aiter(stream)), load, unload, clear, connection.hello):
         with pytest.raises(errors.WorkerDied, match="of this"):
             await waiter
+
+
+async def test_the_last_words_of_a_worker_are_heard_even_if_it_died_before_it_read(ends):
+    connection, worker = ends
+    stream = open_stream(connection)
+    worker.say(wire.Started([1]), wire.Phase("loading", "m", 0.0))
+    worker.close()
+    connection.send(wire.UnloadModel("m"))  # a broken pipe, for both loops before they read
+    await connection.lost
+    assert stream.starting
+    assert connection.phase is not None and connection.phase.phase == "loading"
