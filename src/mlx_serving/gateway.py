@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -24,19 +23,18 @@ from mlx_serving.config import Config
 from mlx_serving.content.embedding import Text
 from mlx_serving.errors import (
     MLXServingError,
-    ModelNotFound,
 )
 from mlx_serving.generation import Generation, OpenRows, Served
 from mlx_serving.roster import Roster
 from mlx_serving.settle import check_generates, check_ids, check_room, constrain, settle
 from mlx_serving.telemetry.events import EventBus, RequestFinished, RequestStarted
 from mlx_serving.telemetry.metrics import Metrics
+from mlx_serving.telemetry.tally import count
 from mlx_serving.traffic.admission import Admission, class_bounds
 from mlx_serving.traffic.deadlines import TimeLimits, within
 from mlx_serving.traffic.response_cache import ResponseCache
 from mlx_serving.traffic.reuse import Reuse
-from mlx_serving.traffic.rollouts import FAILED, Arm, Rollout, Rollouts, Spec, measured
-from mlx_serving.traffic.shadow import Shadows, disagreement
+from mlx_serving.traffic.rollouts import Rollout, Rollouts, Spec, measured
 from mlx_serving.traffic.source import Ask, RowSource
 from mlx_serving.traffic.stores import open_store
 from mlx_serving.traffic.stores.port import Bounds, Size
@@ -56,14 +54,11 @@ from mlx_serving.types import (
     Turn,
     Usage,
 )
+from mlx_serving.variants import Variants
 from mlx_serving.worker.port import WorkerClient
 
 if TYPE_CHECKING:
     from mlx_serving.traffic.watch import Watch
-
-_COMPLETE: frozenset[str] = frozenset({"stop", "length", "tool_calls"})
-"""Outcomes of requests that got their whole answer."""
-log = logging.getLogger(__name__)
 
 _THREAD_TOKENS = 4_096
 """From here on token ids are better decoded off the event loop."""
@@ -87,7 +82,9 @@ class Gateway:
         self._reuse = _reuse(config, metrics)
         file = config.rollouts_file
         self.rollouts = Rollouts(Path(file) if file else None)
-        self._shadows = Shadows()
+        self._variants = Variants(
+            self.rollouts, self._slots, self.open, metrics.shadows_skipped.inc
+        )
         self.watch = self._make_watch()
         self._limits = TimeLimits(
             config.queue_timeout_s, config.first_token_timeout_s, config.request_timeout_s
@@ -118,7 +115,7 @@ class Gateway:
         self._admission.enter(arrived_s, request.priority)
         self._metrics.open_requests.inc()
         try:
-            slot, served, arm = await self._answerer(asked, request)
+            slot, served, arm = await self._variants.answerer(asked, request)
         except BaseException:
             self._leave(request.priority)
             raise
@@ -146,7 +143,7 @@ class Gateway:
             self._leave(request.priority)
             raise
         self._running.add(generation)
-        self._shadow(asked, request, generation)
+        self._variants.shadow(asked, request, generation)
         self._events.publish(
             RequestStarted(
                 request_id=request.request_id,
@@ -163,57 +160,6 @@ class Gateway:
     async def rank(self, request: RankRequest) -> Ranking:
         """Documents in the order in which they answer a query."""
         return embedding.ranking(request, *await self._pooled(request))
-
-    async def _answerer(
-        self, asked: ModelSlot[Served], request: GenerateRequest
-    ) -> tuple[ModelSlot[Served], Served, Arm | None]:
-        """The model that answers: the one asked for, or a variant in its place. It is in use then."""
-        arm = self.rollouts.arm(asked.model_id, request.session or request.request_id)
-        if arm is not None and arm.is_variant:
-            try:
-                slot = self._slots.find(arm.model)
-                return slot, await slot.acquire(), arm
-            except MLXServingError as error:
-                # The variant's fault is not the client's: the model itself answers.
-                log.warning("rollout %s: %s", arm.rollout, error.message)
-                self.rollouts.observe(arm, FAILED)
-                arm = None
-        return asked, await asked.acquire(), arm
-
-    def _shadow(
-        self, asked: ModelSlot[Served], request: GenerateRequest, original: Generation
-    ) -> None:
-        """Have a variant answer a copy, if one is to, and compare."""
-        arm = self.rollouts.shadow(asked.model_id, request.session or request.request_id)
-        if arm is None:
-            return
-        original.copied, copied_id = [], f"{request.request_id}-shadow"
-        copied = msgspec.structs.replace(
-            request,
-            request_id=copied_id,
-            model=arm.model,
-            seed=original.seed,
-            n=1,
-            priority=Priority.LOW,
-            caching="none",
-        )
-        original.arm = msgspec.structs.replace(arm, model=asked.model_id, is_variant=False)
-
-        async def compare() -> None:
-            copy = await self.open(copied)
-            copy.arm, copy.copied = arm, []
-            try:
-                async for _ in copy:
-                    pass
-                await original.ended.wait()
-            finally:
-                copy.cancel()
-            found = disagreement(original.copied or (), copy.copied)
-            for arm_, value in ((original.arm, 0.0), (arm, found)):
-                assert arm_ is not None, "set above"
-                self.rollouts.observe(arm_, {"disagreement": value})
-
-        self._shadows.start(compare, copied_id)
 
     async def tokenise(self, model: str, prompt: Prompt) -> list[int]:
         """A prompt's token ids, as `open` would have them."""
@@ -293,14 +239,7 @@ class Gateway:
 
     def start_rollout(self, spec: Spec) -> Rollout:
         """Raises InvalidRequest or ModelNotFound, naming the field of `spec`."""
-        for field in ("model", "variant"):
-            try:
-                served = self._slots.find(getattr(spec, field)).model_id
-            except ModelNotFound as error:
-                error.param = field
-                raise
-            spec = msgspec.structs.replace(spec, **{field: served})
-        return self.rollouts.start(spec)
+        return self._variants.start(spec)
 
     def cache_stats(self) -> dict[str, CacheStats]:
         """Each model's prefix cache, as its worker told last."""
@@ -326,7 +265,7 @@ class Gateway:
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the running ones. True when all of them finished."""
         self._admission.drain(clock.monotonic() + timeout_s)
-        self._shadows.cancel()
+        self._variants.stop_copying()
         self.rollouts.save()
         if self._admission.open_requests:
             self._idle.clear()
@@ -439,62 +378,30 @@ class Gateway:
     def _pooling_ended(
         self, request_id: str, model: str, tokens: int, outcome: str, arrived_s: float
     ) -> None:
-        duration_s = self._leave() - arrived_s
-        m = self._metrics
-        m.requests.labels(model, outcome).inc()
-        m.prompt_tokens.labels(model).inc(tokens)
-        m.duration.labels(model).observe(duration_s)
-        self._events.publish(
+        self._finish(
             RequestFinished(
                 request_id=request_id,
                 model_id=model,
                 outcome=outcome,
                 usage=Usage(prompt_tokens=tokens, completion_tokens=0),
                 ttft_ms=None,
-                duration_ms=duration_s * 1e3,
+                duration_ms=1e3 * (self._leave() - arrived_s),
             )
         )
 
     def _ended(self, slot: ModelSlot[Served], generation: Generation, outcome: str) -> None:
         slot.release(generation.request.keep_alive_s)
-        now_s = self._leave(generation.request.priority)
+        duration_s = self._leave(generation.request.priority) - generation.arrived_s
         self._running.discard(generation)
-        if outcome in _COMPLETE:
+        finished = generation.finished(outcome, duration_s)
+        if finished.complete:
             self._reuse.keep(generation.sources)
-        usage, model = generation.usage(), generation.model_id
-        m = self._metrics
-        m.requests.labels(model, outcome).inc()
-        m.prompt_tokens.labels(model).inc(usage.prompt_tokens)
-        m.cached_tokens.labels(model).inc(usage.cached_tokens)
-        m.generated_tokens.labels(model).inc(usage.completion_tokens)
-        if usage.shared_tokens:
-            by = "hit" if generation.reused == "hit" else "shared"
-            m.shared_tokens.labels(model, by).inc(usage.shared_tokens)
-        duration_s = now_s - generation.arrived_s
-        m.duration.labels(model).observe(duration_s)
-        ttft_s, tpot_s = generation.ttft_s, None
-        if ttft_s is not None:
-            m.ttft.labels(model).observe(ttft_s)
-            later = usage.completion_tokens - generation.request.n
-            if later > 0:
-                tpot_s = (duration_s - ttft_s) * generation.request.n / later
-                m.tpot.labels(model).observe(tpot_s)
-        finished = RequestFinished(
-            request_id=generation.request_id,
-            model_id=model,
-            outcome=outcome,
-            usage=usage,
-            ttft_ms=None if ttft_s is None else ttft_s * 1e3,
-            duration_ms=duration_s * 1e3,
-            tpot_ms=None if tpot_s is None else tpot_s * 1e3,
-            priority=generation.request.priority,
-            client=generation.request.client,
-            computed=generation.reused in (None, "miss"),
-            empty=generation.empty,
-            malformed=generation.malformed,
-        )
         if generation.arm is not None and (figures := measured(finished)) is not None:
             self.rollouts.observe(generation.arm, figures)
+        self._finish(finished)
+
+    def _finish(self, finished: RequestFinished) -> None:
+        count(self._metrics, finished)
         self._events.publish(finished)
 
 

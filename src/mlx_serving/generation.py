@@ -16,6 +16,7 @@ from mlx_serving.content.output import OutputParser
 from mlx_serving.content.stream import ChoiceText
 from mlx_serving.content.text import TextSide
 from mlx_serving.errors import Cancelled, MLXServingError, from_code
+from mlx_serving.telemetry.events import RequestFinished
 from mlx_serving.traffic.deadlines import TimeLimits, overdue
 from mlx_serving.traffic.rollouts import Arm
 from mlx_serving.traffic.source import Reused, RowSource
@@ -74,7 +75,7 @@ class Generation:
         self.arm: Arm | None = None
         """Its place in a rollout, if it has one."""
         self.ended = asyncio.Event()
-        self.copied: list[int] | None = None
+        self.tokens: list[int] | None = None
         """The first choice's tokens, where they are to be compared with another model's."""
         self.empty = True
         """Nothing has been said or called yet."""
@@ -132,6 +133,27 @@ class Generation:
             shared_tokens=sum(c.tokens for c in self._choices if c.is_shared),
         )
 
+    def finished(self, outcome: str, duration_s: float) -> RequestFinished:
+        """What is told of it at its end."""
+        usage, ttft_s, tpot_ms = self.usage(), self.ttft_s, None
+        later = usage.completion_tokens - self.request.n
+        if ttft_s is not None and later > 0:
+            tpot_ms = 1e3 * (duration_s - ttft_s) * self.request.n / later
+        return RequestFinished(
+            request_id=self.request_id,
+            model_id=self.model_id,
+            outcome=outcome,
+            usage=usage,
+            ttft_ms=None if ttft_s is None else 1e3 * ttft_s,
+            duration_ms=1e3 * duration_s,
+            tpot_ms=tpot_ms,
+            priority=self.request.priority,
+            client=self.request.client,
+            reused=self.reused,
+            empty=self.empty,
+            malformed=self.malformed,
+        )
+
     def cancel(self) -> None:
         for choice in self._choices:
             choice.cancel()
@@ -161,8 +183,8 @@ class Generation:
             self._end(outcome)
 
     def _observe(self, choice: _Choice, row: TokenRow) -> None:
-        if self.copied is not None and choice.index == 0:
-            self.copied += row.token_ids
+        if self.tokens is not None and choice.index == 0:
+            self.tokens += row.token_ids
         if self.ttft_s is None and row.token_ids:
             self.ttft_s = clock.monotonic() - self.arrived_s
             self.cached_tokens = row.cached_tokens

@@ -84,14 +84,18 @@ def remove(server: Server, name: str) -> int:
     return Exit.OK
 
 
-def plot(server: Server, name: str, png: str | None) -> int:
-    """Each metric's difference with its bound, drawn in the terminal or to a PNG file."""
-    from mlx_serving.cli import rollout_plot
+def plot(server: Server, name: str) -> int:
+    """Each metric's difference with its bound, drawn in the terminal."""
+    from mlx_serving.cli.rollout_plot import draw
 
     found = server.call("GET", f"/{quote(name, safe='')}")
     if found is None:
         return Exit.FAILED
-    return rollout_plot.draw(found, png, server.say)
+    if not found["metrics"]:
+        server.say.error("too_early", "there are not enough answers on both sides to compare yet")
+        return Exit.FAILED
+    print(draw(found["metrics"]))
+    return Exit.OK
 
 
 def _shown(server: Server, report: Any) -> int:
@@ -120,9 +124,9 @@ def _metrics(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         [
             m["metric"],
             *(_mean(m, mean) for mean in m["mean"]),
-            m["difference"],
-            f"{m['low']} to {m['high']}",
-            " to ".join(m["ci"]) if m["ci"] else "",
+            f"{m['difference']:+.1f} {m['unit']}",
+            f"{m['low']:+.1f} to {m['high']:+.1f}",
+            "{:+.1f} to {:+.1f}".format(*m["ci"]) if m["ci"] else "",
             f"{m['p']:.2g}" if m["p"] is not None else "",
             f"{m['d']:+.2f}" if m["d"] is not None else "",
         ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -68,12 +68,22 @@ class RequestFinished(msgspec.Struct, frozen=True, kw_only=True, tag="request_fi
     priority: Priority = Priority.NORMAL
     client: str | None = None
     """The name of the API key that it came with."""
-    computed: bool = True
-    """False: the answer was computed for another request."""
+    reused: Literal["hit", "shared", "miss"] | None = None
+    """hit, shared: the answer was computed for another request."""
     empty: bool = False
     """The answer has neither text nor a call."""
     malformed: bool = False
     """Something in it began like a tool call and was not one."""
+
+    @property
+    def complete(self) -> bool:
+        """It got its whole answer."""
+        return self.outcome in ("stop", "length", "tool_calls")
+
+    @property
+    def computed(self) -> bool:
+        """For it, and not for another request."""
+        return self.reused in (None, "miss")
 
 
 Event = (

@@ -167,6 +167,11 @@ class Metrics:
             ["remedy", "act"],
             registry=r,
         )
+        self.shadows_skipped = Counter(
+            "mlx_serving_shadows_skipped",
+            "Requests that a shadow did not copy, because too many of its copies ran",
+            registry=r,
+        )
         self.drifts = Counter(
             "mlx_serving_drifts",
             "Times that a figure of a model got worse than its baseline and stayed so",

@@ -114,9 +114,6 @@ class Levels:
         now_s = self._now()
         return {level.objective.text: level.burn(now_s) for level in self._levels}
 
-    def states(self) -> Mapping[str, str]:
-        return {level.objective.text: level.state.name for level in self._levels}
-
     def _row(self, level: Level, now_s: float) -> dict[str, object]:
         burn = level.burn(now_s)
         return {

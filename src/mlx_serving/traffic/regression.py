@@ -8,11 +8,9 @@ blocks. When the sum last was 0 is when the drift began.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ import msgspec
 
 from mlx_serving import clock
 from mlx_serving.telemetry.events import RequestFinished
+from mlx_serving.traffic import kept
 from mlx_serving.traffic.rollout import Metric
 from mlx_serving.traffic.stats import Moments
 
@@ -125,7 +124,7 @@ class Drifts:
         self._settings = settings
         self._on_drift = on_drift
         self._now = now
-        self._baselines = _read(file)
+        self._baselines = kept.read(file, dict[str, Baseline], {})
         self._blocks: dict[str, Moments] = {}
         self._cusums: dict[str, Cusum] = {}
         self._marks: deque[tuple[float, str]] = deque(maxlen=MAX_MARKS)
@@ -136,11 +135,8 @@ class Drifts:
         self._marks.append((self._now(), what))
 
     def observe(self, finished: RequestFinished) -> None:
-        if not (finished.computed and finished.usage.completion_tokens) or finished.outcome not in (
-            "stop",
-            "length",
-            "tool_calls",
-        ):
+        says = finished.complete and finished.computed and finished.usage.completion_tokens
+        if not says:
             return
         figures = _figures(finished)
         for metric in METRICS:
@@ -181,27 +177,8 @@ class Drifts:
         log.warning("%s", drift.line)
         self._on_drift(drift)
 
-    def forget(self, model: str) -> int:
-        """Learn a model's figures anew; how many baselines that were."""
-        keys = [key for key in self._baselines if key.split("|")[0] == model]
-        for key in keys:
-            del self._baselines[key]
-            self._cusums.pop(key, None)
-            self._blocks.pop(key, None)
-        self._save()
-        return len(keys)
-
     def _save(self) -> None:
-        if self._file is None:
-            return
-        learnt = {key: base for key, base in self._baselines.items() if base.learnt}
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            part = self._file.with_name(f"{self._file.name}.{os.getpid()}.part")
-            part.write_bytes(msgspec.json.encode(learnt))
-            part.replace(self._file)
-        except OSError as error:
-            log.error("baselines cannot be kept in %s: %s", self._file, error)
+        kept.write(self._file, {key: base for key, base in self._baselines.items() if base.learnt})
 
 
 def settings_of(given: Mapping[str, object]) -> str:
@@ -218,12 +195,3 @@ def _figures(finished: RequestFinished) -> dict[str, float]:
 
 def _plain(metric: Metric, mean: float) -> float:
     return math.exp(mean) if metric.scale == "log" else mean
-
-
-def _read(file: Path | None) -> dict[str, Baseline]:
-    if file is None or not file.exists():
-        return {}
-    with contextlib.suppress(OSError, msgspec.DecodeError):
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, Baseline])
-    log.warning("%s cannot be read; baselines are learnt anew", file)
-    return {}

@@ -42,10 +42,17 @@ class Metric:
     def worsening(self, difference: float) -> float:
         return difference if self.worse == "higher" else -difference
 
+    @property
+    def unit(self) -> Literal["%", "points"]:
+        """Of `shown`."""
+        return "points" if self.scale == "share" else "%"
+
+    def shown(self, difference: float) -> float:
+        """In percent or percentage points."""
+        return 100 * (difference if self.scale == "share" else math.expm1(difference))
+
     def say(self, difference: float) -> str:
-        if self.scale == "share":
-            return f"{100 * difference:+.1f} points"
-        return f"{100 * math.expm1(difference):+.1f} %"
+        return f"{self.shown(difference):+.1f} {self.unit}"
 
 
 _FIVE_PERCENT = math.log(1.05)

@@ -5,10 +5,8 @@ outlives the server.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, assert_never, get_args
@@ -19,6 +17,7 @@ from msgspec import Meta
 from mlx_serving import clock
 from mlx_serving.errors import InvalidRequest, RequestNotFound
 from mlx_serving.telemetry.events import RequestFinished
+from mlx_serving.traffic import kept
 from mlx_serving.traffic.rollout import (
     METRICS,
     STAGES,
@@ -99,19 +98,20 @@ class Arm(msgspec.Struct, frozen=True):
 
 class MetricReport(msgspec.Struct, frozen=True, kw_only=True):
     """One metric's comparison: over all stages by the bound that decides, and by Welch's test of the
-    present stage. Differences are the variant's minus the model's, in the metric's words."""
+    present stage. Differences are the variant's from the model's, in `unit`."""
 
     metric: str
     scale: Literal["log", "share"]
     n: tuple[int, int]
     mean: tuple[float, float]
     """Of the model and the variant: a ratio scale's geometric mean, or a share."""
-    difference: str
-    low: str
-    high: str
+    unit: Literal["%", "points"]
+    difference: float
+    low: float
+    high: float
     p: float | None = None
     d: float | None = None
-    ci: tuple[str, str] | None = None
+    ci: tuple[float, float] | None = None
     """Welch's 95 % interval."""
 
 
@@ -139,7 +139,7 @@ def measured(finished: RequestFinished) -> Mapping[str, float] | None:
     """One request's figures; None where they say nothing of the model that answered."""
     if finished.outcome == "cancelled" or not finished.computed:
         return None
-    if finished.outcome not in ("stop", "length", "tool_calls"):
+    if not finished.complete:
         return FAILED
     figures = {
         "error": 0.0,
@@ -170,7 +170,8 @@ class Rollouts:
         self._file = file
         self._on_change = on_change
         self._now = now
-        self._all = _read(file)
+        # Rather no rollout than a server that does not start: models answer for themselves.
+        self._all = {found.spec.name: found for found in kept.read(file, list[Rollout], [])}
         self._unsaved = 0
 
     # What the admin says
@@ -313,31 +314,7 @@ class Rollouts:
 
     def _save(self) -> None:
         self._unsaved = 0
-        if self._file is None:
-            return
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            part = self._file.with_name(f"{self._file.name}.{os.getpid()}.part")
-            part.write_bytes(msgspec.json.format(msgspec.json.encode(list(self._all.values()))))
-            part.replace(self._file)
-        except OSError as error:
-            log.error("rollouts cannot be kept in %s: %s", self._file, error)
-
-
-def _read(file: Path | None) -> dict[str, Rollout]:
-    """What the file holds. One that cannot be read is set aside: no rollout is better than a server
-    that does not start, and the models answer for themselves."""
-    if file is None or not file.exists():
-        return {}
-    try:
-        kept = msgspec.json.decode(file.read_bytes(), type=list[Rollout])
-    except (OSError, msgspec.DecodeError) as error:
-        aside = file.with_name(file.name + ".unreadable")
-        log.error("%s cannot be read (%s); it is now %s", file, error, aside.name)
-        with contextlib.suppress(OSError):
-            file.replace(aside)
-        return {}
-    return {found.spec.name: found for found in kept}
+        kept.write(self._file, list(self._all.values()))
 
 
 def _effective_share(found: Rollout) -> float:
@@ -373,12 +350,13 @@ def _metric_reports(found: Rollout) -> list[MetricReport]:
                 scale=metric.scale,
                 n=(sum(a.n for a, _ in pairs), sum(b.n for _, b in pairs)),
                 mean=(_mean(metric, [a for a, _ in pairs]), _mean(metric, [b for _, b in pairs])),
-                difference=metric.say(estimate.difference),
-                low=metric.say(estimate.low),
-                high=metric.say(estimate.high),
+                unit=metric.unit,
+                difference=metric.shown(estimate.difference),
+                low=metric.shown(estimate.low),
+                high=metric.shown(estimate.high),
                 p=test.p if test else None,
                 d=test.d if test else None,
-                ci=(metric.say(test.low), metric.say(test.high)) if test else None,
+                ci=(metric.shown(test.low), metric.shown(test.high)) if test else None,
             )
         )
     return reports

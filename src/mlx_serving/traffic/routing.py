@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from hashlib import blake2b
 
 
@@ -16,14 +15,3 @@ def position(name: str, key: str) -> float:
 def takes_part(name: str, key: str, share: float) -> bool:
     """Whether `key` is in the first `share` of the split: who is in at 10 % still is at 25 %."""
     return position(name, key) < share
-
-
-def choose(name: str, key: str, arms: Sequence[tuple[str, float]]) -> str:
-    """The arm for `key`, of (arm, weight) pairs; weights are relative."""
-    total = sum(weight for _, weight in arms)
-    at = position(name, key) * total
-    for arm, weight in arms:
-        at -= weight
-        if at < 0:
-            return arm
-    return arms[-1][0]  # a sum of floats may fall short by a rounding

@@ -16,13 +16,13 @@ MAX_RUNNING = 8
 class Shadows:
     """Runs copies in the background, boundedly many."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_skip: Callable[[], None]) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
-        self.skipped = 0
+        self._on_skip = on_skip
 
     def start(self, work: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
         if len(self._tasks) >= MAX_RUNNING:
-            self.skipped += 1
+            self._on_skip()
             return
         task = asyncio.create_task(self._run(work, name), name=name)
         self._tasks.add(task)

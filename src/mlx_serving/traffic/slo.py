@@ -13,7 +13,6 @@ slow request does not raise an alarm and an old trouble does not keep one up:
 
 from __future__ import annotations
 
-import math
 import re
 from collections import deque
 from collections.abc import Callable
@@ -54,7 +53,7 @@ class Objective:
         """Whether a request missed it; None: it is not about that request, or says nothing of it."""
         if finished.outcome == "cancelled" or not self._about(finished):
             return None
-        failed = finished.outcome not in ("stop", "length", "tool_calls")
+        failed = not finished.complete
         match self.metric:
             case "errors":
                 return failed
@@ -276,4 +275,4 @@ class Level:
 
 def budget_left(burn: Burn) -> float:
     """The share of the long window's budget that is unused, at least 0."""
-    return max(0.0, 1.0 - burn.long) if math.isfinite(burn.long) else 0.0
+    return max(0.0, 1.0 - burn.long)

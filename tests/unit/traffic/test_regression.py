@@ -116,15 +116,6 @@ def test_baselines_outlive_a_restart_and_belong_to_their_settings(tmp_path):
     assert other.told == []  # it is learning
 
 
-def test_a_model_can_be_learnt_anew(tmp_path):
-    traffic = Traffic(tmp_path / "baselines.json")
-    traffic.send(ENOUGH)
-    assert traffic.drifts.forget("m") == 3
-    traffic.send(ENOUGH, slower=3.0)
-    traffic.send(500, slower=3.0)
-    assert traffic.told == []
-
-
 def test_an_unreadable_file_costs_the_baselines_only(tmp_path):
     (tmp_path / "b.json").write_text("{")
     traffic = Traffic(tmp_path / "b.json")
@@ -135,6 +126,6 @@ def test_an_unreadable_file_costs_the_baselines_only(tmp_path):
 def test_what_says_nothing_is_left_out():
     traffic = Traffic()
     traffic.send(ENOUGH)
-    traffic.send(500, slower=9.0, computed=False)
+    traffic.send(500, slower=9.0, reused="hit")
     traffic.send(500, slower=9.0, outcome="worker_died")
     assert traffic.told == []

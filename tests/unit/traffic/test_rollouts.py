@@ -111,7 +111,7 @@ def test_an_ab_test_stays_as_it_is():
     assert rollouts.get("c").status == "running"
     error = next(m for m in rollouts.report("c").metrics if m.metric == "error")
     assert error.n == (200, 200) and error.mean == (0.0, 1.0)
-    assert error.difference == "+100.0 points"
+    assert (error.difference, error.unit) == (100.0, "points")
 
 
 def test_a_shadow_answers_nobody():
@@ -148,5 +148,5 @@ def test_what_an_answer_says():
     assert figures["tokens_per_s"] == pytest.approx(4.519, abs=1e-3)  # log of 11 tokens in 120 ms
     assert measured(finished(outcome="worker_died")) == FAILED
     assert measured(finished(outcome="cancelled")) is None
-    assert measured(finished(computed=False)) is None
+    assert measured(finished(reused="shared")) is None
     assert "tpot" not in (measured(finished(tpot_ms=None)) or {})

@@ -1,0 +1,103 @@
+"""Who answers a request in place of the model that it asks for, and whose copies are compared: the
+rollouts (`traffic.rollouts`) among the served models."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from mlx_serving.catalog.lifecycle import ModelSlot
+from mlx_serving.errors import MLXServingError, ModelNotFound
+from mlx_serving.generation import Generation, Served
+from mlx_serving.roster import Roster
+from mlx_serving.traffic.rollouts import FAILED, Arm, Rollout, Rollouts, Spec
+from mlx_serving.traffic.shadow import Shadows, disagreement
+from mlx_serving.types import GenerateRequest, Priority
+
+log = logging.getLogger(__name__)
+
+Open = Callable[[GenerateRequest], Awaitable[Generation]]
+
+
+class Variants:
+    """Args: open_: accepts a request, as the gateway does. on_skip: a copy was not made, for too many
+    run."""
+
+    def __init__(
+        self, rollouts: Rollouts, slots: Roster, open_: Open, on_skip: Callable[[], None]
+    ) -> None:
+        self._rollouts = rollouts
+        self._slots = slots
+        self._open = open_
+        self._shadows = Shadows(on_skip)
+
+    def start(self, spec: Spec) -> Rollout:
+        """Raises InvalidRequest or ModelNotFound, naming the field of `spec`."""
+        for field in ("model", "variant"):
+            try:
+                served = self._slots.find(getattr(spec, field)).model_id
+            except ModelNotFound as error:
+                error.param = field
+                raise
+            spec = msgspec.structs.replace(spec, **{field: served})
+        return self._rollouts.start(spec)
+
+    async def answerer(
+        self, asked: ModelSlot[Served], request: GenerateRequest
+    ) -> tuple[ModelSlot[Served], Served, Arm | None]:
+        """The model that answers: the one asked for, or a variant in its place. It is in use then."""
+        arm = self._rollouts.arm(asked.model_id, _key(request))
+        if arm is not None and arm.is_variant:
+            try:
+                slot = self._slots.find(arm.model)
+                return slot, await slot.acquire(), arm
+            except MLXServingError as error:
+                # The variant's fault is not the client's: the model itself answers.
+                log.warning("rollout %s: %s", arm.rollout, error.message)
+                self._rollouts.observe(arm, FAILED)
+                arm = None
+        return asked, await asked.acquire(), arm
+
+    def shadow(
+        self, asked: ModelSlot[Served], request: GenerateRequest, original: Generation
+    ) -> None:
+        """Have a variant answer a copy, if one is to, and compare."""
+        arm = self._rollouts.shadow(asked.model_id, _key(request))
+        if arm is None:
+            return
+        ours = msgspec.structs.replace(arm, model=asked.model_id, is_variant=False)
+        original.arm, original.tokens = ours, []
+        copied = msgspec.structs.replace(
+            request,
+            request_id=f"{request.request_id}-shadow",
+            model=arm.model,
+            seed=original.seed,
+            n=1,
+            priority=Priority.LOW,
+            caching="none",
+        )
+
+        async def compare() -> None:
+            copy = await self._open(copied)
+            copy.arm, copy.tokens = arm, []
+            try:
+                async for _ in copy:
+                    pass
+                await original.ended.wait()
+            finally:
+                copy.cancel()
+            found = disagreement(original.tokens or (), copy.tokens)
+            self._rollouts.observe(ours, {"disagreement": 0.0})
+            self._rollouts.observe(arm, {"disagreement": found})
+
+        self._shadows.start(compare, copied.request_id)
+
+    def stop_copying(self) -> None:
+        self._shadows.cancel()
+
+
+def _key(request: GenerateRequest) -> str:
+    """What stays with one variant."""
+    return request.session or request.request_id
