@@ -49,7 +49,7 @@ class Roster:
         broken = self._worker.broken.get(slot.model_id)
         status, reason = status_of(slot.state) if broken is None else ("failed", broken.message)
         loaded = slot.state.loaded if isinstance(slot.state, Ready) else None
-        error = slot.state.error if isinstance(slot.state, Failed) else broken
+        error = slot.state.error if isinstance(slot.state, Failed) and not broken else broken
         return ServedModel(
             id=slot.model_id,
             created=slot.created,

@@ -39,9 +39,9 @@ def _embeds(config: Mapping[str, Any], folder: Path) -> bool:
     name = str(names[0]) if isinstance(names, list) and names else ""
     if (folder / "modules.json").is_file() or (folder / "1_Pooling").is_dir():
         return True
-    return bool(re.search(r"(Model|ForMaskedLM|ForSequenceClassification)$", name)) and not (
-        "Conditional" in name or "vision_config" in config
-    )
+    return bool(
+        re.search(r"((?<!LMHead)Model|ForMaskedLM|ForSequenceClassification)$", name)
+    ) and not ("Conditional" in name or "vision_config" in config)
 
 
 def supported(config: Mapping[str, Any]) -> bool:

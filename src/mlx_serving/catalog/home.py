@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -84,6 +85,9 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def sweep(parent: Path, prefix: str) -> None:
-    """Remove what a killed process left half-done; call while holding its lock."""
-    for leftover in parent.glob(f"{prefix}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Remove the temporary folders of this prefix that a killed process left; call while holding its
+    lock."""
+    for leftover in parent.glob(f"{glob.escape(prefix)}*"):
+        # What tempfile appends has no dot: `.qwen2.5.x` is another model's than `.qwen2.`.
+        if "." not in leftover.name.removeprefix(prefix):
+            shutil.rmtree(leftover, ignore_errors=True)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import assert_never
 
-from mlx_serving.catalog.home import exclusive, sweep, unused
+from mlx_serving.catalog.home import exclusive, unused
 from mlx_serving.catalog.inventory import Place
 from mlx_serving.errors import ModelBroken
 
@@ -54,7 +54,7 @@ def _remove_own(path: Path, home: Path) -> None:
     """Out of sight at once, by a rename; what a killed removal leaves is swept by the next."""
     with exclusive(home, path.name):
         hidden = path.with_name(f".removed-{path.name}")
-        sweep(path.parent, hidden.name)
+        shutil.rmtree(hidden, ignore_errors=True)
         path.rename(hidden)
         shutil.rmtree(hidden)
 

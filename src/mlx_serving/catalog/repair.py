@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import assert_never
 
@@ -11,7 +12,7 @@ from mlx_serving.catalog.digests import check_digests, expected, manifest, remem
 from mlx_serving.catalog.ensure import from_wheels
 from mlx_serving.catalog.folder import Problem
 from mlx_serving.catalog.health import Broken, Machine, Verdict, examine
-from mlx_serving.catalog.home import exclusive, sweep
+from mlx_serving.catalog.home import exclusive
 from mlx_serving.catalog.inventory import Place
 from mlx_serving.catalog.known import Known
 from mlx_serving.catalog.progress import Progress
@@ -33,7 +34,7 @@ def repair(
     assert path is not None
     match place.source:
         case "hub":
-            _from_hub(path, before.problems, home, progress, offline=offline)
+            _from_hub(place, before.problems, home, progress, offline=offline)
         case "alias":
             alias = ALIASES[place.name]
             with _Aside(path):
@@ -52,16 +53,18 @@ def _verdict(place: Place, machine: Machine, home: Path, progress: Progress) -> 
 
 
 def _from_hub(
-    snapshot: Path, problems: tuple[Problem, ...], home: Path, progress: Progress, *, offline: bool
+    place: Place, problems: tuple[Problem, ...], home: Path, progress: Progress, *, offline: bool
 ) -> None:
     from mlx_serving.catalog import hub
 
+    snapshot = place.path
+    assert snapshot is not None
     for name in {problem.file for problem in problems}:
         link = snapshot / name
         if link.is_symlink() or link.exists():
             link.resolve().unlink(missing_ok=True)
             link.unlink(missing_ok=True)
-    repo = snapshot.parents[1].name.removeprefix("models--").replace("--", "/", 1)
+    repo, _, _ = place.name.partition("@")
     hub.pull(repo, snapshot.name, home=home, offline=offline, progress=progress)
 
 
@@ -86,11 +89,11 @@ class _Aside:
         self._hidden = path.with_name(f".broken-{path.name}")
 
     def __enter__(self) -> None:
-        sweep(self._path.parent, self._hidden.name)
+        shutil.rmtree(self._hidden, ignore_errors=True)
         self._path.rename(self._hidden)
 
     def __exit__(self, *_: object) -> None:
         if self._path.exists():
-            sweep(self._path.parent, self._hidden.name)
+            shutil.rmtree(self._hidden, ignore_errors=True)
         else:
             self._hidden.rename(self._path)

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from mlx_serving.cli.exits import Exit
+from mlx_serving.cli.exits import Exit, failed
 from mlx_serving.cli.say import Say
 from mlx_serving.cli.talkers import EngineTalker, Message, ServerTalker, Talker, answers
-from mlx_serving.errors import ConfigError, MLXServingError
+from mlx_serving.errors import MLXServingError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -116,12 +116,8 @@ def run(
         talker = _talker(model, url, say, api_key)
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
-    except ConfigError as error:
-        say.config_error(error)
-        return Exit.USAGE
     except MLXServingError as error:
-        say.error(error.code, error.message)
-        return Exit.FAILED if url else Exit.NO_MODEL
+        return failed(error, say, Exit.FAILED if url else Exit.NO_MODEL)
     try:
         chat = Chat(talker, sys.stdout, system, params)
         if not sys.stdin.isatty():

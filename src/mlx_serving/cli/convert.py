@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mlx_serving import config as settings
 from mlx_serving.catalog.conversion import Wish, convert
-from mlx_serving.cli.exits import Exit
+from mlx_serving.cli.exits import Exit, failed
 from mlx_serving.cli.say import Say, size
-from mlx_serving.errors import ConfigError, MLXServingError
+from mlx_serving.errors import MLXServingError
 
 
 def run(
@@ -15,12 +15,8 @@ def run(
     say = say or Say(json)
     try:
         folder = convert(model, wish, settings.load(), say.progress(), name=name)
-    except ConfigError as error:
-        say.config_error(error)
-        return Exit.USAGE
     except MLXServingError as error:
-        say.error(error.code, error.message)
-        return Exit.NO_MODEL
+        return failed(error, say)
     except KeyboardInterrupt:
         say.error("interrupted", "stopped; nothing is left of the conversion")
         return Exit.INTERRUPTED

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from mlx_serving.errors import ConfigError, MLXServingError
+
+if TYPE_CHECKING:
+    from mlx_serving.cli.say import Say
 
 
 class Exit(IntEnum):
@@ -22,3 +28,12 @@ class Exit(IntEnum):
     CANNOT_RUN = 7
     """`health`: the files are whole, but this installation or machine cannot run the model."""
     INTERRUPTED = 130
+
+
+def failed(error: MLXServingError, say: Say, otherwise: Exit = Exit.NO_MODEL) -> Exit:
+    """Say what went wrong. `otherwise`: the code of what is no mistake in the settings."""
+    if isinstance(error, ConfigError):
+        say.config_error(error)
+        return Exit.USAGE
+    say.error(error.code, error.message)
+    return otherwise

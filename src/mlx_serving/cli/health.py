@@ -21,7 +21,7 @@ from mlx_serving.catalog.health import (
 )
 from mlx_serving.catalog.inventory import Place, locate, places
 from mlx_serving.catalog.known import Known
-from mlx_serving.cli.exits import Exit
+from mlx_serving.cli.exits import Exit, failed
 from mlx_serving.cli.models import Shelf, verdict_json
 from mlx_serving.cli.say import Say
 from mlx_serving.errors import ConfigError, ModelNotFound
@@ -35,12 +35,8 @@ def run(model: str | None, deep: bool = False, json: bool = False, say: Say | No
         found = (
             [locate(model, shelf.home, shelf.cache)] if model else places(shelf.home, shelf.cache)
         )
-    except ConfigError as error:
-        say.config_error(error)
-        return Exit.USAGE
-    except ModelNotFound as error:
-        say.error(error.code, error.message)
-        return Exit.NO_MODEL
+    except (ConfigError, ModelNotFound) as error:
+        return failed(error, say)
     machine, known = this_machine(shelf.config), Known(shelf.home)
     which: Which = "all" if deep else "unread"
     there = [place for place in found if place.path is not None]

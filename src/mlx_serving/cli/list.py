@@ -6,7 +6,7 @@ import json as to_json
 
 from mlx_serving.catalog.health import describe, this_machine
 from mlx_serving.catalog.inventory import Entry, inventory
-from mlx_serving.cli.exits import Exit
+from mlx_serving.cli.exits import Exit, failed
 from mlx_serving.cli.models import NOT_FETCHED, Shelf, count, entry_json
 from mlx_serving.cli.say import Say, size
 from mlx_serving.cli.table import print_table
@@ -20,8 +20,7 @@ def run(json: bool = False, say: Say | None = None) -> int:
     try:
         shelf = Shelf.load()
     except ConfigError as error:
-        say.config_error(error)
-        return Exit.USAGE
+        return failed(error, say)
     entries = inventory(shelf.home, shelf.cache, this_machine(shelf.config))
     if json:
         print(to_json.dumps({"models": [entry_json(entry) for entry in entries]}))

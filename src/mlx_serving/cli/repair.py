@@ -9,10 +9,10 @@ from mlx_serving.catalog.health import Broken, Healthy, Unable, Verdict, this_ma
 from mlx_serving.catalog.health import describe as in_words
 from mlx_serving.catalog.inventory import locate
 from mlx_serving.catalog.repair import repair
-from mlx_serving.cli.exits import Exit
+from mlx_serving.cli.exits import Exit, failed
 from mlx_serving.cli.models import Shelf, verdict_json
 from mlx_serving.cli.say import Say
-from mlx_serving.errors import ConfigError, MLXServingError
+from mlx_serving.errors import MLXServingError
 
 
 def run(model: str, json: bool = False, say: Say | None = None) -> int:
@@ -24,12 +24,8 @@ def run(model: str, json: bool = False, say: Say | None = None) -> int:
         before, after = repair(
             place, this_machine(shelf.config), shelf.home, progress, offline=shelf.config.offline
         )
-    except ConfigError as error:
-        say.config_error(error)
-        return Exit.USAGE
     except MLXServingError as error:
-        say.error(error.code, error.message)
-        return Exit.NO_MODEL
+        return failed(error, say)
     except KeyboardInterrupt:
         say.error("interrupted", "stopped; the next repair goes on from here")
         return Exit.INTERRUPTED

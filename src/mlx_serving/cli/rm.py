@@ -6,10 +6,10 @@ import sys
 
 from mlx_serving.catalog.inventory import locate
 from mlx_serving.catalog.removal import removable_bytes, remove
-from mlx_serving.cli.exits import Exit
+from mlx_serving.cli.exits import Exit, failed
 from mlx_serving.cli.models import Shelf
 from mlx_serving.cli.say import Say, size
-from mlx_serving.errors import ConfigError, MLXServingError, ModelNotFound
+from mlx_serving.errors import MLXServingError, ModelNotFound
 
 
 def run(models: list[str], yes: bool = False, json: bool = False, say: Say | None = None) -> int:
@@ -26,15 +26,10 @@ def run(models: list[str], yes: bool = False, json: bool = False, say: Say | Non
             remove(place, shelf.home)
             text = f"removed {place.name}: {size(freed)}"
             say.event("removed", text, name=place.name, path=str(place.path), freed_bytes=freed)
-    except ConfigError as error:
-        say.config_error(error)
-        return Exit.USAGE
     except ModelNotFound as error:
-        say.error(error.code, error.message)
-        return Exit.NO_MODEL
+        return failed(error, say)
     except MLXServingError as error:
-        say.error(error.code, error.message)
-        return Exit.FAILED
+        return failed(error, say, Exit.FAILED)
     return Exit.OK
 
 

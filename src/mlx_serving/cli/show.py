@@ -9,9 +9,9 @@ import msgspec
 
 from mlx_serving.catalog import jobs
 from mlx_serving.catalog.health import Healthy, this_machine
-from mlx_serving.catalog.inventory import Entry, describe, inventory, locate
+from mlx_serving.catalog.inventory import Entry, Place, describe, inventory, locate
 from mlx_serving.catalog.known import Known
-from mlx_serving.cli.exits import Exit
+from mlx_serving.cli.exits import Exit, failed
 from mlx_serving.cli.models import Shelf, count, entry_json, verdict_json
 from mlx_serving.cli.say import Say, size
 from mlx_serving.cli.table import print_facts
@@ -41,13 +41,9 @@ def run(model: str, json: bool = False, say: Say | None = None) -> int:
     try:
         shelf = Shelf.load()
         place = locate(model, shelf.home, shelf.cache)
-    except ConfigError as error:
-        say.config_error(error)
-        return Exit.USAGE
-    except ModelNotFound as error:
-        say.error(error.code, error.message)
-        return Exit.NO_MODEL
-    entry = _with_drafts(describe(place, this_machine(shelf.config), Known(shelf.home)), shelf)
+    except (ConfigError, ModelNotFound) as error:
+        return failed(error, say)
+    entry = _entry(place, shelf)
     assert place.path is not None
     chat = chat_of(place.path, shelf.config)
     caches = _caches(entry)
@@ -63,10 +59,13 @@ def run(model: str, json: bool = False, say: Say | None = None) -> int:
     return Exit.OK
 
 
-def _with_drafts(entry: Entry, shelf: Shelf) -> Entry:
+def _entry(place: Place, shelf: Shelf) -> Entry:
     """Drafts are found among all models; a folder from elsewhere has none."""
-    all_models = inventory(shelf.home, shelf.cache, this_machine(shelf.config))
-    return next((other for other in all_models if other.place.path == entry.place.path), entry)
+    machine = this_machine(shelf.config)
+    for entry in inventory(shelf.home, shelf.cache, machine):
+        if entry.place.path == place.path:
+            return entry
+    return describe(place, machine, Known(shelf.home))
 
 
 def chat_of(folder: Path, config: Config) -> Chat:

@@ -35,7 +35,7 @@ def read_embed(request: EmbedRequest, info: ModelInfo, tokenizer: Tokenizer) -> 
     """One text for each input. Raises InvalidRequest, ContextOverflow, naming the input."""
     prompt = _named_prompt(request, info)
     limit = info.max_input_tokens
-    keep = None if request.truncate is None else min(request.truncate, limit)
+    keep = _kept(request, limit)
     plain = [prompt + item.text for item in request.inputs if isinstance(item, TextPrompt)]
     encoded = iter(_encode(tokenizer, plain, request.param))
     texts = []
@@ -53,7 +53,7 @@ def read_embed(request: EmbedRequest, info: ModelInfo, tokenizer: Tokenizer) -> 
 def read_pairs(request: RankRequest, info: ModelInfo, tokenizer: Tokenizer) -> list[Text]:
     """The query with each document, for a reranker."""
     limit = info.max_input_tokens
-    keep = None if request.truncate is None else min(request.truncate, limit)
+    keep = _kept(request, limit)
     encoded = tokenizer.encode_texts([(request.query, d) for d in request.documents])
     texts = []
     for i, encoding in enumerate(encoded):
@@ -67,7 +67,7 @@ def read_pairs(request: RankRequest, info: ModelInfo, tokenizer: Tokenizer) -> l
 def read_sides(request: RankRequest, info: ModelInfo, tokenizer: Tokenizer) -> list[Text]:
     """The query and then each document by itself, for an embedder."""
     limit = info.max_input_tokens
-    keep = None if request.truncate is None else min(request.truncate, limit)
+    keep = _kept(request, limit)
     most = [n for n in (keep, request.max_document_tokens) if n is not None]
     query = _prompt_for(info, _QUERY) + request.query
     document = _prompt_for(info, _DOCUMENT)
@@ -78,6 +78,11 @@ def read_sides(request: RankRequest, info: ModelInfo, tokenizer: Tokenizer) -> l
         _fitting(_close(e, info, tokenizer, k), limit, info, at)
         for e, k, at in zip(encoded, kept, names, strict=True)
     ]
+
+
+def _kept(request: EmbedRequest | RankRequest, limit: int) -> int | None:
+    """Tokens to which a longer text is cut; None: it is refused instead."""
+    return None if request.truncate is None else min(request.truncate, limit)
 
 
 def _named_prompt(request: EmbedRequest, info: ModelInfo) -> str:
