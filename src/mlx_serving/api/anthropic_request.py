@@ -12,11 +12,12 @@ from msgspec import Meta
 
 from mlx_serving.api import anthropic_fields as fields
 from mlx_serving.api.body import MAX_MESSAGES, convert, read_object, refuse, spelled, stop_strings
-from mlx_serving.api.disposition import check, refuse_unknown
+from mlx_serving.api.disposition import check
 from mlx_serving.content.structured import json_schema
 from mlx_serving.content.tools.definitions import ToolUse, tool_use
 from mlx_serving.errors import InvalidRequest
 from mlx_serving.types import ChatPrompt, GenerateRequest, Grammar, Message, SamplingParams
+from mlx_serving.unknown import refuse_others
 
 _MAX_INT = 2**31 - 1
 _BILLING = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*(?:\n+|\Z)")
@@ -67,7 +68,7 @@ class _Thinking(msgspec.Struct, kw_only=True):
     display: Literal["summarized", "omitted"] | None = None
 
 
-class _Format(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class _Format(msgspec.Struct, kw_only=True):
     type: Literal["json_schema"]
     schema: dict[str, Any]
 
@@ -83,7 +84,7 @@ class _ToolChoice(msgspec.Struct, kw_only=True):
     disable_parallel_tool_use: bool | None = None
 
 
-class _Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class _Message(msgspec.Struct, kw_only=True):
     role: Literal["user", "assistant", "system"]
     content: str | list[dict[str, Any]]
 
@@ -174,7 +175,10 @@ def _thinking(raw: dict[str, Any] | None, advisory: list[str]) -> _Thinking | No
 
 def _output_config(raw: dict[str, Any] | None) -> _OutputConfig:
     check(fields.OUTPUT_CONFIG, raw or {}, at="output_config.")
-    return convert(raw or {}, _OutputConfig, at="output_config")
+    output = convert(raw or {}, _OutputConfig, at="output_config")
+    if raw and output.format:
+        refuse_others(raw["format"], _Format.__struct_fields__, "output_config.format.")
+    return output
 
 
 def _grammar(output: _OutputConfig) -> Grammar | None:
@@ -254,8 +258,7 @@ def _block_kind(block: dict[str, Any], at: str) -> str:
         raise InvalidRequest(f"'{at}.type' must be a string.", param=f"{at}.type")
     if kind not in _BLOCK_FIELDS:
         raise refuse(at, f"blocks of type '{kind[:64]}' are not read, only text and tools")
-    for name in sorted(block.keys() - _BLOCK_FIELDS[kind]):
-        refuse_unknown(name, f"{at}.")
+    refuse_others(block, _BLOCK_FIELDS[kind], f"{at}.")
     return kind
 
 
@@ -274,6 +277,7 @@ def _text(block: dict[str, Any], at: str) -> str:
 
 def _turn(raw: dict[str, Any], at: str, advisory: list[str]) -> list[Message]:
     """One of Anthropic's turns; tool results become messages of their own."""
+    refuse_others(raw, _Message.__struct_fields__, f"{at}.")
     turn = convert(raw, _Message, at=at)
     if isinstance(turn.content, str):
         return [Message(role=turn.role, content=turn.content)]

@@ -20,7 +20,6 @@ from mlx_serving.api.anthropic import AnthropicRoutes
 from mlx_serving.api.anthropic_response import error_json as anthropic_error
 from mlx_serving.api.anthropic_response import model_list
 from mlx_serving.api.cache import CacheRoutes
-from mlx_serving.api.disposition import left_out
 from mlx_serving.api.embeddings import EmbeddingRoutes
 from mlx_serving.api.exchange import (
     ASGIApp,
@@ -47,6 +46,7 @@ from mlx_serving.api.tokens import TokenRoutes
 from mlx_serving.config import Config
 from mlx_serving.errors import InvalidRequest, MLXServingError, ModelNotFound
 from mlx_serving.types import ServedModel
+from mlx_serving.unknown import left_out
 
 Methods = Mapping[str, Handler | Route]
 """A bare handler needs a key, where there are keys; `public` and `admin` mark what differs."""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from mlx_serving.errors import InvalidRequest, UnsupportedParameter
+from mlx_serving.unknown import left_out
 
 T = TypeVar("T")
 
@@ -87,14 +88,22 @@ def refuse(at: str, why: str) -> UnsupportedParameter:
 
 @contextmanager
 def spelled(*renames: tuple[str, str]) -> Iterator[None]:
-    """Errors raised inside name their field as this dialect spells it: each (theirs, ours)."""
+    """Errors raised inside, and unknown fields noted there, are named as this dialect spells them:
+    each (theirs, ours)."""
+
+    def ours(name: str) -> str:
+        for theirs, our in renames:
+            name = name.replace(theirs, our, 1)
+        return name
+
+    noted = left_out.get()
+    noted = [] if noted is None else noted
+    before = len(noted)
     try:
         yield
     except InvalidRequest as error:
         if (param := error.param) is not None:
-            named = param
-            for theirs, ours in renames:
-                named = named.replace(theirs, ours, 1)
-            error.param = named
-            error.message = error.message.replace(f"'{param}", f"'{named}")
+            error.param = ours(param)
+            error.message = error.message.replace(f"'{param}", f"'{error.param}")
         raise
+    noted[before:] = map(ours, noted[before:])

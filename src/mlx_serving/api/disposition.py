@@ -4,28 +4,21 @@ honoured   it changes the answer as its definition says
 advisory   it cannot change the tokens by definition; accepted, and named in a response header
 refused    a 400 that names it, unless its value is neutral (null, or what it would be anyway)
 
-A field that is in no table is refused as unknown, unless the server relaxes that (`left_out`).
+A field that is in no table is refused as unknown, unless the server relaxes that (`unknown.left_out`).
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
-from contextvars import ContextVar
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
-from mlx_serving.errors import InvalidRequest, UnsupportedParameter
+from mlx_serving.errors import UnsupportedParameter
+from mlx_serving.unknown import refuse_unknown
 
 Disposition = Literal["honoured", "advisory", "refused"]
 Table = Mapping[str, "Field"]
-
-left_out: ContextVar[list[str] | None] = ContextVar("left_out", default=None)
-"""Where the running request's unknown fields are noted instead of being refused; None: refuse them."""
-
-_MAX_NAME = 64
-"""Longer names are cut in messages, and no similar field is looked for."""
 
 
 class Field(msgspec.Struct, frozen=True):
@@ -74,19 +67,3 @@ def check(table: Table, body: Mapping[str, Any], *, at: str = "") -> list[str]:
 def _same(value: Any, neutral: Any) -> bool:
     # JSON's true is not 1, as Python's is.
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
-
-
-def refuse_unknown(name: str, at: str, known: Iterable[str] = ()) -> None:
-    """Raise for a field that nobody knows, or note that it is left out."""
-    noted = left_out.get()
-    if noted is None:
-        raise _unknown(known, name, at)
-    noted.append(at + name[:_MAX_NAME])
-
-
-def _unknown(known: Iterable[str], name: str, at: str) -> InvalidRequest:
-    shown = name if len(name) <= _MAX_NAME else name[:_MAX_NAME] + "..."
-    message = f"Unknown field '{at}{shown}'."
-    if len(name) <= _MAX_NAME and (close := difflib.get_close_matches(name, list(known), n=1)):
-        message += f" Did you mean '{at}{close[0]}'?"
-    return InvalidRequest(message, param=at + shown, code="unknown_parameter")

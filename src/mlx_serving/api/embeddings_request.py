@@ -15,6 +15,7 @@ from mlx_serving.api.disposition import check
 from mlx_serving.api.wishes import parse_priority
 from mlx_serving.errors import InvalidRequest
 from mlx_serving.types import MAX_INPUTS, EmbedRequest, RankRequest, TextPrompt, TokenPrompt
+from mlx_serving.unknown import refuse_others
 
 _MAX_INT = 2**31 - 1
 ALL = _MAX_INT
@@ -52,7 +53,7 @@ class _Embeddings(msgspec.Struct, kw_only=True):
     user: Any = None
 
 
-class _Document(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class _Document(msgspec.Struct, kw_only=True):
     text: str
 
 
@@ -102,6 +103,9 @@ def parse_rerank(data: bytes, *, default_model: str) -> RankCall:
     raw = read_object(data)
     advisory = check(fields.RERANK, raw)
     body = convert(raw, _Rerank)
+    for i, document in enumerate(raw["documents"]):
+        if isinstance(document, dict):
+            refuse_others(document, _Document.__struct_fields__, f"documents[{i}].")
     request = RankRequest(
         request_id="rerank-" + secrets.token_hex(12),
         model=body.model or default_model,

@@ -11,9 +11,9 @@ from urllib.parse import parse_qs
 
 import msgspec
 
-from mlx_serving.api.disposition import left_out
 from mlx_serving.api.port import Cancellable
 from mlx_serving.errors import BodyTooLarge, Draining, InvalidRequest, MLXServingError, ServerError
+from mlx_serving.unknown import left_out
 
 Scope = MutableMapping[str, Any]
 ASGIMessage = MutableMapping[str, Any]

@@ -26,6 +26,7 @@ from mlx_serving.types import (
     SamplingParams,
     TextPrompt,
 )
+from mlx_serving.unknown import refuse_others
 
 _MAX_INT = 2**31 - 1
 _DURATION = re.compile(r"[-+]?(\d+(\.\d*)?(ns|us|µs|ms|s|m|h)?)+")
@@ -81,13 +82,13 @@ class _Options(msgspec.Struct, kw_only=True):
     frequency_penalty: Penalty | None = None
 
 
-class _CallFunction(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class _CallFunction(msgspec.Struct, kw_only=True):
     name: str
     arguments: dict[str, Any]
     index: int | None = None
 
 
-class _Call(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class _Call(msgspec.Struct, kw_only=True):
     function: _CallFunction
     id: str | None = None
     type: Literal["function"] = "function"
@@ -249,6 +250,10 @@ def _messages(raws: list[dict[str, Any]]) -> tuple[Message, ...]:
         at = f"messages[{i}]"
         check(fields.MESSAGE, raw, at=at + ".")
         message = convert(raw, _Message, at=at)
+        for j, call in enumerate(raw.get("tool_calls") or ()):
+            refuse_others(call, _Call.__struct_fields__, f"{at}.tool_calls[{j}].")
+            where = f"{at}.tool_calls[{j}].function."
+            refuse_others(call["function"], _CallFunction.__struct_fields__, where)
         if message.tool_calls and message.role != "assistant":
             raise InvalidRequest("Only an assistant's message has calls.", param=at + ".tool_calls")
         if message.content is None and not message.tool_calls:

@@ -15,7 +15,6 @@ from mlx_serving.api import fields
 from mlx_serving.api.body import MAX_MESSAGES
 from mlx_serving.api.body import convert as _convert
 from mlx_serving.api.body import read_object as _object
-from mlx_serving.api.disposition import refuse_unknown
 from mlx_serving.api.wishes import parse_priority
 from mlx_serving.content import structured
 from mlx_serving.content.tools.definitions import tool_use
@@ -32,6 +31,7 @@ from mlx_serving.types import (
     TextPrompt,
     TokenPrompt,
 )
+from mlx_serving.unknown import refuse_others
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 256
@@ -42,6 +42,8 @@ COMPLETIONS_MAX_TOKENS = 16
 """OpenAI's default on /v1/completions."""
 
 _MAX_INT = 2**31 - 1
+_PART_FIELDS = ("type", "text", "cache_control", "prompt_cache_breakpoint")
+"""The last two mark a prefix for a cache that matches prefixes by content anyway."""
 _RESERVED_TEMPLATE_KWARGS = frozenset(
     {
         "messages",
@@ -128,7 +130,7 @@ class _CompletionBody(_Body, kw_only=True):
     add_special_tokens: bool | None = None
 
 
-class _Function(msgspec.Struct, forbid_unknown_fields=True):
+class _Function(msgspec.Struct):
     name: str
     arguments: str
 
@@ -393,6 +395,10 @@ def _chat_prompt(body: _ChatBody) -> ChatPrompt:
 def _message(raw: dict[str, Any], at: str) -> Message:
     fields.check(fields.MESSAGE, raw, at=at + ".")
     message = _convert(raw, _Message, at=at)
+    for j, call in enumerate(raw.get("tool_calls") or ()):
+        refuse_others(call, _ToolCall.__struct_fields__, f"{at}.tool_calls[{j}].")
+        where = f"{at}.tool_calls[{j}].function."
+        refuse_others(call["function"], _Function.__struct_fields__, where)
     role = "system" if message.role == "developer" else message.role
     content = message.content
     if isinstance(content, list):
@@ -435,9 +441,7 @@ def _join_parts(parts: list[Any], at: str) -> str:
             )
         if not isinstance(part.get("text"), str):
             raise InvalidRequest(f"'{at}[{j}].text' must be a string.", param=f"{at}[{j}].text")
-        # cache_control marks a prefix for a cache that matches prefixes by content anyway.
-        for name in sorted(part.keys() - {"type", "text", "cache_control"}):
-            refuse_unknown(name, f"{at}[{j}].")
+        refuse_others(part, _PART_FIELDS, f"{at}[{j}].")
         texts.append(part["text"])
     return "\n".join(texts)
 

@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from mlx_serving.api import responses_fields as fields
 from mlx_serving.api.body import MAX_MESSAGES, convert, read_object, refuse, spelled
-from mlx_serving.api.disposition import check, left_out, refuse_unknown
+from mlx_serving.api.disposition import check
 from mlx_serving.content import structured
 from mlx_serving.content.tools.definitions import ToolUse, tool_use
 from mlx_serving.errors import InvalidRequest
@@ -23,6 +23,7 @@ from mlx_serving.types import (
     Message,
     SamplingParams,
 )
+from mlx_serving.unknown import left_out, refuse_others
 
 _MAX_INT = 2**31 - 1
 LOGPROBS = "message.output_text.logprobs"
@@ -241,6 +242,8 @@ _TEXT_PARTS = {
     "summary_text": "text",
     "reasoning_text": "text",
 }
+_BESIDE_TEXT = ("type", "annotations", "logprobs", "cache_control", "prompt_cache_breakpoint")
+"""What an earlier answer's text came with, and marks for a cache that matches by content anyway."""
 
 
 class _Item(msgspec.Struct):
@@ -294,8 +297,7 @@ def _kind(item: dict[str, Any], at: str) -> str:
         raise InvalidRequest(f"'{at}.type' must be a string.", param=f"{at}.type")
     if kind not in _ITEM_FIELDS:
         raise refuse(f"{at}.type", f"items of type '{kind[:64]}' are not read")
-    for name in sorted(item.keys() - _ITEM_FIELDS[kind]):
-        refuse_unknown(name, f"{at}.")
+    refuse_others(item, _ITEM_FIELDS[kind], f"{at}.")
     return kind
 
 
@@ -342,4 +344,5 @@ def _text(content: Any, at: str) -> str:
         if not isinstance(kind, str) or kind not in _TEXT_PARTS:
             raise refuse(f"{at}[{j}]", f"parts of type '{str(kind)[:64]}' are not read, only text")
         texts.append(_string(part, _TEXT_PARTS[kind], f"{at}[{j}]"))
+        refuse_others(part, (_TEXT_PARTS[kind], *_BESIDE_TEXT), f"{at}[{j}].")
     return "\n".join(texts)

@@ -19,6 +19,7 @@ import msgspec
 
 from mlx_serving.errors import InvalidRequest, UnsupportedParameter
 from mlx_serving.types import Grammar
+from mlx_serving.unknown import refuse_others
 
 MAX_CHARS = 65_536
 """Of a schema as JSON, an expression, a grammar, a list of choices."""
@@ -100,19 +101,19 @@ _LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "additionalItems")
 
 
-class _JSONSchemaFormat(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class _JSONSchemaFormat(msgspec.Struct, kw_only=True):
     schema: dict[str, Any] | bool
     name: str | None = None
     description: str | None = None
     strict: bool | None = None
 
 
-class _ResponseFormat(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class _ResponseFormat(msgspec.Struct, kw_only=True):
     type: str
     json_schema: dict[str, Any] | None = None
 
 
-class _StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class _StructuredOutputs(msgspec.Struct, kw_only=True):
     json: dict[str, Any] | bool | str | None = None
     regex: str | None = None
     choice: list[str] | None = None
@@ -433,6 +434,8 @@ def _bounded(text: str, param: str) -> str:
 
 def _convert(value: Any, kind: Any, param: str) -> Any:
     try:
-        return msgspec.convert(value, kind)
+        converted = msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"'{param}': {error}.", param=param) from None
+    refuse_others(value, kind.__struct_fields__, f"{param}.")
+    return converted

@@ -158,7 +158,7 @@ async def test_what_rerank_asks(client: httpx.AsyncClient, gateway: Any) -> None
         ({"query": "q"}, "invalid_value", "documents"),
         ({"query": "q", "documents": []}, "invalid_value", "documents"),
         ({"query": "q", "documents": [3]}, "invalid_value", "documents[0]"),
-        ({"query": "q", "documents": [{"text": "d", "x": 1}]}, "invalid_value", "documents[0].x"),
+        ({"query": "q", "documents": [{"text": "d", "x": 1}]}, "unknown_parameter", "documents[0].x"),
         ({"query": "q", "documents": ["d"], "top_n": 0}, "invalid_value", "top_n"),
         ({"query": "q", "documents": ["d"], "rank_fields": ["a"]}, "unsupported_parameter", "rank_fields"),
     ],

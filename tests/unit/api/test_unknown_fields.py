@@ -37,6 +37,71 @@ BODIES: dict[str, tuple[dict[str, Any], str]] = {
     "/v1/embeddings": ({"input": "Hi", "mood": 1}, "mood"),
 }
 IGNORED = "x-mlx-serving-ignored"
+HI = [{"role": "user", "content": "Hi"}]
+SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "string"}}}
+FORMAT = {"type": "json_schema", "schema": SCHEMA, "mood": 1}
+FUNCTION = {"name": "f", "parameters": SCHEMA, "mood": 1}
+TOOL = {"type": "function", "function": FUNCTION, "mood": 1}
+CHOICE = {"type": "function", "function": {"name": "f", "mood": 1}, "mood": 1}
+CALL = {
+    "type": "function",
+    "id": "c",
+    "function": {"name": "f", "arguments": "{}", "mood": 1},
+    "mood": 1,
+}
+NESTED: list[tuple[str, dict[str, Any], list[str]]] = [
+    (
+        "/v1/chat/completions",
+        {"messages": HI, "tools": [TOOL], "tool_choice": CHOICE},
+        ["tools[0].mood", "tools[0].function.mood", "tool_choice.mood", "tool_choice.function.mood"],
+    ),
+    (
+        "/v1/chat/completions",
+        {"messages": [*HI, {"role": "assistant", "tool_calls": [CALL]}, *HI]},
+        ["messages[1].tool_calls[0].mood", "messages[1].tool_calls[0].function.mood"],
+    ),
+    (
+        "/v1/chat/completions",
+        {"messages": HI, "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA, "mood": 1}, "mood": 1}},
+        ["response_format.mood", "response_format.json_schema.mood"],
+    ),
+    (
+        "/v1/chat/completions",
+        {"messages": HI, "structured_outputs": {"regex": "a+", "mood": 1}},
+        ["structured_outputs.mood"],
+    ),
+    (
+        "/v1/responses",
+        {
+            "input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi", "mood": 1}]}],
+            "tools": [{"type": "function", **FUNCTION}],
+            "tool_choice": {"type": "function", "name": "f", "mood": 1},
+        },
+        ["input[0].content[0].mood", "tools[0].mood", "tool_choice.mood"],
+    ),
+    ("/v1/responses", {"input": "Hi", "text": {"format": FORMAT}}, ["text.format.mood"]),
+    (
+        "/v1/messages",
+        {
+            "messages": [{"role": "user", "content": "Hi", "mood": 1}],
+            "max_tokens": 9,
+            "tools": [{"name": "f", "input_schema": SCHEMA, "mood": 1}],
+            "tool_choice": {"type": "tool", "name": "f", "mood": 1},
+        },
+        ["messages[0].mood", "tools[0].mood", "tool_choice.mood"],
+    ),
+    (
+        "/v1/messages",
+        {"messages": HI, "max_tokens": 9, "output_config": {"format": FORMAT}},
+        ["output_config.format.mood"],
+    ),
+    (
+        "/api/chat",
+        {"messages": [*HI, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}, "mood": 1}, "mood": 1}]}, *HI], "tools": [TOOL]},
+        ["tools[0].mood", "tools[0].function.mood", "messages[1].tool_calls[0].mood", "messages[1].tool_calls[0].function.mood"],
+    ),
+    ("/v1/rerank", {"query": "Hi", "documents": [{"text": "a", "mood": 1}]}, ["documents[0].mood"]),
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -58,6 +123,23 @@ async def test_unknown_fields(
     answered = await relaxed.post(path, json=body)
     assert answered.status_code == 200, answered.text
     assert sorted(answered.headers[IGNORED].split(", ")) == sorted(named.split(", "))
+
+
+@pytest.mark.parametrize(("path", "body", "named"), NESTED)
+async def test_unknown_fields_inside_objects(
+    client: httpx.AsyncClient,
+    relaxed: httpx.AsyncClient,
+    path: str,
+    body: dict[str, Any],
+    named: list[str],
+) -> None:
+    refused = await client.post(path, json=body)
+    assert refused.status_code == 400 and IGNORED not in refused.headers
+    assert "Unknown field" in refused.text
+    assert any(f"'{name}'" in refused.text for name in named), refused.text
+    answered = await relaxed.post(path, json=body)
+    assert answered.status_code == 200, answered.text
+    assert sorted(answered.headers[IGNORED].split(", ")) == sorted(named)
 
 
 async def test_what_is_known_is_not_relaxed(relaxed: httpx.AsyncClient) -> None:

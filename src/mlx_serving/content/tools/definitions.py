@@ -10,6 +10,7 @@ import msgspec
 
 from mlx_serving.content import structured
 from mlx_serving.errors import InvalidRequest, UnsupportedParameter
+from mlx_serving.unknown import refuse_others
 
 MAX_TOOLS = 128
 MAX_SCHEMA_CHARS = 65_536
@@ -96,9 +97,9 @@ def _tool(tool: Any, at: str) -> tuple[Mapping[str, Any], bool]:
     function = tool.get("function")
     if not isinstance(function, Mapping):
         raise InvalidRequest(f"'{at}.function' must be an object.", param=f"{at}.function")
-    _known(tool, {"type", "function"}, at)
+    refuse_others(tool, ("type", "function"), at + ".")
     at += ".function"
-    _known(function, _FUNCTION_KEYS, at)
+    refuse_others(function, _FUNCTION_KEYS, at + ".")
     name, described, strict = (function.get(key) for key in ("name", "description", "strict"))
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidRequest(
@@ -144,12 +145,6 @@ def _deeper(value: Any, levels: int) -> bool:
     return any(_deeper(item, levels - 1) for item in items)
 
 
-def _known(given: Mapping[str, Any], known: set[str] | frozenset[str], at: str) -> None:
-    if extra := sorted(str(key) for key in given.keys() - known):
-        shown = f"{at}.{extra[0][:64]}"
-        raise InvalidRequest(f"Unknown field '{shown}'.", param=shown, code="unknown_parameter")
-
-
 def _choice(choice: Any, names: list[str]) -> str:
     """`auto`, `none`, `required` or `=NAME`."""
     if choice is None:
@@ -168,7 +163,7 @@ def _choice(choice: Any, names: list[str]) -> str:
         raise UnsupportedParameter(
             "'tool_choice.type' must be 'function'.", param="tool_choice.type"
         )
-    _known(choice, {"type", "function"}, "tool_choice")
+    refuse_others(choice, ("type", "function"), "tool_choice.")
     function = choice.get("function")
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or name not in names:
@@ -176,4 +171,5 @@ def _choice(choice: Any, names: list[str]) -> str:
             "'tool_choice.function.name' is none of the tools' names.",
             param="tool_choice.function.name",
         )
+    refuse_others(choice["function"], ("name",), "tool_choice.function.")
     return "=" + name
