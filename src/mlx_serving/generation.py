@@ -68,7 +68,7 @@ class Generation:
         self.model_id = model_id
         self.prompt_token_ids = token_ids
         self.prompt_tokens = len(token_ids)
-        self.cached_tokens = 0
+        self.cached_tokens = self.cache_write_tokens = 0
         self.seed = sampling.seed
         self.arrived_s = arrived_s
         self.ttft_s: float | None = None
@@ -130,6 +130,7 @@ class Generation:
             prompt_tokens=self.prompt_tokens,
             completion_tokens=sum(choice.tokens for choice in self._choices),
             cached_tokens=self.cached_tokens,
+            cache_write_tokens=self.cache_write_tokens,
             shared_tokens=sum(c.tokens for c in self._choices if c.is_shared),
         )
 
@@ -188,6 +189,7 @@ class Generation:
         if self.ttft_s is None and row.token_ids:
             self.ttft_s = clock.monotonic() - self.arrived_s
             self.cached_tokens = row.cached_tokens
+            self.cache_write_tokens = row.cache_write_tokens
 
     def _check_time(self) -> None:
         begun = all(source.begun for source in self.sources)

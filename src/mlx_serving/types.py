@@ -352,6 +352,9 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    """Prompt tokens that were found in a cache."""
+    cache_write_tokens: int = 0
+    """Prompt tokens that were computed and left in a cache."""
     shared_tokens: int = 0
     """Completion tokens that were computed for another request."""
 

@@ -440,7 +440,7 @@ class Simulation:
             f"{self._now_s:8.1f}   {got.seq_id} gets {got.token_ids} {got.finish_reason or ''}"
         )
         assert request.live, f"{got.seq_id} has ended or was cancelled, and is sent more"
-        assert got.token_ids
+        assert got.token_ids and got.cached_tokens + got.cache_write_tokens <= len(request.prompt)
         assert got.cached_tokens == self._cached[got.seq_id], f"{got.seq_id} was not told"
         self._cached[got.seq_id] = 0
         assert (got.logprobs is None) == (request.sampling.logprobs is None)

@@ -70,17 +70,18 @@ async def test_length_is_clamped_to_the_context(scripted):
 async def test_a_prompt_is_computed_once_for_each_salt(scripted):
     folder = str(scripted(mode="hash"))
     async with Engine(folder) as engine:
-        cached, texts = [], set()
+        cached, written, texts = [], [], set()
         for salt in (None, None, "a", "a", None):
             done = await engine.complete("x" * 40, max_tokens=4, temperature=0, cache_salt=salt)
             cached.append(done.usage.cached_tokens)
+            written.append(done.usage.cache_write_tokens)
             texts.add(done.text)
-    assert cached == [0, 32, 0, 32, 32]
+    assert (cached, written) == ([0, 32, 0, 32, 32], [32, 0, 32, 0, 0])
     assert len(texts) == 1
     async with Engine(folder, prefix_cache_bytes=0) as engine:
         for _ in range(2):
             done = await engine.complete("x" * 40, max_tokens=4, temperature=0)
-            assert done.usage.cached_tokens == 0
+            assert done.usage.cached_tokens == done.usage.cache_write_tokens == 0
 
 
 async def test_the_prefix_cache_is_counted_and_emptied(scripted):

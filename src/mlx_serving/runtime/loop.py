@@ -169,6 +169,7 @@ class Model:
                         e.finish_reason,
                         e.stop_token_id,
                         cached_tokens=e.cached_tokens,
+                        cache_write_tokens=e.cache_write_tokens,
                         vector=e.vector,
                     )
                 )

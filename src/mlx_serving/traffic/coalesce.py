@@ -131,15 +131,15 @@ class Subscriber:
 
     async def _rows(self) -> AsyncIterator[TokenRow]:
         flight, said = self.flight, self.flight.transcript
-        # Who follows another's sequence had none of its prompt computed.
-        cached = said.cached_tokens if self.reused == "miss" else len(flight.ask.token_ids)
         try:
             while not self._left:
                 end = len(said.token_ids)
                 if end > self.read or said.finish_reason is not None:
                     if self.reused == "miss":
-                        cached = said.cached_tokens
-                    row = said.row(self.read, end, cached)
+                        found, written = said.cached_tokens, said.cache_write_tokens
+                    else:  # who follows another's sequence had none of its prompt computed
+                        found, written = len(flight.ask.token_ids), 0
+                    row = said.row(self.read, end, found, written)
                     self.read = end
                     flight.advanced()
                     yield row

@@ -19,10 +19,12 @@ class Transcript(msgspec.Struct):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     cached_tokens: int = 0
+    cache_write_tokens: int = 0
 
     def add(self, row: TokenRow) -> None:
         if not self.ends:
             self.cached_tokens = row.cached_tokens
+            self.cache_write_tokens = row.cache_write_tokens
         self.token_ids += row.token_ids
         if row.logprobs is not None:
             self.logprobs = self.logprobs or []
@@ -30,7 +32,9 @@ class Transcript(msgspec.Struct):
         self.ends.append(len(self.token_ids))
         self.finish_reason, self.stop_token_id = row.finish_reason, row.stop_token_id
 
-    def row(self, start: int, end: int, cached_tokens: int) -> TokenRow:
+    def row(
+        self, start: int, end: int, cached_tokens: int, cache_write_tokens: int = 0
+    ) -> TokenRow:
         """The tokens from `start` to `end` as one row; with the end of the sequence if they reach it."""
         last = end == len(self.token_ids)
         return TokenRow(
@@ -40,6 +44,7 @@ class Transcript(msgspec.Struct):
             finish_reason=self.finish_reason if last else None,
             stop_token_id=self.stop_token_id if last else None,
             cached_tokens=cached_tokens if start == 0 else 0,
+            cache_write_tokens=cache_write_tokens if start == 0 else 0,
         )
 
     def rows(self, cached_tokens: int) -> Iterator[TokenRow]:

@@ -202,6 +202,7 @@ def _merge(old: wire.TokenRow, new: wire.TokenRow) -> wire.TokenRow:
         stop_token_id=new.stop_token_id,
         cached_tokens=old.cached_tokens,  # what a resumption finds in a cache is not the prompt's
         vector=new.vector,
+        cache_write_tokens=old.cache_write_tokens,
     )
 
 

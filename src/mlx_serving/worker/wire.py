@@ -213,6 +213,8 @@ class TokenRow(msgspec.Struct, frozen=True, array_like=True):
     """The field at fault, where `error` is about one."""
     vector: bytes | None = None
     """Of a pooled sequence: float32, little-endian."""
+    cache_write_tokens: int = 0
+    """Prompt tokens that were computed and left in a cache; set with the first token."""
 
 
 class StepStats(msgspec.Struct, frozen=True, array_like=True):

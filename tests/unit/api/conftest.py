@@ -105,7 +105,9 @@ class FakeGeneration:
             self._wake.set()
 
     def usage(self) -> Usage:
-        return Usage(prompt_tokens=5, completion_tokens=self._tokens, cached_tokens=3)
+        return Usage(
+            prompt_tokens=5, completion_tokens=self._tokens, cached_tokens=3, cache_write_tokens=1
+        )
 
 
 class FakeGateway:

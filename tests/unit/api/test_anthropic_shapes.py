@@ -19,8 +19,8 @@ from mlx_serving.types import TokenEvent, ToolCallDelta
 MESSAGES = "/v1/messages"
 BODY = {"model": "tiny", "max_tokens": 64, "messages": [{"role": "user", "content": "Hi"}]}
 USAGE = {
-    "input_tokens": 2,
-    "cache_creation_input_tokens": 0,
+    "input_tokens": 1,
+    "cache_creation_input_tokens": 1,
     "cache_read_input_tokens": 3,
     "output_tokens": 2,
 }

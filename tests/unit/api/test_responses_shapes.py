@@ -55,7 +55,7 @@ def masked(value: Any) -> Any:
 
 USAGE = {
     "input_tokens": 5,
-    "input_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 0},
+    "input_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 1},
     "output_tokens": 2,
     "output_tokens_details": {"reasoning_tokens": 0},
     "total_tokens": 7,

@@ -42,13 +42,14 @@ async def test_identical_requests_share_a_sequence(starts) -> None:
     readers = [await reuse.open(make_ask(), starts) for _ in range(5)]
     (source,) = starts.sources
     reading = [asyncio.create_task(read(reader)) for reader in readers]
-    source.say(7, cached_tokens=2)
+    source.say(7, cached_tokens=2, cache_write_tokens=1)
     source.say(8, 9, finish="stop", stop_token_id=9)
     for index, (tokens, rows) in enumerate(await asyncio.gather(*reading)):
         assert tokens == [7, 8, 9]
         assert (rows[-1].finish_reason, rows[-1].stop_token_id) == ("stop", 9)
         # Only the first had anything computed: the others' whole prompt was somebody else's.
         assert rows[0].cached_tokens == (2 if index == 0 else 3)
+        assert rows[0].cache_write_tokens == (1 if index == 0 else 0)
         assert all(row.finish_reason is None for row in rows[:-1])
     assert [reader.reused for reader in readers] == ["miss", *["shared"] * 4]
     assert len(joined) == 4 and len(reuse.flights) == 0

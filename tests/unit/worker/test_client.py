@@ -69,13 +69,21 @@ async def test_rows_left_lying_become_one(ends):
     connection, worker = ends
     stream = open_stream(connection)
     first, second = TokenLogprob(-1.0), TokenLogprob(-2.0)
-    await worker.send(wire.TokenRow(1, [5], [first], cached_tokens=3))
+    await worker.send(wire.TokenRow(1, [5], [first], cached_tokens=3, cache_write_tokens=4))
     await worker.send(wire.TokenRow(1, [6, 7], [second, second]))
     await worker.send(wire.TokenRow(1, [8], [first], "stop", 8))
     await steps(connection, 3)
     rows = [row async for row in stream]
     assert rows == [
-        wire.TokenRow(1, [5, 6, 7, 8], [first, second, second, first], "stop", 8, cached_tokens=3)
+        wire.TokenRow(
+            1,
+            [5, 6, 7, 8],
+            [first, second, second, first],
+            "stop",
+            8,
+            cached_tokens=3,
+            cache_write_tokens=4,
+        )
     ]
 
 

@@ -62,6 +62,8 @@ class Emitted:
     """Why, where `finish_reason` is "error"."""
     cached_tokens: int = 0
     """Prompt tokens that were copied from prefix blocks, with the first token."""
+    cache_write_tokens: int = 0
+    """Prompt tokens that were computed and left in prefix blocks, with the first token."""
     vector: bytes | None = None
     """Of a pooled sequence, with its only `finish_reason`."""
 
@@ -276,7 +278,7 @@ class Scheduler:
         reason = seq.absorb(token)
         if reason is not None:
             self._finish(seq)
-        cached, seq.cached = seq.cached, 0
+        cached, written = seq.tell_reuse()
         return Emitted(
             sampled.seq_id,
             sampled.token_ids,
@@ -284,6 +286,7 @@ class Scheduler:
             reason,
             token if reason == "stop" else None,
             cached_tokens=cached,
+            cache_write_tokens=written,
         )
 
     # -- memory and order -----------------------------------------------------------------

@@ -86,7 +86,11 @@ class Sequence:
     promises: bool = False
     """Others may be waiting for what its prefill computes."""
     cached: int = 0
-    """Prompt tokens that were copied when it first got a row; 0 once that was told."""
+    """Prompt tokens that were copied when it first got a row."""
+    kept: int = 0
+    """Prompt tokens that its blocks hold, copied or published by it."""
+    told: bool = False
+    """Its reader knows of both."""
 
     @property
     def wanted(self) -> int:
@@ -123,6 +127,13 @@ class Sequence:
         if token in self.stops:
             return "stop"
         return "length" if len(self.tokens) >= self.limit else None
+
+    def tell_reuse(self) -> tuple[int, int]:
+        """Prompt tokens that were found in blocks, and those that it computed and left in some: once."""
+        if self.told:
+            return 0, 0
+        self.told = True
+        return self.cached, max(0, self.kept - self.cached)
 
     def forget(self) -> None:
         """Its row is gone: wait, and compute everything again."""

@@ -246,6 +246,7 @@ class Sharing:
             seq.tip, seq.shared = block, at + 1
             if self.promised.get(key) is seq:
                 del self.promised[key]
+        seq.kept = max(seq.kept, min(seq.shared * size, seq.prompt_len))
         if not new:
             return None
         assert seq.row is not None

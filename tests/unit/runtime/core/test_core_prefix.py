@@ -148,6 +148,41 @@ def test_sixteen_that_arrive_together_compute_their_prompt_once() -> None:
     assert cached == dict.fromkeys(range(1, 16), 320)
 
 
+def test_it_is_told_once_what_was_left_in_the_cache() -> None:
+    scheduler = Scheduler(LIMITS)
+    told = []
+    system = list(range(40))
+    for i, prompt in enumerate((system, [*system, *range(100, 130)], system)):
+        scheduler.add(sequence(i, prompt))
+        while scheduler.sequences:
+            plan = scheduler.schedule(0.0)
+            assert plan is not None
+            ids = [c.seq_id for c in plan.prefill if c.samples] + [d.seq_id for d in plan.decode]
+            emitted = scheduler.apply(StepResult(plan.step_id, [Sampled(j, [7]) for j in ids]))
+            told += [(e.seq_id, e.cached_tokens, e.cache_write_tokens) for e in emitted]
+    assert told == [(0, 0, 32), (0, 0, 0), (1, 32, 32), (1, 0, 0), (2, 32, 0), (2, 0, 0)]
+
+
+def test_what_it_left_counts_though_it_was_preempted() -> None:
+    """Before its first token; its own blocks are not what it found."""
+    scheduler = Scheduler(LIMITS)
+    scheduler.add(sequence(0, list(range(100))))
+    for _ in range(2):
+        step(scheduler)
+    scheduler.pause(0)
+    for i in range(1, 17):
+        scheduler.add(sequence(i, [i]))
+    while len(scheduler.sequences) > 1:
+        step(scheduler)
+    scheduler.resume(0)
+    while (plan := scheduler.schedule(0.0)) is not None:
+        ids = [c.seq_id for c in plan.prefill if c.samples]
+        emitted = scheduler.apply(StepResult(plan.step_id, [Sampled(j, [7]) for j in ids]))
+        if emitted:
+            break
+    assert [(e.cached_tokens, e.cache_write_tokens) for e in emitted] == [(0, 96)]
+
+
 def test_nobody_waits_for_a_sequence_behind_it_or_one_that_is_paused_or_gone() -> None:
     prompt = list(range(200))
     for what in ("behind", "paused", "gone"):
