@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
@@ -43,6 +44,13 @@ class Caller:
     """The connection comes from this machine, and nobody says that it was forwarded."""
     presented: bool = False
     """Some key was sent, right or wrong."""
+    keyed: bool = False
+    """The server has keys, or an admin key."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether its `keep_alive` counts: a model in memory is everybody's."""
+        return self.admin or not self.keyed
 
 
 caller: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039
@@ -59,6 +67,7 @@ def identify(exchange: Exchange, keyring: Keyring, *, over_uds: bool) -> Caller:
         admin=admin,
         local=_is_local(exchange, over_uds),
         presented=bool(keys),
+        keyed=bool(keyring.keys) or keyring.admin_hash is not None,
     )
 
 
@@ -140,6 +149,7 @@ def exposures(config: Config) -> list[tuple[str, str]]:
     return []
 
 
+@functools.lru_cache(maxsize=64)
 def is_loopback(host: str) -> bool:
     """Whether an address, or a name to listen on, is this machine's own."""
     try:

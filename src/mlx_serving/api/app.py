@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import msgspec
 
 from mlx_serving import __version__, clock
-from mlx_serving.api import access, openapi
+from mlx_serving.api import access
 from mlx_serving.api.access import Handler, Route, admin, public
 from mlx_serving.api.anthropic import AnthropicRoutes
 from mlx_serving.api.anthropic_response import error_json as anthropic_error
@@ -250,9 +250,13 @@ class InfoRoutes:
         await exchange.respond(200, self._gateway.metrics(), content_type=PROMETHEUS)
 
     async def openapi(self, exchange: Exchange) -> None:
+        from mlx_serving.api import openapi  # few ask for it
+
         await exchange.respond(200, openapi.document(ENDPOINTS))
 
     async def docs(self, exchange: Exchange) -> None:
+        from mlx_serving.api import openapi  # few ask for it
+
         await exchange.respond(200, openapi.page(ENDPOINTS), PAGE_HEADERS, HTML)
 
     async def models(self, exchange: Exchange) -> None:

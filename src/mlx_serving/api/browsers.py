@@ -19,6 +19,7 @@ from mlx_serving.api.exchange import (
     Receive,
     Scope,
     Send,
+    header,
 )
 from mlx_serving.config import Config
 from mlx_serving.errors import Forbidden
@@ -82,23 +83,22 @@ def keeping_out(app: ASGIApp, rules: Policy) -> ASGIApp:
         if scope["type"] != "http":
             await app(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send)
-        host, origin = _text(exchange, b"host"), _text(exchange, b"origin")
+        host, origin = _text(scope, b"host"), _text(scope, b"origin")
         error = refusal(rules, host, origin)
         if error is not None:
-            await exchange.respond_error(error)
+            await Exchange(scope, receive, send).respond_error(error)
         elif origin is None or origin.lower() not in rules.origins:
             await app(scope, receive, send)
-        elif exchange.method == "OPTIONS":
-            await exchange.respond(204, b"", _preflight(exchange, origin))
+        elif scope["method"] == "OPTIONS":
+            await Exchange(scope, receive, send).respond(204, b"", _preflight(scope, origin))
         else:
             await app(scope, receive, _with_headers(send, _cors(origin)))
 
     return checked
 
 
-def _text(exchange: Exchange, name: bytes) -> str | None:
-    value = exchange.header(name)
+def _text(scope: Scope, name: bytes) -> str | None:
+    value = header(scope, name)
     return None if value is None else value.decode("latin-1")
 
 
@@ -110,8 +110,8 @@ def _cors(origin: str) -> Headers:
     ]
 
 
-def _preflight(exchange: Exchange, origin: str) -> Headers:
-    wanted = exchange.header(b"access-control-request-headers") or b"authorization, content-type"
+def _preflight(scope: Scope, origin: str) -> Headers:
+    wanted = header(scope, b"access-control-request-headers") or b"authorization, content-type"
     return [
         *_cors(origin),
         (b"access-control-allow-methods", _METHODS),

@@ -34,6 +34,15 @@ class ClientGone(Exception):
     """The client closed the connection: nobody is left to answer."""
 
 
+def header(scope: Scope, name: bytes) -> bytes | None:
+    """The first of that name, which is in lower case."""
+    for key, value in scope["headers"]:
+        if key == name:
+            found: bytes = value
+            return found
+    return None
+
+
 class Exchange:
     """A request's scope and channels, its id, and the status it was answered with.
 
@@ -74,11 +83,7 @@ class Exchange:
         self.id = given.decode("ascii") if valid and given else "req-" + secrets.token_hex(12)
 
     def header(self, name: bytes) -> bytes | None:
-        for key, value in self.scope["headers"]:
-            if key == name:
-                found: bytes = value
-                return found
-        return None
+        return header(self.scope, name)
 
     def flag(self, name: str) -> bool | None:
         """`true` or `false` in the query; None: not there. Raises InvalidRequest."""

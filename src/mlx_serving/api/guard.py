@@ -103,6 +103,8 @@ class Guard:
 
     def default_model(self) -> str:
         """The first model that the caller may use."""
+        if caller.get().key is None:
+            return self._gateway.default_model()
         models = self.models()
         return models[0].id if models else self._gateway.default_model()
 

@@ -18,7 +18,7 @@ from mlx_serving.api.embeddings import finished
 from mlx_serving.api.embeddings_request import ALL, Count, Model
 from mlx_serving.api.embeddings_response import numbers
 from mlx_serving.api.exchange import Exchange
-from mlx_serving.api.ollama_request import duration_s
+from mlx_serving.api.ollama_request import kept_s
 from mlx_serving.api.port import GatewayPort
 from mlx_serving.api.sse import ClientWatch
 from mlx_serving.config import Config
@@ -72,7 +72,7 @@ class OllamaEmbedRoutes:
         started_s = clock.monotonic()
         raw, advisory = await self._read(exchange, fields.EMBED)
         body = convert(raw, _Embed)
-        keep_alive_s = duration_s(body.keep_alive)
+        keep_alive_s = kept_s(body.keep_alive, advisory)
         advisory += check(fields.EMBED_OPTIONS, body.options or {}, at="options.")
         model = self._model(body.model)
         async with ClientWatch(exchange):
@@ -107,7 +107,7 @@ class OllamaEmbedRoutes:
     async def embeddings(self, exchange: Exchange) -> None:
         raw, advisory = await self._read(exchange, fields.EMBEDDINGS)
         body = convert(raw, _Embeddings)
-        keep_alive_s = duration_s(body.keep_alive)
+        keep_alive_s = kept_s(body.keep_alive, advisory)
         advisory += check(fields.EMBED_OPTIONS, body.options or {}, at="options.")
         model = self._model(body.model)
         async with ClientWatch(exchange):

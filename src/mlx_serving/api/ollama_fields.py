@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from mlx_serving.api.disposition import Row, Table, table
 
 _KEEP_ALIVE: dict[str, Row] = {
-    "keep_alive": "how long the model then stays in memory: seconds or 5m; 0 unloads it, below 0 keeps it; default: --keep-alive-s",
+    "keep_alive": "how long the model then stays in memory: seconds or 5m; 0 unloads it, below 0 keeps it; with API keys, the admin key's only; default: --keep-alive-s",
 }
 _HONOURED: dict[str, Row] = {
     "model": "a served model's id or alias; :latest may follow; default: the first served model",

@@ -11,11 +11,12 @@ import msgspec
 from msgspec import Meta
 
 from mlx_serving.api import ollama_fields as fields
+from mlx_serving.api.access import caller
 from mlx_serving.api.body import MAX_MESSAGES, convert, read_object, stop_strings
 from mlx_serving.api.disposition import Table, check
 from mlx_serving.content.structured import json_schema
 from mlx_serving.content.tools.definitions import tool_use
-from mlx_serving.errors import InvalidRequest
+from mlx_serving.errors import Forbidden, InvalidRequest
 from mlx_serving.types import (
     MAX_LOGPROBS,
     ChatPrompt,
@@ -165,22 +166,38 @@ def duration_s(keep_alive: float | str | None) -> float | None:
     return sign * sum(float(number) * _UNITS_S[unit] for number, unit in parts)
 
 
+def kept_s(keep_alive: float | str | None, advisory: list[str]) -> float | None:
+    """`keep_alive` in seconds from whoever may say it; anybody else's is added to `advisory`."""
+    seconds = duration_s(keep_alive)
+    if seconds is None or caller.get().keeps:
+        return seconds
+    advisory.append("keep_alive")
+    return None
+
+
 def _call(
     body: _Body, prompt: Prompt | None, advisory: list[str], default_model: str
 ) -> OllamaCall:
     model = body.model or default_model
     options = convert(body.options or {}, _Options, at="options")
-    request = None if prompt is None else _request(body, options, prompt, model)
+    if prompt is None and duration_s(body.keep_alive) == 0 and not caller.get().keeps:
+        raise Forbidden(
+            "Unloading a model needs the admin key.", param="keep_alive", code="admin_key_required"
+        )
+    keep_alive_s = kept_s(body.keep_alive, advisory)
+    request = None if prompt is None else _request(body, options, prompt, model, keep_alive_s)
     return OllamaCall(
         model=model,
         request=request,
-        keep_alive_s=duration_s(body.keep_alive),
+        keep_alive_s=keep_alive_s,
         stream=body.stream is not False,
         advisory=tuple(advisory),
     )
 
 
-def _request(body: _Body, options: _Options, prompt: Prompt, model: str) -> GenerateRequest:
+def _request(
+    body: _Body, options: _Options, prompt: Prompt, model: str, keep_alive_s: float | None
+) -> GenerateRequest:
     max_tokens = options.num_predict
     if max_tokens == 0:
         raise InvalidRequest(
@@ -196,7 +213,7 @@ def _request(body: _Body, options: _Options, prompt: Prompt, model: str) -> Gene
         seed=_seed(options.seed),
         stop=stop_strings(stop, "options.stop"),
         grammar=_grammar(body.format),
-        keep_alive_s=duration_s(body.keep_alive),
+        keep_alive_s=keep_alive_s,
     )
 
 

@@ -110,6 +110,7 @@ class _Spellings:
         # One character cannot be split; no tokenizer marks turns with one.
         self.tokens = sorted(token for token in tokens if len(token) > 1)
         self._longest = max(map(len, self.tokens), default=0)
+        self._beginnings = frozenset(token[0] for token in self.tokens)
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -129,6 +130,8 @@ class _Spellings:
             return text
         marked = self._first_character.sub(rf"\1{MARK}", text)
         for size in range(1, min(self._longest, len(text)) + 1):
+            if text[-size] not in self._beginnings:
+                continue
             if self._is_prefix(text[-size:]) and marked[-size:] == text[-size:]:
                 end = len(marked) - size + 1
                 marked = marked[:end] + MARK + marked[end:]

@@ -54,7 +54,8 @@ class PrefixCacheMeter:
 
     def take(self, model: str, stats: CacheStats) -> None:
         """The newest figures of a model's cache."""
-        old = self.latest.get(model, CacheStats())
+        # Most figures are what they were, and looking a series up is what costs; at first each is made.
+        first, old = model not in self.latest, self.latest.get(model, CacheStats())
         self.latest[model] = stats
         for counter, labels, name in (
             (self.tokens, ("memory",), "memory_hit_tokens"),
@@ -70,8 +71,15 @@ class PrefixCacheMeter:
         ):
             now: int = getattr(stats, name)
             before: int = getattr(old, name)
-            # Less than before: another worker, which began at zero.
-            counter.labels(model, *labels).inc(now - before if now >= before else now)
-        for tier in ("memory", "disk"):
-            self.blocks.labels(model, tier).set(getattr(stats, f"{tier}_blocks"))
-            self.bytes.labels(model, tier).set(getattr(stats, f"{tier}_bytes"))
+            if first or now != before:
+                # Less than before: another worker, which began at zero.
+                counter.labels(model, *labels).inc(now - before if now >= before else now)
+        for gauge, tier, name in (
+            (self.blocks, "memory", "memory_blocks"),
+            (self.blocks, "disk", "disk_blocks"),
+            (self.bytes, "memory", "memory_bytes"),
+            (self.bytes, "disk", "disk_bytes"),
+        ):
+            held: int = getattr(stats, name)
+            if first or held != getattr(old, name):
+                gauge.labels(model, tier).set(held)

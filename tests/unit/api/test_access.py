@@ -159,6 +159,27 @@ async def test_what_is_open_says_little(connect: Connect) -> None:
     assert (await proxied.get("/health")).json() == {"status": "ready"}
 
 
+async def test_how_long_a_model_stays_is_the_admin_s_to_say(connect: Connect, gateway: Any) -> None:
+    asked = {"model": "tiny", "prompt": "x", "stream": False, "keep_alive": 0}
+    client = connect("of-ann")
+    answer = await client.post(
+        "/api/embed", json={"model": "tiny", "input": "", "keep_alive": "5m"}
+    )
+    assert answer.headers["x-mlx-serving-advisory"] == "keep_alive"
+    assert gateway.loads[-1] == ("tiny", None)
+    refused = await client.post("/api/generate", json={"model": "tiny", "keep_alive": 0})
+    assert (refused.status_code, gateway.unloads) == (403, [])
+    answer = await client.post("/api/generate", json=asked)
+    assert (answer.status_code, gateway.requests[-1].keep_alive_s) == (200, None)
+    assert answer.headers["x-mlx-serving-advisory"] == "keep_alive"
+
+    root = connect("root")
+    await root.post("/api/generate", json=asked)
+    assert gateway.requests[-1].keep_alive_s == 0
+    await root.post("/api/generate", json={"model": "tiny", "keep_alive": 0})
+    assert gateway.unloads == ["tiny"]
+
+
 async def test_a_key_s_models(connect: Connect, gateway: Any) -> None:
     client = connect("of-ci")
     listed = (await client.get("/v1/models")).json()["data"]
