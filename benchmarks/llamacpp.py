@@ -144,14 +144,14 @@ def main() -> None:
     if "in-process" in args.parts:
         pairs: dict[str, list[tuple[Rates, Rates]]] = {mode: [] for mode in args.modes}
         for _ in range(args.rounds):
-            theirs = llama(Path(args.bin) / "llama-batched-bench", args.gguf, threads, args.tokens)
+            theirs = llama(args.bin / "llama-batched-bench", args.gguf, threads, args.tokens)
             for mode in args.modes:
                 pairs[mode].append((ours(folder, mode, args.tokens), theirs))
         sections += [table(mode, rows) for mode, rows in pairs.items()]
         if "exact" in pairs:
             best = {w: statistics.median(a[w] for a, _ in pairs["exact"]) for w in WHAT}
     if "http" in args.parts:
-        rival = llama_server(Path(args.bin), args.gguf, threads, max(STREAMS))
+        rival = llama_server(args.bin, args.gguf, max(STREAMS))
         for mode in args.modes:
             load = compare(
                 folder,

@@ -24,10 +24,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--kernels", nargs="*", default=["off", "auto"])
     parser.add_argument("--max-itl-ms", type=float, nargs="*", default=[60.0, 120.0])
+    parser.add_argument("--prompt-tokens", type=int, default=6000, help="of the part `gaps`")
     parser.add_argument("--chats", type=int, default=20)
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument(
-        "--gguf", type=Path, help="the same weights for $LLAMA_CPP_BIN/llama-server"
+        "--gguf",
+        type=Path,
+        default=os.environ.get("LLAMA_CPP_GGUF"),
+        help="the same weights for $LLAMA_CPP_BIN/llama-server",
     )
     parser.add_argument("--without-mlx-lm", action="store_true", help="no replay against it")
     parser.add_argument("--write", type=Path, help="also write the report to this file")
@@ -79,23 +83,22 @@ async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> 
         sections += await _prefix(args, folder, stored)
     if "gaps" in parts:
         print("a long prompt beside running streams …", file=sys.stderr, flush=True)
-        sections.append(report.gaps(await gaps.measure(stored, (0.0, *args.max_itl_ms))))
+        found = await gaps.measure(stored, (0.0, *args.max_itl_ms), args.prompt_tokens)
+        sections.append(report.gaps(found, args.prompt_tokens))
     return "\n".join(sections)
 
 
 async def _prefix(args: argparse.Namespace, folder: Path, stored: Path) -> list[str]:
     """With the kernels that a user gets; a rival that is not here is left out."""
-    binary = os.environ.get("LLAMA_CPP_BIN")
-    found = await prefix.replays(
-        folder,
-        chats=args.chats,
-        turns=args.turns,
-        llama_server=Path(binary) / "llama-server" if binary else None,
-        gguf=args.gguf,
-        mlx_lm=not args.without_mlx_lm,
-    )
+    rivals = []
+    programs = os.environ.get("LLAMA_CPP_BIN")
+    if programs and args.gguf:
+        rivals.append(compare.llama_server(Path(programs), args.gguf, prefix.IN_FLIGHT, 2048))
+    if not args.without_mlx_lm:
+        rivals.append(compare.mlx_lm_server(folder))
+    found = await prefix.replays(folder, rivals, chats=args.chats, turns=args.turns)
     timed = await prefix.reuse(stored, rounds=args.rounds)
-    return [report.reuse("auto", timed), report.replays("auto", found)]
+    return [report.reuse(timed), report.replays(found)]
 
 
 main()

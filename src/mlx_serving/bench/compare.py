@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import statistics
 import subprocess
 import sys
@@ -52,21 +53,26 @@ class Rival:
     model: str
     """What its requests name."""
 
+    def running(self) -> contextlib.AbstractAsyncContextManager[servers.Server]:
+        port = servers.free_port()
+        return servers.running(self.name, self.command(port), port=port)
+
 
 def mlx_lm_server(folder: Path) -> Rival:
     command = [sys.executable, "-m", "mlx_lm.server", "--model", str(folder)]
     return Rival(
-        "mlx_lm",
+        "mlx_lm.server",
         lambda port: [*command, "--port", str(port), "--log-level", "ERROR"],
         "default_model",
     )
 
 
-def llama_server(programs: Path, gguf: Path, threads: int, slots: int) -> Rival:
+def llama_server(programs: Path, gguf: Path, slots: int, slot_tokens: int = 1024) -> Rival:
     """`programs`: the folder of llama.cpp's binaries."""
+    threads = len(os.sched_getaffinity(0))
     command = [str(programs / "llama-server"), "-m", str(gguf), "-np", str(slots)]
-    command += ["-c", str(1024 * slots), "-t", str(threads), "-tb", str(threads)]
-    return Rival("llama_cpp", lambda port: [*command, "--port", str(port)], "any")
+    command += ["-c", str(slot_tokens * slots), "-t", str(threads), "-tb", str(threads)]
+    return Rival("llama-server", lambda port: [*command, "--port", str(port)], "any")
 
 
 _CAST = """
@@ -127,14 +133,7 @@ async def compare(
     """Ours and a rival (`mlx_lm.server`) in turn, each alone on the machine while it is measured."""
     rival = rival or mlx_lm_server(folder)
     rows: dict[int, list[tuple[Load, Load]]] = {n: [] for n in streams}
-    our_port, their_port = servers.free_port(), servers.free_port()
-    ours = servers.ours(
-        str(folder), "--port", str(our_port), "--served-model-name", "bench", *extra
-    )
-    async with (
-        servers.running("ours", ours, port=our_port, ready="/ready") as our_server,
-        servers.running(rival.name, rival.command(their_port), port=their_port) as their_server,
-    ):
+    async with servers.serving(folder, *extra) as our_server, rival.running() as their_server:
         # Idle servers use no CPU (ours) or next to none (theirs): both may stay up.
         await run_load(our_server, 1, 4, "bench")
         await run_load(their_server, 1, 4, rival.model)
@@ -175,12 +174,8 @@ async def depths(
     async with contextlib.AsyncExitStack() as stack:
         running = {}
         for depth in (1, 2, 3):
-            port = servers.free_port()
-            command = servers.ours(str(folder), "--port", str(port), "--served-model-name", "bench")
-            command += ["--pipeline-depth", str(depth), "--prefix-cache-bytes", "0"]
-            running[depth] = await stack.enter_async_context(
-                servers.running(f"depth{depth}", command, port=port, ready="/ready")
-            )
+            flags = ("--pipeline-depth", str(depth), "--prefix-cache-bytes", "0")
+            running[depth] = await stack.enter_async_context(servers.serving(folder, *flags))
             await run_load(running[depth], 1, 4, "bench")
         for _ in range(rounds):
             for n in streams:
@@ -212,10 +207,8 @@ async def against_bare(
     included, measured in turn."""
     body = workloads.chat_requests(1, max_tokens, seed=7)[0]
     text = body["messages"][0]["content"]
-    port = servers.free_port()
-    command = servers.ours(str(folder), "--port", str(port), "--served-model-name", "bench", *extra)
     # The prompt comes again each round, and stream_generate keeps nothing.
-    command += ["--prefix-cache-bytes", "0"]
+    flags = (*extra, "--prefix-cache-bytes", "0")
     bare = await asyncio.to_thread(
         lambda: subprocess.Popen(
             [sys.executable, "-c", _BARE, str(folder), text, str(max_tokens), str(rounds)],
@@ -228,7 +221,7 @@ async def against_bare(
     assert bare.stdout is not None
     pairs: list[tuple[float, float]] = []
     try:
-        async with servers.running("ours", command, port=port, ready="/ready") as server:
+        async with servers.serving(folder, *flags) as server:
             await run_load(server, 1, 4, "bench")
             for _ in range(rounds):
                 theirs = float(await asyncio.to_thread(bare.stdout.readline))

@@ -14,7 +14,6 @@ from typing import Any
 from mlx_serving.bench import client, servers
 
 STREAMS = 8
-PROMPT_TOKENS = 6000
 MAX_TOKENS = 2000
 
 
@@ -29,20 +28,12 @@ class Gaps:
     """The long prompt's time to its first token."""
 
 
-async def measure(
-    folder: Path,
-    targets_ms: Sequence[float],
-    *,
-    prompt_tokens: int = PROMPT_TOKENS,
-    extra: Sequence[str] = (),
-) -> list[Gaps]:
+async def measure(folder: Path, targets_ms: Sequence[float], prompt_tokens: int) -> list[Gaps]:
     """One server after another, each with its target; 0 is none."""
     found = []
     for target_ms in targets_ms:
-        port = servers.free_port()
-        command = servers.ours(str(folder), "--port", str(port), "--served-model-name", "bench")
-        command += ["--prefix-cache-bytes", "0", "--max-itl-ms", str(target_ms), *extra]
-        async with servers.running("ours", command, port=port, ready="/ready") as server:
+        flags = ("--prefix-cache-bytes", "0", "--max-itl-ms", str(target_ms))
+        async with servers.serving(folder, *flags) as server:
             found.append(await _gaps(server, target_ms, prompt_tokens))
     return found
 

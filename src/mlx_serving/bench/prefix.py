@@ -7,19 +7,18 @@ with the server's own answers before it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import re
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_serving.bench import client, servers, workloads
+from mlx_serving.bench.compare import Rival
 
 SHARED_TOKENS = 2000
 TAIL_TOKENS = 8
@@ -68,23 +67,23 @@ async def _metric(server: servers.Server, name: str, label: str = "") -> float:
     return sum(float(value) for labels, value in lines if label in labels)
 
 
-async def reuse(folder: Path, *, rounds: int = 3, extra: Sequence[str] = ()) -> Reuse:
+async def reuse(folder: Path, *, rounds: int = 3) -> Reuse:
     """Each round: a prefix nobody knows, again from memory, and from disk after a restart."""
     times: list[tuple[float, float, float]] = []
     with tempfile.TemporaryDirectory(prefix="bench-kv-") as kv:
         for turn in range(rounds):
             rng = random.Random(turn)
             shared = _tokens(rng, SHARED_TOKENS)
-            async with _ours(folder, kv, extra) as server:
+            async with servers.serving(folder, "--kv-disk-path", kv) as server:
                 await _ttft_s(server, _tokens(rng, 16))
                 cold_s = await _ttft_s(server, shared + _tokens(rng, TAIL_TOKENS))
                 warm_s = await _ttft_s(server, shared + _tokens(rng, TAIL_TOKENS))
                 await _written(server)
-            async with _ours(folder, kv, extra) as server:
+            async with servers.serving(folder, "--kv-disk-path", kv) as server:
                 await _ttft_s(server, _tokens(rng, 16))
                 disk_s = await _ttft_s(server, shared + _tokens(rng, TAIL_TOKENS))
             times.append((cold_s, warm_s, disk_s))
-        async with _ours(folder, kv, extra) as server:
+        async with servers.serving(folder, "--kv-disk-path", kv) as server:
             work = await _arrivals(server)
     cold, memory, disk = (statistics.median(column) for column in zip(*times, strict=True))
     return Reuse(
@@ -117,43 +116,13 @@ async def _written(server: servers.Server) -> None:
         await asyncio.sleep(0.1)
 
 
-@contextlib.asynccontextmanager
-async def _ours(
-    folder: Path, kv: str | None, extra: Sequence[str] = ()
-) -> AsyncIterator[servers.Server]:
-    port = servers.free_port()
-    command = servers.ours(str(folder), "--port", str(port), "--served-model-name", "bench", *extra)
-    if kv is not None:
-        command += ["--kv-disk-path", kv]
-    async with servers.running("ours", command, port=port, ready="/ready") as server:
-        yield server
-
-
-async def replays(
-    folder: Path,
-    *,
-    chats: int = 20,
-    turns: int = 8,
-    llama_server: Path | None = None,
-    gguf: Path | None = None,
-    mlx_lm: bool = True,
-    extra: Sequence[str] = (),
-) -> list[Replay]:
-    """Ours, `mlx_lm.server` and, where it is given, llama.cpp's server, one after another."""
-    found = []
-    async with _ours(folder, None, extra) as server:
-        found.append(await _replay("ours", server, "bench", chats, turns))
-    port = servers.free_port()
-    if llama_server is not None and gguf is not None:
-        command = [str(llama_server), "-m", str(gguf), "--port", str(port), "-np", str(IN_FLIGHT)]
-        command += ["-c", str(IN_FLIGHT * 2048)]
-        async with servers.running("llama", command, port=port) as server:
-            found.append(await _replay("llama.cpp", server, "any", chats, turns))
-    if mlx_lm:
-        command = [sys.executable, "-m", "mlx_lm.server", "--model", str(folder)]
-        command += ["--port", str(port), "--log-level", "ERROR"]
-        async with servers.running("mlx_lm", command, port=port) as server:
-            found.append(await _replay("mlx_lm.server", server, "default_model", chats, turns))
+async def replays(folder: Path, rivals: Sequence[Rival], *, chats: int, turns: int) -> list[Replay]:
+    """Ours and the rivals, one after another."""
+    async with servers.serving(folder) as server:
+        found = [await _replay("ours", server, "bench", chats, turns)]
+    for rival in rivals:
+        async with rival.running() as server:
+            found.append(await _replay(rival.name, server, rival.model, chats, turns))
     return found
 
 

@@ -111,7 +111,7 @@ def _pair(ms: tuple[float, float], ratio: float) -> tuple[str, str, str]:
     return f"{ms[0]:.1f} ms", f"{ms[1]:.1f} ms", f"{ratio:.3f}"
 
 
-def reuse(kernels: str, found: Reuse) -> str:
+def reuse(found: Reuse) -> str:
     rows = [
         ("cold", f"{found.cold_s:.2f} s", "", ""),
         ("from memory", f"{found.memory_s:.3f} s", f"1/{found.memory_ratio:.1f}", "≤ 1/20"),
@@ -129,10 +129,10 @@ def reuse(kernels: str, found: Reuse) -> str:
         ),
     ]
     head = ("a shared prefix of 2,000 tokens", "time to the first token", "of cold", "aim")
-    return _table(f"## Prefix cache, kernels `{kernels}`", head, rows)
+    return _table("## Prefix cache (kernels: auto)", head, rows)
 
 
-def replays(kernels: str, found: Sequence[Replay]) -> str:
+def replays(found: Sequence[Replay]) -> str:
     ours = found[0].wall_s
     rows = [
         (
@@ -144,10 +144,10 @@ def replays(kernels: str, found: Sequence[Replay]) -> str:
         for one in found
     ]
     head = ("server", "chats × turns", "to all answers", "ours over it (aim ≤ 0.7)")
-    return _table(f"## A replay of conversations, kernels `{kernels}`", head, rows)
+    return _table("## A replay of conversations (kernels: auto)", head, rows)
 
 
-def gaps(found: Sequence[Gaps]) -> str:
+def gaps(found: Sequence[Gaps], prompt_tokens: int) -> str:
     rows = [
         (
             f"{one.target_ms:.0f} ms" if one.target_ms else "none",
@@ -159,7 +159,8 @@ def gaps(found: Sequence[Gaps]) -> str:
         for one in found
     ]
     head = ("--max-itl-ms", "gap, p50", "p99", "longest", "the prompt's TTFT")
-    return _table("## 8 streams while 6,000 tokens are prefilled (kernels: auto)", head, rows)
+    title = f"## 8 streams while {prompt_tokens:,} tokens are prefilled (kernels: auto)"
+    return _table(title, head, rows)
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

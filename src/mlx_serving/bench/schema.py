@@ -48,18 +48,11 @@ def wish(turn: int) -> dict[str, Any]:
 
 
 async def measure(
-    folder: Path,
-    *,
-    streams: int = 8,
-    max_tokens: int = 24,
-    rounds: int = 3,
-    extra: Sequence[str] = (),
+    folder: Path, *, streams: int = 8, max_tokens: int = 24, rounds: int = 3
 ) -> SchemaCost:
-    port = servers.free_port()
-    command = servers.ours(str(folder), "--port", str(port), "--served-model-name", "bench", *extra)
     plain: list[tuple[float, float]] = []
     bound: list[tuple[float, float]] = []
-    async with servers.running("ours", command, port=port, ready="/ready") as server:
+    async with servers.serving(folder) as server:
         for turn in range(-1, rounds):
             # Who goes first alternates: a machine that slows down disturbs both alike.
             order = [(plain, {"ignore_eos": True}), (bound, wish(turn))]

@@ -50,6 +50,13 @@ def ours(*args: str) -> list[str]:
     return [sys.executable, "-m", "mlx_serving", "serve", *args]
 
 
+def serving(folder: Path, *flags: str) -> contextlib.AbstractAsyncContextManager[Server]:
+    """Ours, ready, with a model that requests call `bench`."""
+    port = free_port()
+    command = ours(str(folder), "--port", str(port), "--served-model-name", "bench", *flags)
+    return running("ours", command, port=port, ready="/ready")
+
+
 @contextlib.asynccontextmanager
 async def running(
     name: str,
