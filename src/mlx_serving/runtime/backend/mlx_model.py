@@ -228,6 +228,8 @@ def cast(model: Module, dtype: mx.Dtype | None) -> None:
 
 def evaluate(model: Module) -> Slices[None]:
     """Read the weights."""
+    # Layers are born with random weights that nobody computes; the generator's key would remember each.
+    mx.eval(mx.random.state)
     some: list[mx.array] = []
     for array in arrays(model):
         some.append(array)
