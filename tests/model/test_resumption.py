@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
-from mlx.utils import tree_flatten
 
 from mlx_serving.clock import monotonic
 from mlx_serving.types import SamplingParams
@@ -26,10 +23,7 @@ OPTIONS = ModelOptions(kernels="off", prefill_step_size=8)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A llama with random weights, on disk as the loader wants it."""
-    model = zoo.build("llama")
-    mx.save_safetensors(str(tmp_path / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    (tmp_path / "config.json").write_text(json.dumps(zoo.config("llama")))
-    return tmp_path
+    return zoo.write("llama", tmp_path)
 
 
 def requests() -> list[tuple[list[int], SamplingParams]]:

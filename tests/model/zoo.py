@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -172,6 +174,14 @@ def build(name: str, seed: int = 0) -> Any:
     mx.eval(model.parameters())
     model.eval()
     return model
+
+
+def write(name: str, folder: Path, **changes: Any) -> Path:
+    """`build`, as a folder that the loader takes; without a tokenizer."""
+    weights = dict(tree_flatten(build(name).parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    (folder / "config.json").write_text(json.dumps(config(name) | changes))
+    return folder
 
 
 def _weight(name: str, value: mx.array) -> mx.array:
