@@ -76,7 +76,7 @@ def test_nobody_starves(rows) -> None:
     crowd = Crowd([*flood, *patient], of).run(25.0)
     # One of them, alone among full rows, with every step a prefill's besides.
     service_s = (2 + 40) * (FULL_STEP_S + 64 * PREFILL_TOKEN_S)
-    lane = lane_rows(of)
+    lane = lane_rows(of.max_num_seqs)
     for place, customer in enumerate(patient):
         # Critical ones that have waited too long are in the lane too, before it if they are older.
         older = sum(

@@ -117,6 +117,9 @@ class Model:
     def resume(self, seq_id: int) -> None:
         self._scheduler.resume(seq_id)
 
+    def tune(self, tuning: wire.Tune) -> None:
+        self._scheduler.tune(tuning.max_num_seqs, tuning.prefill_tokens)
+
     def step(self) -> wire.Step | None:
         """Launch what the pipeline has room for, then wait for the oldest step in flight.
 
@@ -485,6 +488,9 @@ class Loop:
                     self._loads.ask(message)
             case wire.UnloadModel(model_id):
                 self._unload_model(model_id)
+            case wire.Tune(model_id=model_id):
+                if (model := self._models.get(model_id)) is not None:
+                    model.tune(message)
             case wire.ClearCache(model_id):
                 model = self._models.get(model_id)
                 stats = CacheStats() if model is None else model.clear_cache()

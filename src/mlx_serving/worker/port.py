@@ -22,7 +22,7 @@ from mlx_serving.types import (
     Turn,
 )
 from mlx_serving.worker.client import SequenceStream
-from mlx_serving.worker.wire import Memory, ModelOptions, StepStats
+from mlx_serving.worker.wire import Memory, ModelOptions, StepStats, Tune
 
 
 class Starting(msgspec.Struct, frozen=True, tag="starting"):
@@ -188,6 +188,11 @@ class WorkerClient(Protocol):
 
     async def unload_model(self, model_id: str) -> None:
         """Its running sequences end with ModelNotFound. Unknown ids are not an error."""
+        ...
+
+    def tune(self, tuning: Tune) -> None:
+        """How much a model takes on at once, from its next step on and in every later worker; it need
+        not be loaded."""
         ...
 
     async def clear_cache(self, model_id: str) -> CacheStats:

@@ -207,6 +207,7 @@ class Supervisor:
                 self.on_event(port.ModelLoadFailed(model_id, error.code, error.message))
                 raise
         self._models.loaded(model_id, path, options)
+        self._retune(connection, model_id)
         self.on_event(port.ModelReady(info))
         return info
 
@@ -216,6 +217,11 @@ class Supervisor:
         if connection is not None and model_id in connection.models:
             await connection.unload_model(model_id)
             self.on_event(port.ModelGone(model_id))
+
+    def tune(self, tuning: wire.Tune) -> None:
+        self._models.tune(tuning)
+        if self._connection is not None:
+            self._connection.send(tuning)
 
     async def clear_cache(self, model_id: str) -> CacheStats:
         connection = self._usable()
@@ -397,8 +403,14 @@ class Supervisor:
         if isinstance(self._breaker, HalfOpen) and not await self._probe(connection, model_id):
             return False
         self._models.acquit(model_id)
+        self._retune(connection, model_id)
         self.on_event(port.ModelReady(info))
         return True
+
+    def _retune(self, connection: Connection, model_id: str) -> None:
+        """Tell a worker that has just loaded a model; before any sequence of it is sent."""
+        if (tuning := self._models.tuning(model_id)) is not None:
+            connection.send(tuning)
 
     async def _probe(self, connection: Connection, model_id: str) -> bool:
         """One token of a prompt of ours, so that the next death is not a client's. False: it died."""

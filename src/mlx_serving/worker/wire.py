@@ -4,7 +4,8 @@ Frames on a Unix stream socket: 4 bytes little-endian length, then one MessagePa
 message, told apart by its tag. Both ends are the same version of this package (the
 supervisor starts the worker), so fields may change freely between releases.
 
-    to the worker      LoadModel  UnloadModel  ClearCache  Submit  Cancel  Pause  Resume  Shutdown
+    to the worker      LoadModel  UnloadModel  Tune  ClearCache  Submit  Cancel  Pause  Resume
+                       Shutdown
     from the worker    Hello  Phase  ModelLoaded  ModelFailed  ModelUnloaded  Memory  Short
                        CacheCleared  Started  Step
 
@@ -81,6 +82,18 @@ class UnloadModel(msgspec.Struct, frozen=True, tag="unload"):
     model_id: str
 
 
+class Tune(msgspec.Struct, frozen=True, tag="tune", kw_only=True):
+    """How much a loaded model takes on at once, from its next step on. At most what it was loaded
+    with, which None means. Nothing that runs is dropped: who has a row keeps it to its end."""
+
+    model_id: str
+    max_num_seqs: int | None = None
+    """Sequences that have a row."""
+    prefill_tokens: int | None = None
+    """Prefill in a step. Where results depend on where prompts are cut, chunks stay as they are, and
+    one a step remains."""
+
+
 class ClearCache(msgspec.Struct, frozen=True, tag="clear_cache"):
     """Forget every prefix that no running sequence uses, on disk too."""
 
@@ -128,7 +141,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Leave now; running sequences are dropped (draining is the gateway's business)."""
 
 
-ToWorker = LoadModel | UnloadModel | ClearCache | Submit | Cancel | Pause | Resume | Shutdown
+ToWorker = LoadModel | UnloadModel | Tune | ClearCache | Submit | Cancel | Pause | Resume | Shutdown
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello", kw_only=True):

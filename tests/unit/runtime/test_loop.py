@@ -260,6 +260,19 @@ def test_a_paused_sequence_waits_and_the_loop_sleeps(parent):
     assert parent.expect(wire.Step).rows[0].seq_id == 1
 
 
+def test_a_tuned_model_takes_on_less_from_the_next_step_on_and_drops_nobody(parent):
+    parent.send(load())
+    parent.expect(wire.ModelLoaded)
+    gate = parent.runners["m"].gate = threading.Event()
+    parent.send(*(submit(i, 10 * i, max_tokens=9000) for i in (1, 2, 3)))
+    parent.send(wire.Tune(model_id="other"), wire.Tune(model_id="m", max_num_seqs=1))
+    parent.send(submit(4, 40, max_tokens=2), wire.Cancel(1), wire.Cancel(2))
+    gate.set()
+    parent.expect(wire.Step, lambda step: (step.stats.running, step.stats.waiting) == (1, 1))
+    parent.send(wire.Tune(model_id="m"))
+    parent.expect(wire.Step, lambda step: any(row.seq_id == 4 for row in step.rows))
+
+
 def test_errors_of_a_load_and_of_a_submission(parent):
     parent.send(load("x", "broken"), submit(1, 10, model_id="x"), load(), submit(2, *[1] * 10_000))
     failed = parent.expect(wire.ModelFailed)

@@ -400,6 +400,30 @@ async def test_restart_replaces_the_worker_under_its_streams(worker):
     assert exited.next == port.Restarting(0, 0.0, exited.cause)
 
 
+async def test_a_tuning_holds_in_every_later_worker_until_it_is_taken_back(worker):
+    seen: list[StepStats] = []
+    worker.on_stats = seen.append
+    worker.tune(wire.Tune(model_id="m", max_num_seqs=1))  # before there is such a model
+    await worker.load_model("m", "any")
+
+    async def most_rows() -> int:
+        seen.clear()
+        await asyncio.gather(*(tokens_of(submit(worker, 100 * k, 30)) for k in range(1, 5)))
+        return max(stats.running for stats in seen)
+
+    assert await most_rows() == 1
+    os.kill(worker.health()[0].pid, signal.SIGKILL)
+    await until(lambda: worker.health()[0].restarts == 1)
+    assert await most_rows() == 1
+    await worker.unload_model("m")
+    await worker.load_model("m", "any")
+    assert await most_rows() == 1
+    worker.tune(wire.Tune(model_id="m"))
+    for k in range(1, 5):
+        submit(worker, 100 * k, FOREVER)  # nobody reads, so that it does not end
+    await until(lambda: seen[-1].running == 4)
+
+
 async def test_restart_ends_a_worker_that_does_not_heed_it(spawn):
     worker = Supervisor(spawn=spawn, replace_timeout_s=0.1)
     worker.start()

@@ -20,6 +20,7 @@ TO_WORKER = [
         sampling=SamplingParams(temperature=0.5, seed=2**64 - 1, logit_bias={5: -1.0}),
     ),
     wire.Pause(7),
+    wire.Tune(model_id="m", max_num_seqs=3, prefill_tokens=64),
     wire.Cancel(7),
     wire.Shutdown(),
 ]

@@ -37,15 +37,14 @@ def prefill_grain(
     ability: PrefixReuse, invariant: bool, step_size: int, options: ModelOptions
 ) -> int:
     """Where a prompt may be cut for the sake of running streams; 0: only as ever."""
-    if not options.max_itl_ms:
-        return 0
     if invariant and ability == "blocks":
         return PREFILL_GRAIN
-    log.warning(
-        "max_itl_ms: this model's results may depend on where prompts are cut, so chunks stay %d "
-        "tokens; a smaller prefill_step_size shortens the gaps",
-        step_size,
-    )
+    if options.max_itl_ms:
+        log.warning(
+            "max_itl_ms: this model's results may depend on where prompts are cut, so chunks stay "
+            "%d tokens; a smaller prefill_step_size shortens the gaps",
+            step_size,
+        )
     return 0
 
 

@@ -190,7 +190,8 @@ class Limits:
     max_itl_s: float = 0.0
     """The longest gap between tokens that prefill should cause running streams; 0: no target."""
     prefill_grain: int = 0
-    """Where there is a target, chunks may also end at multiples of this; 0: results would depend on it."""
+    """Where steps are to be shorter, chunks may also end at multiples of this; 0: results would depend
+    on it."""
     prefix_block_bytes: int = 0
     disk_block_bytes: int = 0
     """A block's file takes no more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from mlx_serving.runtime.core.plan import Limits
 from mlx_serving.runtime.core.rows import rectangle
@@ -27,6 +28,32 @@ def chunk_length(
     if budget is None or length <= budget:
         return length
     return max(0, (computed + budget) // grain * grain - computed) if grain else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """How much is taken on at once, within what the model was loaded for."""
+
+    rows: int
+    """Sequences that have a row. Those that have one when this falls keep it to their end."""
+    prefill: int
+    """Tokens of prefill in a step."""
+    grain: int
+    """Chunks may end at multiples of this, to keep to `prefill`; 0: they stay whole."""
+    lone: bool
+    """A chunk that is longer than `prefill` has a step to itself."""
+
+
+def ceilings(limits: Limits, rows: int | None = None, prefill: int | None = None) -> Ceilings:
+    """At most so many, as far as that may be; None: as loaded."""
+    most = limits.prefill_budget or limits.prefill_step_size
+    grain = limits.prefill_grain if limits.max_itl_s or prefill is not None else 0
+    return Ceilings(
+        rows=limits.max_num_seqs if rows is None else max(1, min(rows, limits.max_num_seqs)),
+        prefill=most if prefill is None else max(grain, 1, min(prefill, most)),
+        grain=grain,
+        lone=not grain and (limits.prefill_budget is not None or prefill is not None),
+    )
 
 
 def fits(
@@ -67,8 +94,8 @@ LANE_SHARE = 8
 """One row in so many may be held by those who had waited too long."""
 
 
-def lane_rows(limits: Limits) -> int:
-    return max(1, limits.max_num_seqs // LANE_SHARE)
+def lane_rows(rows: int) -> int:
+    return max(1, rows // LANE_SHARE)
 
 
 SHORT_JOB_S_PER_TOKEN = 0.01

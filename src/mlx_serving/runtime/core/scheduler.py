@@ -92,7 +92,8 @@ class Scheduler:
         self.sequences: dict[int, Sequence] = {}
         self.rows = Rows()
         self.shares = Shares()
-        self.queue = WaitingQueue(self.shares, limits.max_wait_s, policy.lane_rows(limits))
+        self.queue = WaitingQueue(self.shares, limits.max_wait_s)
+        self.tune()
         self.step_s = 0.0
         """What a step takes of late; 0: not known."""
         self.refused: list[Emitted] = []
@@ -165,6 +166,11 @@ class Scheduler:
             self.paused -= 1
             if seq.status is Status.WAITING and not seq.queued:
                 self.queue.push(seq)
+
+    def tune(self, max_num_seqs: int | None = None, prefill_tokens: int | None = None) -> None:
+        """How much is taken on at once, from the next plan on; None: what `limits` have."""
+        self.ceilings = policy.ceilings(self.limits, max_num_seqs, prefill_tokens)
+        self.queue.lane_rows = policy.lane_rows(self.ceilings.rows)
 
     def reset(self) -> None:
         """The runner has forgotten every row and step in flight: compute all again."""
@@ -298,7 +304,7 @@ class Scheduler:
         grown = policy.row_tokens(self.rows, limits, ahead=GROW_AHEAD)
         head = self.queue.peek()
         stay = [seq for seq in self.rows if head is None or not policy.yields(seq, head)]
-        if head is None or len(stay) >= limits.max_num_seqs:
+        if head is None or len(stay) >= self.ceilings.rows:
             first, joined = None, held
         else:
             first = head.order
@@ -341,12 +347,12 @@ class Scheduler:
         """Chunks for this step, and the sequences that start with it, each with the prefix that it
         copies; best in order first.
 
-        A chunk that no longer fits the budget is passed over, and cut only at what `prefill_grain`
+        A chunk that no longer fits the budget is passed over, and cut only at what the grain
         allows; only the queue stops at its first sequence that does not fit or awaits a prefix, so
         that no later one overtakes it for good.
         """
-        step_size, grain = self.limits.prefill_step_size, self.limits.prefill_grain
-        budget, lone = self._prefill_budget(), self.limits.prefill_budget is not None
+        step_size, grain = self.limits.prefill_step_size, self.ceilings.grain
+        budget, lone = self._prefill_budget(), self.ceilings.lone
         chunks: list[tuple[Sequence, int]] = []
         starts: list[tuple[Sequence, list[Block]]] = []
         ready = [seq for seq in self.rows if seq.prefills and not seq.paused]
@@ -389,11 +395,11 @@ class Scheduler:
 
     def _prefill_budget(self) -> int:
         """Tokens of prefill in this step."""
-        limits = self.limits
-        if not (limits.max_itl_s and limits.prefill_grain):
-            return limits.prefill_budget or limits.prefill_step_size
+        most, grain = self.ceilings.prefill, self.ceilings.grain
+        if not (self.limits.max_itl_s and grain):
+            return most
         decoding = any(not seq.paused and not seq.prefills for seq in self.rows)
-        return self.pace.budget(decoding, limits.prefill_step_size, limits.prefill_grain)
+        return self.pace.budget(decoding, min(most, self.limits.prefill_step_size), grain)
 
     def _admit(self, seq: Sequence, found: list[Block], now_s: float) -> bool:
         """Give the queue's first sequence a row, if memory will hold for a bucket's worth of steps;
@@ -403,14 +409,16 @@ class Scheduler:
             return False
         yielding = [other for other in self.rows if policy.yields(other, seq)]
         stay = [other for other in self.rows if other not in yielding]
-        if len(stay) >= limits.max_num_seqs:
+        if len(stay) >= self.ceilings.rows:
             return False
         room = self._tokens(None if self._room is None else self._room.admit_bytes)
         ahead = limits.kv_bucket_tokens
         if not policy.fits([*stay, seq], limits, ahead=ahead, room_tokens=room):
             return False
         self.queue.pop()
-        while len(self.rows) >= limits.max_num_seqs or not policy.fits(
+        # Over a ceiling that has fallen, one row is taken over, and no more are ended for it.
+        most = max(self.ceilings.rows, len(self.rows))
+        while len(self.rows) >= most or not policy.fits(
             [*self.rows, seq], limits, ahead=ahead, room_tokens=room
         ):
             last = policy.victim(yielding)

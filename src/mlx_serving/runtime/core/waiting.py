@@ -27,7 +27,7 @@ class WaitingQueue:
     `max_wait_s`: how long a sequence waits, from its arrival, before it enters the lane.
     """
 
-    __slots__ = ("_ages", "_classes", "_entries", "_lane", "_lane_rows", "_max_wait_s", "_room", "bound")  # fmt: skip
+    __slots__ = ("_ages", "_classes", "_entries", "_lane", "_max_wait_s", "_room", "bound", "lane_rows")  # fmt: skip
 
     def __init__(
         self, shares: Shares | None = None, max_wait_s: float = math.inf, lane_rows: int = 1
@@ -38,7 +38,7 @@ class WaitingQueue:
         self._ages: _Heap = []
         """By arrival: who enters the lane next."""
         self._max_wait_s = max_wait_s
-        self._lane_rows = self._room = lane_rows
+        self.lane_rows = self._room = lane_rows
         self._entries = 0
         self.bound = _SMALL
         """Entries at which it is compacted."""
@@ -57,7 +57,7 @@ class WaitingQueue:
                 heapq.heappush(self._lane, (seq.arrived_s, seq.arrival, seq))
                 self._entries += 1
         if self._lane:
-            self._room = self._lane_rows - sum(seq.promoted for seq in rows)
+            self._room = self.lane_rows - sum(seq.promoted for seq in rows)
 
     def push(self, seq: Sequence) -> None:
         assert seq.status is Status.WAITING and not seq.queued

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_serving.runtime.core import policy
 from mlx_serving.runtime.core.plan import Limits
+from mlx_serving.runtime.core.policy import Ceilings, ceilings
 from mlx_serving.runtime.core.rows import bucketed, rectangle
 from mlx_serving.runtime.core.sequence import Sequence
 from mlx_serving.types import Priority, SamplingParams
@@ -71,3 +73,30 @@ def test_paused_gives_way_first_then_the_lowest_class_then_the_youngest() -> Non
     assert policy.victim([urgent, younger, older]) is younger
     urgent.paused = True
     assert policy.victim([urgent, older, younger, low]) is urgent
+
+
+@pytest.mark.parametrize(
+    ("of", "asked", "got"),
+    [
+        ({}, (None, None), Ceilings(rows=4, prefill=8, grain=0, lone=False)),
+        ({}, (2, None), Ceilings(rows=2, prefill=8, grain=0, lone=False)),
+        ({}, (0, 0), Ceilings(rows=1, prefill=1, grain=0, lone=True)),
+        ({}, (99, 99), Ceilings(rows=4, prefill=8, grain=0, lone=True)),
+        ({"prefill_grain": 4}, (None, None), Ceilings(rows=4, prefill=8, grain=0, lone=False)),
+        ({"prefill_grain": 4}, (3, 5), Ceilings(rows=3, prefill=5, grain=4, lone=False)),
+        ({"prefill_grain": 4}, (3, 1), Ceilings(rows=3, prefill=4, grain=4, lone=False)),
+        (
+            {"prefill_grain": 4, "max_itl_s": 1.0},
+            (None, None),
+            Ceilings(rows=4, prefill=8, grain=4, lone=False),
+        ),
+        ({"prefill_budget": 32}, (None, 99), Ceilings(rows=4, prefill=32, grain=0, lone=True)),
+        (
+            {"prefill_budget": 32, "prefill_grain": 2, "max_itl_s": 1.0},
+            (None, None),
+            Ceilings(rows=4, prefill=32, grain=2, lone=False),
+        ),
+    ],
+)
+def test_ceilings_stay_within_what_was_loaded(of, asked, got) -> None:
+    assert ceilings(limits(**{"prefill_step_size": 8, **of}), *asked) == got
