@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
 
+from mlx_serving.contradictions import contradictions
 from mlx_serving.errors import ConfigError
+from mlx_serving.model_entry import ENTRY_FIELDS, PER_MODEL, ModelEntry
 from mlx_serving.secret import hashed
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -67,7 +69,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     The docstring under a field is its help text; a range is part of its type.
     """
 
-    models: Annotated[tuple[str, ...], Meta(min_length=1)] = (DEFAULT_MODEL,)
+    models: Annotated[tuple[str | ModelEntry, ...], Meta(min_length=1)] = (DEFAULT_MODEL,)
     """Alias, hub id, local folder or .gguf file; the first is the default model."""
     served_model_name: tuple[str, ...] = ()
     """Names that clients use, one per model in order; default: the model's own name."""
@@ -225,20 +227,31 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_request_deaths: Annotated[int, Meta(ge=1)] = 3
     """Workers in a row that may die as they begin a request before it is given up."""
 
+    @property
+    def entries(self) -> tuple[ModelEntry, ...]:
+        """`models`, those that are only a name too."""
+        return tuple(m if isinstance(m, ModelEntry) else ModelEntry(model=m) for m in self.models)
+
+    def of(self, entry: ModelEntry) -> Config:
+        """The settings of one model: its own in place of everybody's."""
+        return msgspec.structs.replace(self, **entry.settings)
+
 
 SECRETS = frozenset({"api_key", "admin_key"})
 """Settings that are hashed where they are read, and never shown."""
 
 FIELDS: dict[str, msgspec.structs.FieldInfo] = {f.name: f for f in msgspec.structs.fields(Config)}
+_KINDS = {**ENTRY_FIELDS, **FIELDS}
+"""What may have a value: a setting, or a key of a model's entry."""
 
 
 def is_list(name: str) -> bool:
     """Whether the setting holds several texts (a repeated flag, commas in a variable)."""
-    return isinstance(FIELDS[name].default, tuple)
+    return isinstance(_KINDS[name].default, tuple)
 
 
 def is_bool(name: str) -> bool:
-    return FIELDS[name].type is bool
+    return _KINDS[name].type is bool
 
 
 def flag_name(name: str) -> str:
@@ -254,7 +267,13 @@ class Given(msgspec.Struct, frozen=True):
 
     place: str
     name: str
-    text: str | list[str] | None
+    value: Any
+    """A text, None, a list of texts or, from a program, of the setting's own type. An item of `models`
+    may be a Given itself, whose value is the list of the entry's keys."""
+
+
+Convert = Callable[[str, Any], Any]
+"""`parse` or `_convert`."""
 
 
 class _Invalid(Exception):
@@ -292,15 +311,7 @@ def load(
     problems += wrong
     given += [Given(flag_name(name), name, text) for name, text in (flags or {}).items()]
 
-    values: dict[str, Any] = {}
-    places: dict[str, str] = {}
-    for item in given:
-        places[item.name] = item.place
-        try:
-            values[item.name] = parse(item.name, item.text)
-        except _Invalid as error:
-            problems.append(f"{item.place}: {error}")
-    return _finish(Config(), values, places, problems)
+    return _merge(Config(), given, parse, problems)
 
 
 def override(
@@ -308,53 +319,77 @@ def override(
 ) -> Config:
     """`base` with typed `values`, checked like any other source; `spelled` has the caller's names of
     settings, where they are not ours. Raises ConfigError."""
-    checked: dict[str, Any] = {}
-    problems: list[str] = []
-    places = {name: (spelled or {}).get(name, name) for name in values}
-    for name, value in values.items():
-        if name not in FIELDS:
-            problems.append(unknown(name, "setting"))
-            continue
+    problems = [unknown(name, "setting") for name in values if name not in FIELDS]
+    given = [
+        _from_program((spelled or {}).get(name, name), name, value)
+        for name, value in values.items()
+        if name in FIELDS
+    ]
+    return _merge(base, given, _convert, problems)
+
+
+def _from_program(place: str, name: str, value: object) -> Given:
+    if not isinstance(value, list | tuple):
+        return Given(place, name, value)
+    items = [
+        Given(f"{place}[{i}]", name, [Given(f"{place}[{i}].{k}", k, v) for k, v in item.items()])
+        if name == "models" and isinstance(item, Mapping)
+        else item
+        for i, item in enumerate(value)
+    ]
+    return Given(place, name, items)
+
+
+def _merge(base: Config, given: Iterable[Given], convert: Convert, problems: list[str]) -> Config:
+    """`base` with what was given, a later one in place of an earlier. Raises ConfigError."""
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for item in given:
+        places[item.name] = item.place
+        value = item.value
+        if item.name == "models" and isinstance(value, list):
+            value = [_entry(i, convert, problems) if isinstance(i, Given) else i for i in value]
+            if None in value:
+                continue
         try:
-            checked[name] = _convert(name, list(value) if isinstance(value, tuple) else value)
+            values[item.name] = convert(item.name, value)
         except _Invalid as error:
-            problems.append(f"{places[name]}: {error}")
-    return _finish(base, checked, places, problems)
+            problems.append(f"{item.place}: {error}")
+    return _finish(base, values, places, problems)
+
+
+def _entry(given: Given, convert: Convert, problems: list[str]) -> ModelEntry | None:
+    """None: `problems` says why not."""
+    values: dict[str, Any] = {}
+    wrong: list[str] = []
+    for item in given.value:
+        try:
+            if item.name in PER_MODEL:
+                values.setdefault("settings", {})[item.name] = convert(item.name, item.value)
+            elif item.name in ENTRY_FIELDS:
+                values[item.name] = convert(item.name, item.value)
+            elif item.name in FIELDS:
+                wrong.append(f"{item.place}: it is set for the whole server, not for one model")
+            else:
+                close = closest(item.name, [*ENTRY_FIELDS, *PER_MODEL])
+                hint = f" (did you mean '{close}'?)" if close else ""
+                wrong.append(f"{item.place}: unknown key{hint}")
+        except _Invalid as error:
+            wrong.append(f"{item.place}: {error}")
+    if not any(item.name == "model" for item in given.value):
+        wrong.append(f"{given.place}: 'model' is missing")
+    problems += wrong
+    return None if wrong else ModelEntry(**values)
 
 
 def _finish(
     base: Config, values: Mapping[str, Any], places: Mapping[str, str], problems: Iterable[str]
 ) -> Config:
     config = msgspec.structs.replace(base, **values)
-    problems = [*problems, *_contradictions(config, places)]
+    problems = [*problems, *contradictions(config, places)]
     if problems:
         raise ConfigError("\n".join(problems), param=problems[0].split(": ", 1)[0])
     return config
-
-
-def _contradictions(config: Config, places: Mapping[str, str]) -> Iterable[str]:
-    """Settings that are each in range but not together."""
-    names, models = config.served_model_name, config.models
-    if len(names) > len(models):
-        place = places.get("served_model_name", "served_model_name")
-        yield f"{place}: {len(names)} names for {len(models)} model(s)"
-    if len(set(names)) < len(names):
-        yield f"{places.get('served_model_name', 'served_model_name')}: a name is given twice"
-    if config.tls_key is not None and config.tls_cert is None:
-        yield f"{places.get('tls_key', 'tls_key')}: a key without a certificate (tls_cert)"
-    for origin in config.cors_origin:
-        if not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/*\s]+/?", origin):
-            place = places.get("cors_origin", "cors_origin")
-            yield f"{place}: '{origin}' is no origin; expected one like https://chat.example.org"
-    if config.kv_disk_path is not None and config.prefix_cache_bytes == 0:
-        place = places.get("kv_disk_path", "kv_disk_path")
-        yield f"{place}: needs a prefix cache in memory, and prefix_cache_bytes is 0"
-    for item in config.class_queue:
-        if not re.fullmatch(r"(critical|high|normal|low)=[0-9]{1,9}", item):
-            place = places.get("class_queue", "class_queue")
-            yield f"{place}: expected CLASS=COUNT with CLASS one of critical, high, normal, low, got '{item}'"
-    if len(set(models)) < len(models):
-        yield f"{places.get('models', 'models')}: a model is given twice"
 
 
 # ------------------------------------------------------------------- environment
@@ -394,11 +429,11 @@ def unknown(name: str, kind: str) -> str:
     return f"unknown {kind} '{name}'" + (f" (did you mean '{close}'?)" if close else "")
 
 
-def closest(name: str) -> str | None:
+def closest(name: str, among: Iterable[str] = FIELDS) -> str | None:
     """The field whose name is most like `name`, if one is."""
     from difflib import get_close_matches  # only when something is wrong
 
-    found = get_close_matches(name.replace("-", "_").lower(), FIELDS, n=1)
+    found = get_close_matches(name.replace("-", "_").lower(), list(among), n=1)
     return found[0] if found else None
 
 
@@ -426,7 +461,7 @@ def parse(name: str, text: str | list[str] | None) -> Any:
 
 def _convert(name: str, value: object) -> Any:
     try:
-        result = msgspec.convert(value, FIELDS[name].type, strict=not isinstance(value, str))
+        result = msgspec.convert(value, _KINDS[name].type, strict=not isinstance(value, str))
     except msgspec.ValidationError as error:
         shown = "(not shown)" if name in SECRETS else value
         raise _Invalid(_reason(name, shown, str(error))) from None
@@ -448,12 +483,12 @@ def _reason(name: str, value: object, complaint: str) -> str:
 
 
 def _optional(name: str) -> bool:
-    return type(None) in get_args(FIELDS[name].type)
+    return type(None) in get_args(_KINDS[name].type)
 
 
 def choices(name: str) -> tuple[str, ...]:
     """The words that the setting, or an item of its list, may be; empty if any text may be."""
-    kind = FIELDS[name].type
+    kind = _KINDS[name].type
     if is_list(name):
         kind = get_args(kind)[0]
     return get_args(kind) if "Literal[" in str(kind) else ()
@@ -472,5 +507,5 @@ def describe(name: str) -> str:
 
 def metavar(name: str) -> str:
     """`int`, `float` or `text`."""
-    kind = str(FIELDS[name].type)
+    kind = str(_KINDS[name].type)
     return next((word for word in ("int", "float") if re.search(rf"\b{word}\b", kind)), "text")

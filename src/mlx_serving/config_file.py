@@ -38,28 +38,52 @@ def read(path: Path) -> tuple[list[Given], list[str]]:
     if not isinstance(root, yaml.MappingNode):
         place = f"{path}:{root.start_mark.line + 1}"
         raise ConfigError(f"{place}: expected 'key: value' lines", param=place)
-    return _settings(path, root)
+    return _pairs(path, root)
 
 
-def _settings(path: Path, root: yaml.MappingNode) -> tuple[list[Given], list[str]]:
+def _pairs(path: Path, node: yaml.MappingNode, prefix: str = "") -> tuple[list[Given], list[str]]:
     given: list[Given] = []
     problems: list[str] = []
     seen: dict[str, int] = {}
-    for key, value in root.value:
+    for key, value in node.value:
         line = key.start_mark.line + 1
         place = f"{path}:{line}"
         name = key.value if isinstance(key, yaml.ScalarNode) else "?"
-        if name not in FIELDS:
+        if not prefix and name not in FIELDS:
             problems.append(f"{place}: {unknown(name, 'key')}")
         elif name in seen:
-            problems.append(f"{place}: key '{name}' is already on line {seen[name]}")
+            problems.append(f"{place}: key '{prefix}{name}' is already on line {seen[name]}")
         else:
             try:
-                given.append(Given(f"{place}: {name}", name, _text(value)))
+                found = (
+                    _models(path, value, problems)
+                    if name == "models" and not prefix
+                    else _text(value)
+                )
+                given.append(Given(f"{place}: {prefix}{name}", name, found))
             except ValueError as error:
-                problems.append(f"{place}: {name}: {error}")
+                problems.append(f"{place}: {prefix}{name}: {error}")
         seen.setdefault(name, line)
     return given, problems
+
+
+def _models(path: Path, node: yaml.Node, problems: list[str]) -> object:
+    """Of `models`: an item may be a mapping, one model's settings."""
+    if not isinstance(node, yaml.SequenceNode):
+        return _text(node)
+    items: list[str | Given] = []
+    for i, item in enumerate(node.value):
+        match item:
+            case yaml.ScalarNode(value=value):
+                items.append(value)
+            case yaml.MappingNode():
+                keys, wrong = _pairs(path, item, f"models[{i}].")
+                problems += wrong
+                place = f"{path}:{item.start_mark.line + 1}: models[{i}]"
+                items.append(Given(place, "models", keys))
+            case _:
+                raise ValueError(f"[{i}]: expected a model, or 'key: value' lines")
+    return items
 
 
 def _text(node: yaml.Node) -> str | list[str] | None:

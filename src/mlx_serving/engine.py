@@ -47,7 +47,8 @@ class Engine:
     """Serves one or more models in a supervised worker process.
 
     Args:
-        model: alias, hub id, local folder or .gguf file, or several; overrides `config.models`.
+        model: alias, hub id, local folder or .gguf file, or several; a mapping has the keys of a
+            `ModelEntry` and settings of its own. Overrides `config.models`.
         config: every setting; `settings` override single fields of it (see `Config`), by their own
             names or as other engines spell them (see `spellings`).
         progress: receives the progress of downloads and conversions.
@@ -58,7 +59,7 @@ class Engine:
 
     def __init__(
         self,
-        model: str | Sequence[str] | None = None,
+        model: str | Sequence[str | Mapping[str, Any]] | None = None,
         *,
         config: Config | None = None,
         progress: Progress | None = None,

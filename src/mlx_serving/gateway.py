@@ -77,7 +77,7 @@ class Gateway:
         self._worker = worker
         self._metrics = metrics
         self._events = events
-        self._slots = Roster(slots, config.model_aliases, worker)
+        self._slots = Roster(slots, _patterns(config, slots), worker)
         self._admission = Admission(class_bounds(config.max_queue, config.class_queue))
         self._reuse = _reuse(config, metrics)
         file = config.rollouts_file
@@ -403,6 +403,13 @@ class Gateway:
     def _finish(self, finished: RequestFinished) -> None:
         count(self._metrics, finished)
         self._events.publish(finished)
+
+
+def _patterns(config: Config, slots: Sequence[ModelSlot[Served]]) -> list[str]:
+    """More names that lead to models, as `Roster` takes them."""
+    own = zip(slots, config.entries, strict=True)
+    of_entries = [f"{alias}={slot.model_id}" for slot, entry in own for alias in entry.aliases]
+    return [*config.model_aliases, *of_entries]
 
 
 def _reuse(config: Config, metrics: Metrics) -> Reuse:

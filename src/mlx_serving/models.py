@@ -23,6 +23,7 @@ from mlx_serving.config import Config
 from mlx_serving.content.text import TextSide
 from mlx_serving.errors import ConfigError
 from mlx_serving.generation import Served
+from mlx_serving.model_entry import ModelEntry
 from mlx_serving.telemetry.events import (
     EventBus,
     ModelFailed,
@@ -53,6 +54,8 @@ class Models:
         self._events = events
         self._progress = progress
         self._machine = machine or host.look()
+        self._own: dict[str, Config] = {}
+        """Each model's settings, by its id."""
         self.slots: Sequence[Slot] = self._make_slots()
         self.residency = Residency(
             host.memory_budget_bytes(config.memory_budget, self._machine),
@@ -78,7 +81,8 @@ class Models:
         try:
             folder = await asyncio.to_thread(ensure, slot.source, self._config, self._progress)
             slot.enter(LoadBegan())
-            need = budget.estimate_folder(folder, self._config.dtype, self._machine.system)
+            dtype = self._own[slot.model_id].dtype
+            need = budget.estimate_folder(folder, dtype, self._machine.system)
             await self.residency.make_room(slot, need, asked=asked)
             slot.enter(LoadBegan())
             served = await self._load(slot, folder)
@@ -102,46 +106,16 @@ class Models:
             self._events.publish(ModelUnloaded(model_id=slot.model_id))
 
     async def _load(self, slot: Slot, folder: ModelFolder) -> Served:
-        options = self._options(folder.tokenizer_path)
+        own = self._own[slot.model_id]
         info, text, files = await asyncio.gather(
-            self._worker.load_model(slot.model_id, str(folder.path), options),
-            asyncio.to_thread(self._text_side, folder.tokenizer_path),
+            self._worker.load_model(
+                slot.model_id, str(folder.path), _options(own, folder.tokenizer_path)
+            ),
+            asyncio.to_thread(_text_side, own, folder.tokenizer_path),
             asyncio.to_thread(fingerprint, folder.path, folder.tokenizer_path),
         )
         self.residency.loaded(slot.model_id, _measured(info))
         return Served(info, text, f"{files} {info.dtype} {info.kernels}")
-
-    def _text_side(self, path: Path) -> TextSide:
-        c = self._config
-        return TextSide.load(
-            path,
-            c.chat_template,
-            tool_parser=c.tool_parser,
-            reasoning_parser=c.reasoning_parser,
-        )
-
-    def _options(self, tokenizer_path: Path) -> ModelOptions:
-        c = self._config
-        return ModelOptions(
-            max_num_seqs=c.max_num_seqs,
-            prefill_step_size=c.prefill_step_size,
-            max_itl_ms=c.max_itl_ms,
-            pipeline_depth=c.pipeline_depth,
-            context_length=c.context_length,
-            dtype=c.dtype,
-            kernels=c.kernels,
-            exact_batch=c.exact_batch,
-            prefix_cache_bytes=c.prefix_cache_bytes,
-            max_wait_s=c.max_wait_s or math.inf,
-            short_jobs_first=c.short_jobs_first,
-            json_digit_tokens=c.json_digit_tokens,
-            json_string_tokens=c.json_string_tokens,
-            json_white_space=c.json_white_space,
-            kv_disk_path=c.kv_disk_path and str(Path(c.kv_disk_path).expanduser().absolute()),
-            kv_disk_bytes=c.kv_disk_bytes,
-            memory_budget=c.memory_budget,
-            tokenizer_path=str(tokenizer_path),
-        )
 
     def _make_slots(self) -> list[Slot]:
         c = self._config
@@ -152,14 +126,22 @@ class Models:
                 param="served_model_name",
             )
         slots: list[Slot] = []
-        for i, source in enumerate(c.models):
-            own = default_name(source)
-            model_id = c.served_model_name[i] if c.served_model_name else own
-            aliases = tuple(a for a in (own, source) if a != model_id)
-            slots.append(ModelSlot(source, model_id, aliases, self, c.keep_alive_s))
-        if len({slot.model_id for slot in slots}) != len(slots):
+        ids = [_model_id(c, i, entry) for i, entry in enumerate(c.entries)]
+        for model_id, entry in zip(ids, c.entries, strict=True):
+            # A name that several models could have is the first one's, and a model's own before that.
+            taken = {*ids, *(alias for slot in slots for alias in slot.aliases)}
+            own_names = dict.fromkeys((default_name(entry.model), entry.model))
+            aliases = tuple(name for name in own_names if name not in taken)
+            self._own[model_id] = own = c.of(entry)
+            slots.append(
+                ModelSlot(
+                    entry.model, model_id, aliases, self, own.keep_alive_s, pinned=entry.pinned
+                )
+            )
+        if len(set(ids)) != len(ids):
             raise ConfigError(
-                "Two models have the same name; set served_model_name.", param="models"
+                "Two models have the same name; set served_model_name, or the entries' name.",
+                param="models",
             )
         for name in c.pin:
             slot = next((s for s in slots if s.answers_to(name)), None)
@@ -167,6 +149,45 @@ class Models:
                 raise ConfigError(f"pin: '{name}' names no served model", param="pin")
             slot.pinned = True
         return slots
+
+
+def _model_id(config: Config, index: int, entry: ModelEntry) -> str:
+    if config.served_model_name:
+        return config.served_model_name[index]
+    return entry.name or default_name(entry.model)
+
+
+def _text_side(config: Config, path: Path) -> TextSide:
+    return TextSide.load(
+        path,
+        config.chat_template,
+        tool_parser=config.tool_parser,
+        reasoning_parser=config.reasoning_parser,
+    )
+
+
+def _options(config: Config, tokenizer_path: Path) -> ModelOptions:
+    c = config
+    return ModelOptions(
+        max_num_seqs=c.max_num_seqs,
+        prefill_step_size=c.prefill_step_size,
+        max_itl_ms=c.max_itl_ms,
+        pipeline_depth=c.pipeline_depth,
+        context_length=c.context_length,
+        dtype=c.dtype,
+        kernels=c.kernels,
+        exact_batch=c.exact_batch,
+        prefix_cache_bytes=c.prefix_cache_bytes,
+        max_wait_s=c.max_wait_s or math.inf,
+        short_jobs_first=c.short_jobs_first,
+        json_digit_tokens=c.json_digit_tokens,
+        json_string_tokens=c.json_string_tokens,
+        json_white_space=c.json_white_space,
+        kv_disk_path=c.kv_disk_path and str(Path(c.kv_disk_path).expanduser().absolute()),
+        kv_disk_bytes=c.kv_disk_bytes,
+        memory_budget=c.memory_budget,
+        tokenizer_path=str(tokenizer_path),
+    )
 
 
 def _measured(info: ModelInfo) -> int:

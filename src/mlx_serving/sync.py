@@ -23,7 +23,9 @@ class SyncEngine:
     It runs an `Engine` on an event loop in a thread of its own.
     """
 
-    def __init__(self, model: str | Sequence[str] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: str | Sequence[str | Mapping[str, Any]] | None = None, **kwargs: Any
+    ) -> None:
         self._args = (model, kwargs)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(

@@ -1,0 +1,62 @@
+"""One of the served models where it is more than a name: its entry of `models`, with settings of its own.
+
+models:
+  - smollm2-135m
+  - model: smollm2-135m
+    name: smollm2-fast
+    kernels: fast
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+Name = Annotated[str, Meta(min_length=1)]
+
+PER_MODEL = frozenset(
+    {
+        "dtype",
+        "context_length",
+        "chat_template",
+        "tool_parser",
+        "reasoning_parser",
+        "max_num_seqs",
+        "max_wait_s",
+        "short_jobs_first",
+        "prefill_step_size",
+        "max_itl_ms",
+        "pipeline_depth",
+        "kernels",
+        "prefix_cache_bytes",
+        "kv_disk_path",
+        "kv_disk_bytes",
+        "keep_alive_s",
+        "exact_batch",
+        "json_digit_tokens",
+        "json_string_tokens",
+        "json_white_space",
+    }
+)
+"""Settings of `Config` that an entry may have too: the entry's is then the model's, whatever a flag,
+a variable or the file says for all models. Every other setting is the whole server's."""
+
+
+class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields below, and those of `PER_MODEL`, are the entry's keys."""
+
+    model: Name
+    """Alias, hub id, local folder or .gguf file."""
+    name: Name | None = None
+    """The name that clients use; default: the model's own. Entries with the same files need different ones."""
+    aliases: tuple[str, ...] = ()
+    """More names that clients may use; patterns, as claude-*, too."""
+    pinned: bool = False
+    """Never unload it to make room or for idleness."""
+    settings: dict[str, Any] = {}
+    """Those of `PER_MODEL` that it has, as `Config` has them."""
+
+
+ENTRY_FIELDS = {f.name: f for f in msgspec.structs.fields(ModelEntry) if f.name != "settings"}
