@@ -66,7 +66,7 @@ def server(home: Path, scripted_once: Any) -> Iterator[httpx.Client]:
     )
     assert process.stdout is not None
     url = json.loads(process.stdout.readline())["url"]
-    with httpx.Client(base_url=url, timeout=60) as http:
+    with httpx.Client(base_url=url, timeout=120) as http:
         until_s = time.monotonic() + 120
         waiting = {"absent", "fetching", "loading"}
         while any(m["status"] in waiting for m in http.get("/v1/models").json()["data"]):
@@ -74,7 +74,7 @@ def server(home: Path, scripted_once: Any) -> Iterator[httpx.Client]:
             time.sleep(0.05)
         yield http
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
 
 
 def test_list_and_health_say_the_cause(home: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_manager_is_told_of_start_life_and_end(
     command = [sys.executable, "-m", "mlx_serving", "serve", str(scripted(text="x")), "--port", "0"]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(path)
-        manager.settimeout(60)
+        manager.settimeout(120)
         server = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
         try:
             said = [manager.recv(4096).decode()]

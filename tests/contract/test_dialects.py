@@ -50,12 +50,12 @@ def url(scripted_once: Any) -> Iterator[str]:
 
 @pytest.fixture
 def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx.Client(base_url=url, timeout=120) as client:
         yield client
 
 
 def test_anthropics_client(url: str) -> None:
-    sdk = anthropic.Anthropic(base_url=url, api_key="x", max_retries=0, timeout=60)
+    sdk = anthropic.Anthropic(base_url=url, api_key="x", max_retries=0, timeout=120)
     tool: Any = {"name": "add", "description": "Adds.", "input_schema": SCHEMA}
     asked: Any = {
         "model": "claude-next",
@@ -96,7 +96,7 @@ def test_anthropics_client(url: str) -> None:
 
 
 def test_stop_sequences_and_prefilled_answers(url: str) -> None:
-    sdk = anthropic.Anthropic(base_url=url, api_key="x", max_retries=0, timeout=60)
+    sdk = anthropic.Anthropic(base_url=url, api_key="x", max_retries=0, timeout=120)
     asked: Any = {"model": "echo", "max_tokens": 600, "messages": MESSAGES}
     assert sdk.messages.create(**asked).content[0].to_dict()["text"] == ECHOED
     stopped = sdk.messages.create(**asked, stop_sequences=["zzz", "ße"])
@@ -142,7 +142,7 @@ def test_an_agents_long_prompt(http: httpx.Client) -> None:
 
 
 def test_ollamas_client(url: str) -> None:
-    sdk = ollama.Client(host=url, timeout=60)
+    sdk = ollama.Client(host=url, timeout=120)
     tool: Any = {
         "type": "function",
         "function": {"name": "add", "description": "Adds.", "parameters": SCHEMA},
@@ -178,7 +178,7 @@ def test_ollamas_client(url: str) -> None:
 
 
 def test_openais_chat(url: str) -> None:
-    sdk = openai.OpenAI(base_url=url + "/v1", api_key="x", max_retries=0, timeout=60)
+    sdk = openai.OpenAI(base_url=url + "/v1", api_key="x", max_retries=0, timeout=120)
     tool: Any = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
     asked: Any = {"model": "agent", "messages": MESSAGES, "tools": [tool]}
     whole = sdk.chat.completions.create(**asked).choices[0]
@@ -223,7 +223,7 @@ class Colour(pydantic.BaseModel):
 
 
 def test_openais_parsed_answers(url: str) -> None:
-    sdk = openai.OpenAI(base_url=url + "/v1", api_key="x", max_retries=0, timeout=60)
+    sdk = openai.OpenAI(base_url=url + "/v1", api_key="x", max_retries=0, timeout=120)
     told = sdk.chat.completions.parse(
         model="echo", messages=MESSAGES, response_format=Colour, seed=1, max_tokens=99
     )
@@ -240,7 +240,7 @@ def test_openais_parsed_answers(url: str) -> None:
 
 
 def test_openais_responses(url: str) -> None:
-    sdk = openai.OpenAI(base_url=url + "/v1", api_key="x", max_retries=0, timeout=60)
+    sdk = openai.OpenAI(base_url=url + "/v1", api_key="x", max_retries=0, timeout=120)
     tool: Any = {"type": "function", "name": "add", "parameters": SCHEMA, "strict": False}
     asked: Any = {"model": "agent", "input": "Grüße", "tools": [tool]}
     whole = sdk.responses.create(**asked)

@@ -38,7 +38,7 @@ def url(folder: Path, scripted_once: Any) -> Iterator[str]:
 
 @pytest.fixture
 def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx.Client(base_url=url, timeout=120) as client:
         yield client
 
 
@@ -54,7 +54,7 @@ def expected(folder: Path, texts: list[str], size: int = 32) -> np.ndarray:
 
 def test_openais_client(url: str, folder: Path) -> None:
     """It asks for base64 unless told otherwise, and decodes it."""
-    sdk = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=60)
+    sdk = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=120)
     found = sdk.embeddings.create(model="embedder", input=TEXTS)
     vectors = np.array([item.embedding for item in found.data])
     assert vectors == pytest.approx(expected(folder, TEXTS), abs=1e-5)
@@ -84,7 +84,7 @@ def test_openais_client(url: str, folder: Path) -> None:
 
 
 def test_ollamas_client(url: str, folder: Path) -> None:
-    sdk = ollama.Client(host=url, timeout=60)
+    sdk = ollama.Client(host=url, timeout=120)
     found = sdk.embed(model="embedder", input=TEXTS, keep_alive="5m", options={"num_ctx": 64})
     assert np.array(found.embeddings) == pytest.approx(expected(folder, TEXTS), abs=1e-5)
     assert found.prompt_eval_count == 100 and (found.total_duration or 0) > 0

@@ -84,7 +84,7 @@ def url(scripted_once: Any) -> Iterator[str]:
 def test_golden(url: str, path: str) -> None:
     found = ""
     for model, body in BODIES[path].items():
-        response = httpx.post(url + path, json=body | {"model": model, "stream": True}, timeout=60)
+        response = httpx.post(url + path, json=body | {"model": model, "stream": True}, timeout=120)
         assert response.status_code == 200, response.text
         events = [piece for event in read(response.text) for piece in parted(event)]
         lines = [f"{name} {data}".strip() for name, data in shown(joined(events))]

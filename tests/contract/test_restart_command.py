@@ -50,7 +50,7 @@ def serve() -> Iterator[Serve]:
 
 def restart(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mlx_serving", "restart", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def texts(lines: Iterator[str]) -> Iterator[str]:
@@ -66,7 +66,7 @@ def texts(lines: Iterator[str]) -> Iterator[str]:
 @pytest.mark.parametrize("how", ["command", "signal"])
 def test_a_restart_replaces_the_worker_under_a_stream(scripted, serve: Serve, how: str) -> None:
     server, url = serve(scripted(mode="cycle", token_ids=[97], step_delay_ms=5))
-    with httpx.Client(base_url=url, timeout=60) as http:
+    with httpx.Client(base_url=url, timeout=120) as http:
         before = http.get("/health").json()
         body = {"model": "scripted", "prompt": "x", "max_tokens": 400, "stream": True}
         with http.stream("POST", "/v1/completions", json=body) as response:

@@ -41,7 +41,7 @@ def server(scripted, tmp_path: Path) -> Iterator[tuple[str, Path]]:
 def run(server) -> Run:
     def command(*args: str) -> subprocess.CompletedProcess[str]:
         argv = [sys.executable, "-m", "mlx_serving", *args, "--url", server[0]]
-        return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
 
     return command
 
@@ -53,7 +53,7 @@ def test_a_canary_by_hand(server, run: Run) -> None:
     assert json.loads(started.stdout)["share"] == 0.5
 
     body = {"model": "old", "prompt": "x", "max_tokens": 4, "temperature": 0}
-    with httpx.Client(base_url=url, timeout=60) as http:
+    with httpx.Client(base_url=url, timeout=120) as http:
         seen = set()
         for user in range(30):
             headers = {"x-session-id": f"user-{user}"}
@@ -84,7 +84,7 @@ def test_an_ab_report(server, run: Run) -> None:
     early = run("ab", "report", "t", "--plot")
     assert early.returncode == 1 and "not enough answers" in early.stderr
     body = {"model": "old", "prompt": "x", "max_tokens": 4, "temperature": 0}
-    with httpx.Client(base_url=server[0], timeout=60) as http:
+    with httpx.Client(base_url=server[0], timeout=120) as http:
         for user in range(70):
             headers = {"x-session-id": f"user-{user}"}
             http.post("/v1/completions", json=body, headers=headers).raise_for_status()
@@ -109,7 +109,7 @@ def test_what_is_wrong_is_named(run: Run) -> None:
         [sys.executable, "-m", "mlx_serving", "ab", "status", "--url", "http://127.0.0.1:9"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert nobody.returncode == 1 and "no server of ours" in nobody.stderr

@@ -28,7 +28,7 @@ class Server:
 
     def client(self, key: str | None = KEY) -> httpx.Client:
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=120)
 
     def logged(self) -> str:
         return self.log.read_text()

@@ -17,7 +17,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 @pytest.fixture(autouse=True)
 async def guard():
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         yield
 
 

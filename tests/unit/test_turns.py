@@ -12,7 +12,7 @@ from mlx_serving.types import GenerateRequest, Priority, SamplingParams, TextPro
 
 @pytest.fixture(autouse=True)
 async def guard():
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         yield
 
 

@@ -29,7 +29,9 @@ MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 
 
 def sdk(server: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=server.address + "/v1", api_key="none", max_retries=0, timeout=10)
+    return openai.OpenAI(
+        base_url=server.address + "/v1", api_key="none", max_retries=0, timeout=120
+    )
 
 
 def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:

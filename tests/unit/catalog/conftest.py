@@ -207,7 +207,7 @@ class Puller:
         )
 
     def result(self, process: subprocess.Popen[str]) -> dict[str, Any]:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
         lines = [line for line in out.splitlines() if line.startswith("RESULT")]
         assert lines, err
         value: dict[str, Any] = json.loads(lines[0].removeprefix("RESULT"))

@@ -111,7 +111,7 @@ def slot_of(hands: Hands, **more: Any) -> ModelSlot[str]:
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0)
 

@@ -47,7 +47,7 @@ class House:
 
 @pytest.fixture(autouse=True)
 async def guard():
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         yield
 
 

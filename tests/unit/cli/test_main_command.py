@@ -27,7 +27,7 @@ def run(*args: str, stdin: str = "", home: Path | None = None) -> subprocess.Com
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
 

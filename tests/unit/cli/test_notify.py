@@ -18,7 +18,7 @@ def manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[socket.s
     path = str(tmp_path_factory.mktemp("n") / "s")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(path)
-        sock.settimeout(10)
+        sock.settimeout(120)
         yield sock, path
 
 

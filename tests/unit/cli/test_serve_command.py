@@ -19,7 +19,7 @@ def serve(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("MLX_SERVING_")}
     command = [sys.executable, "-m", "mlx_serving", "serve", *args]
     return subprocess.run(
-        command, env={**env, **variables}, capture_output=True, text=True, timeout=60, check=False
+        command, env={**env, **variables}, capture_output=True, text=True, timeout=120, check=False
     )
 
 

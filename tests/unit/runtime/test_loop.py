@@ -137,7 +137,7 @@ class Parent:
 @pytest.fixture
 def parent() -> Iterator[Parent]:
     ours, theirs = socket.socketpair()
-    ours.settimeout(30)  # a guard against hangs
+    ours.settimeout(120)  # a guard against hangs
     parent = Parent(ours)
 
     def load(model_id, path, options, on_phase):
@@ -306,7 +306,7 @@ def test_a_sequence_that_cannot_go_on_ends_alone(parent):
 def test_a_load_in_slices_lets_others_step_and_keeps_who_came_early():
     """The second model's load goes on for as long as the first one's stream does."""
     ours, theirs = socket.socketpair()
-    ours.settimeout(30)
+    ours.settimeout(120)
     enough = threading.Event()
 
     def slow(model_id, path, options, on_phase):
@@ -365,7 +365,7 @@ def run_loop(loop: Loop) -> threading.Thread:
 
 def test_a_long_load_keeps_saying_so():
     ours, theirs = socket.socketpair()
-    ours.settimeout(30)
+    ours.settimeout(120)
     enough = threading.Event()
 
     def slow(model_id, path, options, on_phase):
@@ -409,7 +409,7 @@ def test_a_long_step_keeps_saying_so(parent):
 
 def test_an_idle_loop_says_that_it_lives():
     ours, theirs = socket.socketpair()
-    ours.settimeout(30)
+    ours.settimeout(120)
     loop = Loop(Link(theirs), at_once, collector=NoCollector(), heartbeat_s=0.01)
     with theirs:
         thread = run_loop(loop)

@@ -53,7 +53,7 @@ def source() -> FakeSource:
 
 @pytest.fixture(autouse=True)
 async def guard():
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         yield
 
 

@@ -44,6 +44,6 @@ async def worker(spawn) -> AsyncIterator[Supervisor]:
     supervisor.events = []
     supervisor.on_event = supervisor.events.append
     supervisor.start()
-    async with asyncio.timeout(30):  # a guard against hangs, not a measurement
+    async with asyncio.timeout(120):  # a guard against hangs, not a measurement
         yield supervisor
         await supervisor.stop()

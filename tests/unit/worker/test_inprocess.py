@@ -17,7 +17,7 @@ from mlx_serving.worker.inprocess import InProcessWorker, RuntimeThread
 async def inprocess(fake):
     worker = InProcessWorker(spawn=functools.partial(RuntimeThread, fake.load))
     worker.start()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         yield worker
         await worker.stop()
 

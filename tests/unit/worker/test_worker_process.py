@@ -55,7 +55,7 @@ async def test_a_scripted_model_is_served(scripted, kind):
     else:
         worker = InProcessWorker()
     worker.start()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         info = await worker.load_model("m", scripted)
         assert info.architecture == "scripted"
         assert await tokens_of(echo(worker, [7, 8, 9])) == [7, 8, 9, 0]
@@ -69,7 +69,7 @@ async def test_a_scripted_model_is_served(scripted, kind):
 async def test_a_missing_folder_is_named(scripted):
     worker = Supervisor()
     worker.start()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         with pytest.raises(errors.ModelBroken, match=r"nowhere/config\.json"):
             await worker.load_model("m", os.path.join(scripted, "nowhere"))
         await worker.stop()
