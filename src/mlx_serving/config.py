@@ -501,7 +501,7 @@ def describe(name: str) -> str:
     if is_bool(name):
         return "true or false"
     if is_list(name):
-        return "a list of texts"
+        return "a list of texts" + (", or of system and user" if name == "warm_up" else "")
     return metavar(name)
 
 

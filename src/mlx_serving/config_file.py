@@ -55,11 +55,13 @@ def _pairs(path: Path, node: yaml.MappingNode, prefix: str = "") -> tuple[list[G
             problems.append(f"{place}: key '{prefix}{name}' is already on line {seen[name]}")
         else:
             try:
-                found = (
-                    _models(path, value, problems)
-                    if name == "models" and not prefix
-                    else _text(value)
-                )
+                match prefix, name:
+                    case "", "models":
+                        found = _models(path, value, problems)
+                    case _, "warm_up":
+                        found = _chats(value)
+                    case _:
+                        found = _text(value)
                 given.append(Given(f"{place}: {prefix}{name}", name, found))
             except ValueError as error:
                 problems.append(f"{place}: {prefix}{name}: {error}")
@@ -84,6 +86,18 @@ def _models(path: Path, node: yaml.Node, problems: list[str]) -> object:
             case _:
                 raise ValueError(f"[{i}]: expected a model, or 'key: value' lines")
     return items
+
+
+def _chats(node: yaml.Node) -> object:
+    """Of `warm_up`: an item may be a mapping of texts."""
+    if not isinstance(node, yaml.SequenceNode):
+        return _text(node)
+    return [
+        {str(key.value): _text(value) for key, value in item.value}
+        if isinstance(item, yaml.MappingNode)
+        else _text(item)
+        for item in node.value
+    ]
 
 
 def _text(node: yaml.Node) -> str | list[str] | None:

@@ -44,6 +44,13 @@ PER_MODEL = frozenset(
 a variable or the file says for all models. Every other setting is the whole server's."""
 
 
+class WarmUpChat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The beginning of a chat: what is cached of a system prompt is what later chats begin with."""
+
+    system: str | None = None
+    user: Name = "Hello"
+
+
 class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     """The fields below, and those of `PER_MODEL`, are the entry's keys."""
 
@@ -55,6 +62,8 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     """More names that clients may use; patterns, as claude-*, too."""
     pinned: bool = False
     """Never unload it to make room or for idleness."""
+    warm_up: tuple[Name | WarmUpChat, ...] = ()
+    """Prompts that it answers when it has been loaded, before anybody else's: a text is a user's message."""
     settings: dict[str, Any] = {}
     """Those of `PER_MODEL` that it has, as `Config` has them."""
 

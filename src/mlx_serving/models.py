@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mlx_serving import host
@@ -21,7 +22,7 @@ from mlx_serving.catalog.names import default_name
 from mlx_serving.catalog.residency import Residency
 from mlx_serving.config import Config
 from mlx_serving.content.text import TextSide
-from mlx_serving.errors import ConfigError
+from mlx_serving.errors import ConfigError, MLXServingError, ModelBroken
 from mlx_serving.generation import Served
 from mlx_serving.model_entry import ModelEntry
 from mlx_serving.telemetry.events import (
@@ -32,6 +33,7 @@ from mlx_serving.telemetry.events import (
     ModelUnloaded,
 )
 from mlx_serving.types import ModelInfo
+from mlx_serving.warm_up import warm_up
 from mlx_serving.worker.port import WorkerClient
 from mlx_serving.worker.wire import ModelOptions
 
@@ -54,8 +56,8 @@ class Models:
         self._events = events
         self._progress = progress
         self._machine = machine or host.look()
-        self._own: dict[str, Config] = {}
-        """Each model's settings, by its id."""
+        self._own: dict[str, tuple[ModelEntry, Config]] = {}
+        """Each model's entry and settings, by its id."""
         self.slots: Sequence[Slot] = self._make_slots()
         self.residency = Residency(
             host.memory_budget_bytes(config.memory_budget, self._machine),
@@ -81,8 +83,8 @@ class Models:
         try:
             folder = await asyncio.to_thread(ensure, slot.source, self._config, self._progress)
             slot.enter(LoadBegan())
-            dtype = self._own[slot.model_id].dtype
-            need = budget.estimate_folder(folder, dtype, self._machine.system)
+            _, own = self._own[slot.model_id]
+            need = budget.estimate_folder(folder, own.dtype, self._machine.system)
             await self.residency.make_room(slot, need, asked=asked)
             slot.enter(LoadBegan())
             served = await self._load(slot, folder)
@@ -106,7 +108,7 @@ class Models:
             self._events.publish(ModelUnloaded(model_id=slot.model_id))
 
     async def _load(self, slot: Slot, folder: ModelFolder) -> Served:
-        own = self._own[slot.model_id]
+        entry, own = self._own[slot.model_id]
         info, text, files = await asyncio.gather(
             self._worker.load_model(
                 slot.model_id, str(folder.path), _options(own, folder.tokenizer_path)
@@ -114,8 +116,17 @@ class Models:
             asyncio.to_thread(_text_side, own, folder.tokenizer_path),
             asyncio.to_thread(fingerprint, folder.path, folder.tokenizer_path),
         )
+        served = Served(info, text, f"{files} {info.dtype} {info.kernels}")
+        if entry.warm_up:
+            slot.enter(LoadBegan("it is warmed up"))
+            try:
+                await warm_up(self._worker, served, entry.warm_up)
+            except ModelBroken:
+                with suppress(MLXServingError):
+                    await self._worker.unload_model(slot.model_id)
+                raise
         self.residency.loaded(slot.model_id, _measured(info))
-        return Served(info, text, f"{files} {info.dtype} {info.kernels}")
+        return served
 
     def _make_slots(self) -> list[Slot]:
         c = self._config
@@ -132,7 +143,8 @@ class Models:
             taken = {*ids, *(alias for slot in slots for alias in slot.aliases)}
             own_names = dict.fromkeys((default_name(entry.model), entry.model))
             aliases = tuple(name for name in own_names if name not in taken)
-            self._own[model_id] = own = c.of(entry)
+            own = c.of(entry)
+            self._own[model_id] = entry, own
             slots.append(
                 ModelSlot(
                     entry.model, model_id, aliases, self, own.keep_alive_s, pinned=entry.pinned

@@ -10,7 +10,7 @@ import pytest
 from mlx_serving import Engine
 from mlx_serving.config import FIELDS, Config, load, override
 from mlx_serving.errors import ConfigError
-from mlx_serving.model_entry import ENTRY_FIELDS, PER_MODEL, ModelEntry
+from mlx_serving.model_entry import ENTRY_FIELDS, PER_MODEL, ModelEntry, WarmUpChat
 from mlx_serving.models import _options
 
 SERVE = """\
@@ -26,6 +26,10 @@ models:
     max_num_seqs: 4
     context_length: 2048
     prefix_cache_bytes: 0
+    warm_up:
+      - Hello
+      - system: Be brief.
+      - {system: Be kind., user: "Hi"}
 """
 
 MISTAKES = """\
@@ -39,6 +43,7 @@ models:
     name: x
     name: y
     pinned: [a]
+    warm_up: [{sytem: a}]
   - [a]
 """
 
@@ -61,6 +66,8 @@ def test_an_entry_has_settings_of_its_own(tmp_path: Path) -> None:
     assert plain == ModelEntry(model="plain")
     assert (fast.model, fast.name, fast.pinned) == ("./weights", "fast", True)
     assert fast.aliases == ("quick", "fast-*")
+    brief, kind = WarmUpChat(system="Be brief."), WarmUpChat(system="Be kind.", user="Hi")
+    assert fast.warm_up == ("Hello", brief, kind)
     assert (got.of(plain).kernels, got.of(plain).max_num_seqs) == ("f32", 16)
     own = got.of(fast)
     assert (own.kernels, own.max_num_seqs, own.context_length) == ("fast", 4, 2048)
@@ -87,6 +94,8 @@ def test_each_mistake_is_named_with_its_place(tmp_path: Path) -> None:
         "serve.yaml:6: models[1].port: it is set for the whole server, not for one model",
         "serve.yaml:7: models[1].max_num_seqs: must be >= 1, got 0",
         "serve.yaml:10: models[1].pinned: expected true or false, got a list",
+        "serve.yaml:11: models[1].warm_up: expected a list of texts, or of system and user, "
+        "got [{'sytem': 'a'}]",
     ]
     assert mistakes("models:\n  - [a]\n", tmp_path) == [
         "serve.yaml:1: models: [0]: expected a model, or 'key: value' lines"
