@@ -8,6 +8,7 @@ InvalidRequest on `messages` with the template's own words.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from mlx_serving.clock import Clock, monotonic, wall
 from mlx_serving.content.bounds import TooMuch, budget
 from mlx_serving.content.sandbox import open_environment
 from mlx_serving.content.tokenizer import read_json
+from mlx_serving.content.turns import fit
 from mlx_serving.errors import InvalidRequest, ModelBroken
 from mlx_serving.types import ChatPrompt, Message
 
@@ -64,6 +66,14 @@ CHATML_TOOLS = """\
 """Tools in Hermes's format, for ChatML models whose own template has no place for them."""
 
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "A probe.",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -92,6 +102,7 @@ class ChatTemplate:
         self._max_chars = max_chars
         self._max_render_s = max_render_s
         self._templates: dict[str, jinja2.Template] = {}
+        self._taken: dict[tuple[str, tuple[str, ...]], bool] = {}
         for name, source in sources.items():
             if len(source) > MAX_SOURCE_CHARS:
                 raise ModelBroken(
@@ -122,7 +133,9 @@ class ChatTemplate:
                 "continue_final_message and add_generation_prompt exclude each other",
                 param="continue_final_message",
             )
-        messages = [template_message(message) for message in prompt.messages]
+        name = self._choose(bool(prompt.tools))
+        turns = fit(prompt.messages, functools.partial(self._takes, name))
+        messages = [template_message(message) for message in turns]
         kwargs, tools = dict(prompt.template_kwargs), [dict(tool) for tool in prompt.tools]
         if guard is not None:
             messages = [guard.message(message) for message in messages]
@@ -130,7 +143,7 @@ class ChatTemplate:
         if prompt.continue_final_message:
             _tag_final_message(messages)
         text = self._run(
-            self._choose(bool(prompt.tools)),
+            name,
             {
                 **self._special_tokens,
                 **self._effort(prompt),
@@ -155,6 +168,25 @@ class ChatTemplate:
     def reads(self, variable: str, *, tools: bool = False) -> bool:
         """Whether the template has a use for a variable."""
         return variable in self._read[self._choose(tools)]
+
+    def _takes(self, name: str, roles: tuple[str, ...]) -> bool:
+        """Whether a template shows every message of a conversation of these roles; found by trying."""
+        if (found := self._taken.get((name, roles))) is None:
+            messages = [{"role": role, "content": f"probe{i}"} for i, role in enumerate(roles)]
+            variables = {
+                **self._special_tokens,
+                "messages": messages,
+                "tools": [_PROBE_TOOL] if name == "tool_use" else None,
+                "documents": None,
+                "add_generation_prompt": True,
+            }
+            try:
+                text = self._run(name, variables)
+            except InvalidRequest:
+                text = ""
+            found = all(message["content"] in text for message in messages)
+            self._taken[name, roles] = found
+        return found
 
     def _effort(self, prompt: ChatPrompt) -> dict[str, Any]:
         """`reasoning_effort` as the template takes it; some can only switch reasoning off."""

@@ -276,6 +276,15 @@ async def client(gateway: FakeGateway, config: Config) -> AsyncIterator[httpx.As
         yield client
 
 
+@pytest.fixture
+async def relaxed(gateway: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A server that leaves out what it does not know."""
+    app = create_app(gateway, Config(unknown_fields="warn"))
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
 class Chat:
     """Sends a chat request of one message, with fields of choice."""
 
