@@ -138,12 +138,22 @@ class Connection:
         await self.reader.readexactly(2)
 
 
+@dataclass(frozen=True)
+class Question:
+    prompt: str
+    completed: str
+    """What follows the prompt as it is."""
+    answered: str
+    """What follows it as a user's message."""
+
+
 @dataclass
 class Soak:
     """`clients` at once, until `requests` have been made. `outcomes` counts what became of them."""
 
     address: tuple[str, int]
-    answer: str
+    question: Callable[[random.Random], Question]
+    max_tokens: int
     requests: int
     clients: int = 32
     seed: int = 0
@@ -172,23 +182,23 @@ class Soak:
             [40, 20, 15, 8, 8, 4, 3, 2],
         )[0]
         self.outcomes[kind] += 1
-        body: dict[str, object] = {"prompt": f"p{draw.random()}", "max_tokens": 40}
+        question = self.question(draw)
+        wanted = {"max_tokens": self.max_tokens, "temperature": 0}
+        body: dict[str, object] = {"prompt": question.prompt, **wanted}
         match kind:
             case "whole":
                 status, data = await connection.ask(request(body))
                 assert status == 200, data
-                assert json.loads(data)["choices"][0]["text"] == self.answer
+                assert json.loads(data)["choices"][0]["text"] == question.completed
             case "stream":
                 status, data = await connection.ask(request(body | {"stream": True}))
-                assert status == 200 and _streamed(data) == self.answer, data
+                assert status == 200 and _streamed(data) == question.completed, data
             case "chat":
-                message = {"role": "user", "content": f"p{draw.random()}"}
-                sent = request(
-                    {"messages": [message], "max_tokens": 40}, path="/v1/chat/completions"
-                )
+                messages = [{"role": "user", "content": question.prompt}]
+                sent = request({"messages": messages, **wanted}, path="/v1/chat/completions")
                 status, data = await connection.ask(sent)
                 assert status == 200, data
-                assert json.loads(data)["choices"][0]["message"]["content"] == self.answer
+                assert json.loads(data)["choices"][0]["message"]["content"] == question.answered
             case "wrong":
                 status, data = await connection.ask(request(body | {"temperature": 9}))
                 assert status == 400, data
