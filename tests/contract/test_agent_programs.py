@@ -1,0 +1,126 @@
+"""Agents' own programs, from npm, against a scripted model that calls a tool and says what it gave.
+
+They see no host but this one: every other goes to a proxy that nobody listens at.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contract.served import serving
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("npm") is None, reason="Node.js is not installed"),
+]
+
+PINNED = ("@anthropic-ai/claude-code@2.1.197", "@openai/codex@0.169.0")
+AGENT = """\
+{%- set results = messages | selectattr("role", "equalto", "tool") | list -%}
+{%- if results -%}
+<think>Read it.</think>It said: {{ results[-1].content }}
+{%- elif tools -%}
+<think>Look first.</think>I look.
+{%- for tool in tools if tool.function.name in ("Bash", "exec_command") -%}
+{%- set key = "cmd" if tool.function.name == "exec_command" else "command" %}
+<tool_call>
+{"name": "{{ tool.function.name }}", "arguments": {"{{ key }}": "echo forty-two"}}
+</tool_call>
+{%- endfor -%}
+{%- endif -%}
+"""
+"""The echoing model says its prompt, so its template decides what it answers."""
+CODEX = """\
+model = "agent"
+model_provider = "mlx-serving"
+model_context_window = 200000
+web_search = "disabled"
+check_for_update_on_startup = false
+[agents]
+enabled = false
+[analytics]
+enabled = false
+[model_providers.mlx-serving]
+name = "mlx-serving"
+base_url = "{url}/v1"
+env_key = "AGENT_KEY"
+wire_api = "responses"
+request_max_retries = 0
+stream_max_retries = 0
+"""
+FLAGS = ("--model-aliases", "claude-*", "--api-key", "sekrit")
+
+
+@pytest.fixture(scope="module")
+def bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("programs")
+    quiet = ("--no-audit", "--no-fund", "--silent", "--prefix", str(home))
+    subprocess.run(["npm", "install", *quiet, *PINNED], check=True)
+    return home / "node_modules"
+
+
+@pytest.fixture(scope="module")
+def url(scripted_once: Any) -> Iterator[str]:
+    model = scripted_once("agent", mode="echo", context=200_000, chat_template=AGENT)
+    with serving([model], *FLAGS) as url:
+        yield url
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Any:
+    """Runs a program in an empty folder; what it says."""
+
+    def run(*command: str | Path, **env: str) -> str:
+        kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+        nowhere = "http://127.0.0.1:9"
+        proxies = {"HTTP_PROXY": nowhere, "HTTPS_PROXY": nowhere, "NO_PROXY": "127.0.0.1"}
+        work = tmp_path / "work"
+        work.mkdir(exist_ok=True)
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            cwd=work,
+            env={**kept, **proxies, "HOME": str(tmp_path), **env},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.parametrize("key", ["ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY"])
+def test_claude_code(url: str, bin: Path, run: Any, key: str) -> None:
+    env = {
+        key: "sekrit",
+        "ANTHROPIC_BASE_URL": url,
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "DISABLE_AUTOUPDATER": "1",
+    }
+    # npm may be told to run no scripts, which would put the program in place.
+    (program,) = [
+        path for path in (bin / "@anthropic-ai").glob("claude-code-*/claude") if path.is_file()
+    ]
+    allowed = ("--allowedTools", "Bash(echo:*)")
+    said = run(program, "-p", "What does echo say?", *allowed, **env)
+    assert said.strip() == "It said: forty-two"
+    again = run(program, "--continue", "-p", "Again?", *allowed, **env)
+    assert again.strip() == "It said: forty-two"
+
+
+def test_codex(url: str, bin: Path, run: Any, tmp_path: Path) -> None:
+    folder = tmp_path / ".codex"
+    folder.mkdir()
+    (folder / "config.toml").write_text(CODEX.format(url=url))
+    flags = ("--skip-git-repo-check", "--sandbox", "danger-full-access")
+    program = bin / ".bin" / "codex"
+    said = run(program, "exec", *flags, "What does echo say?", AGENT_KEY="sekrit")
+    assert said.startswith("It said: ") and said.strip().endswith("forty-two")
