@@ -58,7 +58,15 @@ ReasoningParser = Literal[
 ]
 
 
-Remedy = Literal["roll_back", "shed_low", "shed_normal", "limit_admission"]
+Remedy = Literal[
+    "roll_back",
+    "shed_low",
+    "shed_normal",
+    "limit_admission",
+    "smaller_chunks",
+    "lower_ceiling",
+    "raise_ceiling",
+]
 AlertFormat = Literal["json", "slack", "pagerduty"]
 
 
@@ -129,7 +137,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     slo: tuple[str, ...] = ()
     """A service level to watch: 'ttft p95 < 500ms', 'errors < 1%' (docs/service-levels.md)."""
     slo_remedies: tuple[Remedy, ...] = ()
-    """What may be done about a level that is not kept, in this order: roll_back, shed_low, shed_normal, limit_admission."""
+    """What may be done about a level that is not kept, in this order: roll_back, shed_low, shed_normal, limit_admission, smaller_chunks, lower_ceiling, raise_ceiling."""
     slo_dry_run: bool = False
     """Say what remedies would be applied, and apply none."""
     alert_webhook: Annotated[str, Meta(min_length=1)] | None = None
@@ -151,6 +159,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     max_num_seqs: Annotated[int, Meta(ge=1, le=4096)] = 16
     """Sequences that decode at once."""
+    usual_num_seqs: Annotated[int, Meta(ge=1)] | None = None
+    """Sequences that decode at once unless a remedy (raise_ceiling) finds room for more; default: max-num-seqs."""
+    concurrency_limit: Annotated[int, Meta(ge=1)] | None = None
+    """Sequences that decode at once, fixed by hand: no guard and no remedy changes it."""
+    step_limit_ms: Annotated[float, Meta(ge=0)] = 0.0
+    """Where most steps take longer, fewer sequences decode at once until they do not; 0: no limit."""
     max_queue: Annotated[int, Meta(ge=1)] = 1024
     """Requests of one class (critical, high, normal, low) waiting or running at once; more are refused with 503 and Retry-After."""
     class_queue: tuple[str, ...] = ()

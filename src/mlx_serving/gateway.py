@@ -27,10 +27,11 @@ from mlx_serving.errors import (
 from mlx_serving.generation import Generation, OpenRows, Served
 from mlx_serving.roster import Roster
 from mlx_serving.settle import check_generates, check_ids, check_room, constrain, settle
-from mlx_serving.telemetry.events import EventBus, RequestFinished, RequestStarted
+from mlx_serving.telemetry.events import EventBus, ModelLoaded, RequestFinished, RequestStarted
 from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.telemetry.tally import count
 from mlx_serving.traffic.admission import Admission, class_bounds
+from mlx_serving.traffic.ceilings import Ceilings
 from mlx_serving.traffic.deadlines import TimeLimits, within
 from mlx_serving.traffic.response_cache import ResponseCache
 from mlx_serving.traffic.reuse import Reuse
@@ -79,6 +80,8 @@ class Gateway:
         self._events = events
         self._slots = Roster(slots, _patterns(config, slots), worker)
         self._admission = Admission(class_bounds(config.max_queue, config.class_queue))
+        self.ceilings = Ceilings(config, worker, metrics)
+        events.add_hook(lambda event: self.ceilings.loaded(event.info), ModelLoaded)
         self._reuse = _reuse(config, metrics)
         file = config.rollouts_file
         self.rollouts = Rollouts(Path(file) if file else None)
@@ -97,7 +100,14 @@ class Gateway:
             return None
         from mlx_serving.traffic.watch import Watch  # few servers need it
 
-        return Watch(self._config, self._admission, self.rollouts, self._events, self._metrics)
+        return Watch(
+            self._config,
+            self._admission,
+            self.ceilings,
+            self.rollouts,
+            self._events,
+            self._metrics,
+        )
 
     def start(self) -> None:
         """Needs a running event loop."""
@@ -234,6 +244,7 @@ class Gateway:
             "workers": [msgspec.to_builtins(w) for w in workers],
             "models": [{"id": m.id, "status": m.status, "reason": m.reason} for m in models],
             "open_requests": self._admission.open_requests,
+            **({"ceilings": ceilings} if (ceilings := self.ceilings.report()) else {}),
             **(self.watch.health() if self.watch is not None else {}),
         }
 

@@ -437,6 +437,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Of a text to embed, or of a pair to rank, special tokens included."""
     prefill_step_size: int = 0
     """Tokens that are computed between two decode steps."""
+    max_num_seqs: int = 0
+    """Sequences that it decodes at once; 0: it decodes none."""
     prompts: Mapping[str, str] = {}
     """Texts that an embedder wants before a text, by the purpose of that."""
     default_prompt: str | None = None

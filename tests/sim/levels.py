@@ -10,20 +10,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mlx_serving.telemetry.events import RequestFinished
+from mlx_serving.traffic.ceilings import Wishes, tuning
 from mlx_serving.traffic.levels import TICK_S, LevelChanged, Levels
 from mlx_serving.traffic.remedies import Remedy
 from mlx_serving.traffic.slo import parse
-from mlx_serving.types import Priority, Usage
+from mlx_serving.traffic.step_guard import Enabled
+from mlx_serving.types import ModelInfo, Priority, Usage
 
 SERVICE_S = 2.0
 """Mean time that a request holds a row."""
+TOKENS = 40
 
 
 @dataclass
 class Server:
-    """`rows` requests at once, first come first served; `Levels` says whom to refuse."""
+    """`usual` requests at once of `rows` at most, first come first served; `Levels` says whom to refuse,
+    and how many of them.
+
+    `knee`: from so many on, they share what there is. `stall_s`: what others' prompts cost each token at
+    a time, computed in whole chunks."""
 
     rows: int = 8
+    usual: int = 8
+    knee: int = 8
+    stall_s: Callable[[float], float] = lambda _: 0.0
+    chunk_halvings: int = 0
+    ceiling_steps: int = 0
     max_open: int = 64
     shed_from: Priority | None = None
     halvings: int = 0
@@ -37,6 +49,26 @@ class Server:
     def narrow(self, shed_from: Priority | None, halvings: int) -> None:
         self.shed_from, self.halvings = shed_from, halvings
 
+    def tune(self, chunk_halvings: int, ceiling_steps: int) -> None:
+        self.chunk_halvings, self.ceiling_steps = chunk_halvings, ceiling_steps
+        self.ceiling = self._ceiling()
+
+    def __post_init__(self) -> None:
+        self.ceiling = self._ceiling()
+
+    def _ceiling(self) -> int:
+        info = ModelInfo(
+            model_id="m",
+            path="",
+            architecture="",
+            context_length=1,
+            vocab_size=1,
+            eos_token_ids=(),
+            max_num_seqs=self.rows,
+        )
+        wishes = Wishes(None, self.usual, self.chunk_halvings, self.ceiling_steps)
+        return tuning(info, wishes, Enabled()).max_num_seqs or self.rows
+
     def roll_back(self) -> None:
         self.canary_slow = 1.0
 
@@ -48,29 +80,32 @@ class Server:
             self.waiting.append((self.now_s, priority))
 
     def start(self, rng: random.Random) -> None:
-        while self.waiting and len(self.running) < self.rows:
+        while self.waiting and len(self.running) < self.ceiling:
             arrived_s, priority = self.waiting.popleft()
             slow = self.canary_slow if rng.random() < 0.1 else 1.0
-            begins_s = self.now_s + 0.05 * slow
+            slow *= max(1.0, (len(self.running) + 1) / self.knee)
+            begins_s = self.now_s + 0.05 * slow * (1 + 0.2 * self.chunk_halvings)
             ends_s = begins_s + rng.gammavariate(4, SERVICE_S / 4) * slow
+            ends_s += TOKENS * self.stall_s(self.now_s) / 2**self.chunk_halvings
             heapq.heappush(self.running, (ends_s, arrived_s, begins_s, priority))
 
 
 def simulate(
     seed: int,
-    slo: str,
+    slo: str | Sequence[str],
     ladder: Sequence[Remedy],
     load: Callable[[float], float],
     *,
     until_s: float = 1800.0,
     canary_slow: float = 1.0,
     dry_run: bool = False,
+    server: Server | None = None,
 ) -> tuple[list[tuple[float, LevelChanged]], Server, Levels]:
-    """`load` gives the offered load at a time, as a share of what the rows can serve."""
-    rng, server = random.Random(seed), Server(canary_slow=canary_slow)
+    """`load` gives the offered load at a time, as a share of what the usual rows can serve."""
+    rng, server = random.Random(seed), server or Server(canary_slow=canary_slow)
     changes: list[tuple[float, LevelChanged]] = []
     levels = Levels(
-        [parse(slo)],
+        [parse(text) for text in ([slo] if isinstance(slo, str) else slo)],
         server,
         ladder=ladder,
         dry_run=dry_run,
@@ -85,7 +120,8 @@ def simulate(
             levels.observe(_finished(heapq.heappop(server.running)))
         elif server.now_s == next_arrival_s:
             server.arrive(rng.choice(list(Priority)))
-            rate = max(1e-6, load(server.now_s) * server.rows / SERVICE_S)
+            rows = min(server.usual, server.knee)
+            rate = max(1e-6, load(server.now_s) * rows / SERVICE_S)
             next_arrival_s += rng.expovariate(rate)
         else:
             levels.tick()
@@ -100,9 +136,9 @@ def _finished(row: tuple[float, float, float, Priority]) -> RequestFinished:
         request_id="r",
         model_id="m",
         outcome="stop",
-        usage=Usage(prompt_tokens=10, completion_tokens=40),
+        usage=Usage(prompt_tokens=10, completion_tokens=TOKENS),
         ttft_ms=1e3 * (begins_s - arrived_s),
-        tpot_ms=1e3 * (ends_s - begins_s) / 40,
+        tpot_ms=1e3 * (ends_s - begins_s) / TOKENS,
         duration_ms=1e3 * (ends_s - arrived_s),
         priority=priority,
     )

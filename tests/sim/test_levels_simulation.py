@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 
-from sim.levels import simulate
+from sim.levels import Server, simulate
 
 TTFT = "ttft p90 < 2s over=60s,300s"
+TPOT = "tpot p90 < 120ms over=60s,300s"
 
 
 def surge(from_s: float, to_s: float, high: float, low: float = 0.5):
@@ -38,6 +39,68 @@ def test_a_surge_is_met_and_the_remedy_taken_back(seed, remedy):
     # It ends as it began.
     assert levels.applied == () and server.shed_from is None and server.halvings == 0
     assert [row["state"] for row in levels.report()] == ["ok"]
+
+
+def crowded():
+    """Twice as many rows as are any use."""
+    return Server(rows=16, usual=16)
+
+
+def wary():
+    """A quarter of its rows, until more are needed."""
+    return Server(rows=16, usual=4, knee=16)
+
+
+def read_to(from_s: float, to_s: float):
+    """A server that is given long prompts for a time."""
+    return Server(stall_s=lambda now_s: 0.08 if from_s <= now_s < to_s else 0.0)
+
+
+IN_WORKER = {
+    # remedy: level, server while it lasts, offered load while it lasts
+    "lower_ceiling": (TPOT, lambda _: crowded(), 1.3),
+    "raise_ceiling": (TTFT, lambda _: wary(), 1.4),
+    "smaller_chunks": (TPOT, lambda to_s: read_to(300, to_s), 0.35),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("remedy", IN_WORKER)
+def test_what_a_worker_takes_on_is_changed_and_changed_back(seed, remedy):
+    slo, server, high = IN_WORKER[remedy]
+    load = surge(300, 1500, high, low=0.35)
+    changes, server, levels = simulate(seed, slo, [remedy], load, until_s=6000, server=server(1500))
+    applied = acts(changes, "applied")
+    assert applied and {name for _, name in applied} == {remedy}
+    assert 300 < applied[0][0] < 900
+    in_surge = [state for at_s, state in states(changes) if applied[0][0] < at_s < 1500]
+    assert "recovering" in in_surge
+    assert levels.applied == () and (server.chunk_halvings, server.ceiling_steps) == (0, 0)
+    assert [row["state"] for row in levels.report()] == ["ok"]
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("remedy", IN_WORKER)
+def test_a_worker_is_changed_ever_more_seldom(seed, remedy):
+    """What never ends is met for longer each time."""
+    slo, server, high = IN_WORKER[remedy]
+    changes, _, _ = simulate(
+        seed, slo, [remedy], surge(300, 1e9, high, low=0.35), until_s=9000, server=server(1e9)
+    )
+    early = [c for at_s, c in changes if c.act and at_s < 3000]
+    late = [c for at_s, c in changes if c.act and at_s >= 6000]
+    assert early and len(late) <= len(early) / 2
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_two_levels_at_odds_do_not_pull_to_and_fro(seed):
+    """More rows would serve the one, fewer the other."""
+    ladder = ["lower_ceiling", "raise_ceiling"]
+    server = Server(rows=16, usual=12)
+    changes, _, _ = simulate(seed, [TTFT, TPOT], ladder, lambda _: 1.3, until_s=3000, server=server)
+    applied = acts(changes, "applied")
+    assert applied and len({name for _, name in applied[:4]}) == 1
+    assert sum(c.act is not None for _, c in changes) <= 20
 
 
 @pytest.mark.parametrize("seed", range(5))

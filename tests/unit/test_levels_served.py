@@ -80,6 +80,47 @@ async def test_a_promise_that_is_none_is_refused_at_the_start(scripted):
     assert caught.value.param == "slo"
 
 
+async def test_a_violated_level_changes_what_the_worker_takes_on(scripted):
+    settings = {"slo": ["tpot p50 < 0.0001ms"], "slo_remedies": ["smaller_chunks", "lower_ceiling"]}
+    async with Engine(str(scripted(text="a" * 40)), max_num_seqs=4, **settings) as engine:
+        for _ in range(12):
+            await ask(engine)
+        await until(lambda: "ceilings" in engine.gateway.health())
+        (row,) = engine.gateway.health()["ceilings"]
+        assert row["prefill_tokens"] < 512 and row["concurrency"] == 4
+        assert await ask(engine) == "aaaa"
+
+
+async def test_a_limit_by_hand_is_kept_by_the_worker_and_told(scripted):
+    seen = []
+    async with Engine(str(scripted(text="a" * 400)), concurrency_limit=2) as engine:
+        tell = engine._worker.on_stats
+        engine._worker.on_stats = lambda stats: (seen.append(stats.running), tell(stats))
+        many = [engine.complete("Hello", max_tokens=60, seed=i) for i in range(6)]
+        assert {len(one.text) for one in await asyncio.gather(*many)} == {60}
+        (row,) = engine.gateway.health()["ceilings"]
+        assert (row["guard"], row["concurrency"]) == ("bypassed", 2)
+    assert 1 <= max(seen) <= 2
+
+
+async def test_slow_steps_lower_the_ceiling_and_no_stream_ends(scripted):
+    model = str(scripted(text="a" * 400, step_delay_ms=2))
+    async with Engine(model, max_num_seqs=8, step_limit_ms=0.001) as engine:
+
+        async def keep_busy(seed: int) -> None:
+            while True:
+                done = await engine.complete("Hello", max_tokens=300, seed=seed)
+                assert done.text == "a" * 300
+
+        streams = [asyncio.create_task(keep_busy(seed)) for seed in range(8)]
+        await until(lambda: engine.gateway.health()["ceilings"][0]["guard"] == "degraded")
+        assert engine.gateway.health()["ceilings"][0]["concurrency"] < 8
+        assert not any(stream.done() for stream in streams)
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+
+
 async def test_drift_is_watched_when_asked_for(scripted, tmp_path):
     settings = {"watch_drift": True, "baselines_file": str(tmp_path / "b.json")}
     async with Engine(str(scripted(text="a" * 40)), **settings) as engine:

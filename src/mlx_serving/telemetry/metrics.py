@@ -167,6 +167,18 @@ class Metrics:
             ["remedy", "act"],
             registry=r,
         )
+        self.concurrency = Gauge(
+            "mlx_serving_concurrency_ceiling",
+            "Sequences of a model that may be computed at once, as guard, remedies and settings have it",
+            ["model"],
+            registry=r,
+        )
+        self.guard_degraded = Gauge(
+            "mlx_serving_guard_degraded",
+            "1 while a model's steps were too slow for as many sequences as it could decode at once",
+            ["model"],
+            registry=r,
+        )
         self.shadows_skipped = Counter(
             "mlx_serving_shadows_skipped",
             "Requests that a shadow did not copy, because too many of its copies ran",

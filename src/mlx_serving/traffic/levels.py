@@ -57,6 +57,11 @@ class Hands(Protocol):
         open at once."""
         ...
 
+    def tune(self, chunk_halvings: int, ceiling_steps: int) -> None:
+        """Prefill in 1 / 2**chunk_halvings of the tokens a step; more sequences at once where
+        `ceiling_steps` is above 0, fewer where it is below."""
+        ...
+
     def roll_back(self) -> None:
         """End every running canary."""
         ...
@@ -138,7 +143,8 @@ class Levels:
             case Wait():
                 return
             case Apply(remedy, because):
-                hold_s = hold_after(self._previous, now_s, self._taken_back_s)
+                long_s = self._level(because).objective.long_s
+                hold_s = hold_after(self._previous, now_s, self._taken_back_s, long_s)
                 self._applied.append(Applied(remedy, because, now_s, hold_s))
                 self._say(because, remedy, "would_apply" if self._dry_run else "applied")
             case TakeBack(applied):
@@ -159,6 +165,11 @@ class Levels:
         lowest = {"shed_normal": Priority.NORMAL, "shed_low": Priority.LOW}
         shed_from = next((p for name, p in lowest.items() if name in in_force), None)
         self._hands.narrow(shed_from, in_force.count("limit_admission"))
+        ceiling_steps = in_force.count("raise_ceiling") - in_force.count("lower_ceiling")
+        self._hands.tune(in_force.count("smaller_chunks"), ceiling_steps)
+
+    def _level(self, text: str) -> Level:
+        return next(level for level in self._levels if level.objective.text == text)
 
     def _changed(self, level: Level, before: State) -> None:
         self._publish(level, before=before.name)
@@ -166,7 +177,7 @@ class Levels:
     def _say(
         self, because: str, remedy: Remedy, act: Literal["applied", "taken_back", "would_apply"]
     ) -> None:
-        level = next(x for x in self._levels if x.objective.text == because)
+        level = self._level(because)
         self._publish(level, before=level.state.name, remedy=remedy, act=act)
 
     def _publish(

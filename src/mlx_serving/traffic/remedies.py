@@ -16,13 +16,18 @@ from mlx_serving.traffic.slo import AtRisk, MetricName, Ok, State, Violated
 
 REMEDIES: tuple[Remedy, ...] = get_args(Remedy)
 """roll_back: running canaries end; shed_low, shed_normal: requests of that class and below are
-refused with 503; limit_admission: fewer requests are open at once, by half each time."""
+refused with 503; limit_admission: fewer requests are open at once, by half each time;
+smaller_chunks: prompts are computed in smaller pieces, by half each time; lower_ceiling,
+raise_ceiling: fewer sequences, or more, are computed at once, by a quarter less or twice as many."""
 
 SERVES: Mapping[Remedy, frozenset[MetricName]] = {
     "roll_back": frozenset({"ttft", "tpot", "duration", "errors", "throughput"}),
     "shed_low": frozenset({"ttft", "tpot", "duration", "throughput"}),
     "shed_normal": frozenset({"ttft", "tpot", "duration", "throughput"}),
     "limit_admission": frozenset({"ttft", "tpot", "duration", "throughput"}),
+    "smaller_chunks": frozenset({"tpot", "throughput"}),
+    "lower_ceiling": frozenset({"tpot", "throughput"}),
+    "raise_ceiling": frozenset({"ttft", "duration"}),
 }
 COOL_DOWN_S = 30.0
 """Between two acts: what was done must have had time to work."""
@@ -30,7 +35,18 @@ HOLD_S = 120.0
 """How long every level that a remedy serves must have been kept before it is taken back. After a
 relapse within that time it waits twice as long, so that nothing swings."""
 MAX_HOLD_S = 1920.0
-MAX_LIMITS = 4
+MOST: Mapping[Remedy, int] = {
+    "limit_admission": 4,
+    "smaller_chunks": 3,
+    "lower_ceiling": 4,
+    "raise_ceiling": 3,
+}
+"""How often a remedy may be in force at once; those that are not here work once."""
+AGAINST: Mapping[Remedy, Remedy] = {
+    "lower_ceiling": "raise_ceiling",
+    "raise_ceiling": "lower_ceiling",
+}
+"""What is not applied while this is in force: two levels at odds must not pull to and fro."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +118,16 @@ def choose(
 
 
 def _may(remedy: Remedy, applied: Sequence[Applied]) -> bool:
-    """Admission can be halved several times; the others work once. A rollback is never taken back,
-    but a later canary may be rolled back as well."""
-    count = sum(one.remedy == remedy for one in applied)
-    return count < (MAX_LIMITS if remedy == "limit_admission" else 1)
+    """A rollback is never taken back, but a later canary may be rolled back as well."""
+    in_force = [one.remedy for one in applied]
+    return in_force.count(remedy) < MOST.get(remedy, 1) and AGAINST.get(remedy) not in in_force
 
 
-def hold_after(previous: Applied | None, now_s: float, taken_back_s: float) -> float:
-    """How long the next one holds: twice as long when it follows its own taking back closely."""
-    if previous is None or now_s - taken_back_s > previous.hold_s:
+def hold_after(
+    previous: Applied | None, now_s: float, taken_back_s: float, long_s: float = 0.0
+) -> float:
+    """How long the next one holds: twice as long when it follows its own taking back closely. A relapse
+    shows in the objective's long window, of `long_s`, and may need as long."""
+    if previous is None or now_s - taken_back_s > previous.hold_s + long_s:
         return HOLD_S
     return min(MAX_HOLD_S, 2 * previous.hold_s)

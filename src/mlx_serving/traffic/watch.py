@@ -20,6 +20,7 @@ from mlx_serving.telemetry.events import (
 from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.traffic.admission import Admission
 from mlx_serving.traffic.alerts import Alerts
+from mlx_serving.traffic.ceilings import Ceilings
 from mlx_serving.traffic.levels import TICK_S, LevelChanged, Levels
 from mlx_serving.traffic.regression import Drift, Drifts, settings_of
 from mlx_serving.traffic.rollouts import Rollouts
@@ -47,6 +48,7 @@ class Watch:
         self,
         config: Config,
         admission: Admission,
+        ceilings: Ceilings,
         rollouts: Rollouts,
         events: EventBus,
         metrics: Metrics,
@@ -58,7 +60,7 @@ class Watch:
         )
         self._levels = Levels(
             [parse(text) for text in config.slo],
-            _Hands(admission, rollouts),
+            _Hands(admission, ceilings, rollouts),
             ladder=config.slo_remedies,
             dry_run=config.slo_dry_run,
             on_change=self._changed,
@@ -137,12 +139,16 @@ def _drifts(config: Config, on_drift: Callable[[Drift], None]) -> Drifts:
 class _Hands:
     """What remedies for service levels can do here."""
 
-    def __init__(self, admission: Admission, rollouts: Rollouts) -> None:
+    def __init__(self, admission: Admission, ceilings: Ceilings, rollouts: Rollouts) -> None:
         self._admission = admission
+        self._ceilings = ceilings
         self._rollouts = rollouts
 
     def narrow(self, shed_from: Priority | None, halvings: int) -> None:
         self._admission.narrow(shed_from, halvings)
+
+    def tune(self, chunk_halvings: int, ceiling_steps: int) -> None:
+        self._ceilings.tune(chunk_halvings, ceiling_steps)
 
     def roll_back(self) -> None:
         for name in self._rollouts.names():

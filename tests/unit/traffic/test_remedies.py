@@ -21,6 +21,9 @@ SLOW = Watched("ttft p95 < 1s", "ttft", Violated(0))
 FAILING = Watched("errors < 1%", "errors", Violated(0))
 FINE = Watched("tpot p95 < 1s", "tpot", Ok())
 SHED, LIMIT = Applied("shed_low", SLOW.text, 0), Applied("limit_admission", SLOW.text, 0)
+TIGHT = Watched("tpot p95 < 1ms", "tpot", Violated(0))
+WORKER = ("smaller_chunks", "lower_ceiling", "raise_ceiling")
+SMALL, LOWER, RAISE = (Applied(name, TIGHT.text, 0) for name in WORKER)
 
 
 def later(levels, applied=(), ladder=REMEDIES, *, last_act_s=0.0, calm_since_s=0.0, now_s=1000.0):
@@ -39,6 +42,12 @@ def later(levels, applied=(), ladder=REMEDIES, *, last_act_s=0.0, calm_since_s=0
         ([SLOW], (LIMIT,), ["limit_admission"], Apply("limit_admission", SLOW.text)),
         ([SLOW], (LIMIT,) * 4, ["limit_admission"], Wait()),
         ([SLOW], (), [], Wait()),
+        ([TIGHT], (), WORKER, Apply("smaller_chunks", TIGHT.text)),
+        ([TIGHT], (SMALL,) * 3, WORKER, Apply("lower_ceiling", TIGHT.text)),
+        ([TIGHT], (SMALL,) * 3 + (LOWER,) * 4, WORKER, Wait()),
+        ([SLOW], (), WORKER, Apply("raise_ceiling", SLOW.text)),
+        ([SLOW], (LOWER,), WORKER, Wait()),
+        ([SLOW, TIGHT], (RAISE,) * 3, ["lower_ceiling", "raise_ceiling"], Wait()),
         ([FAILING], (), ["shed_low", "limit_admission"], Wait()),
         ([FAILING], (), REMEDIES, Apply("roll_back", FAILING.text)),
         ([FINE], (SHED, LIMIT), REMEDIES, TakeBack(LIMIT)),
@@ -60,6 +69,7 @@ def test_a_relapse_is_met_for_longer():
     assert hold_after(None, 0, 0) == HOLD_S
     assert hold_after(SHED, 1000.0, 990.0) == 2 * HOLD_S
     assert hold_after(SHED, 1000.0, 500.0) == HOLD_S
+    assert hold_after(SHED, 1000.0, 500.0, long_s=600.0) == 2 * HOLD_S
     assert hold_after(Applied("shed_low", "x", 0, MAX_HOLD_S), 1000.0, 990.0) == MAX_HOLD_S
 
 

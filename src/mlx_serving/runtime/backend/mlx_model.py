@@ -34,7 +34,7 @@ from mlx_serving.runtime.backend.tier import FILE_OVERHEAD_BYTES, Tier, open_fol
 from mlx_serving.runtime.backend.views import round_up
 from mlx_serving.runtime.core.plan import DecodeRow, Limits, PrefillChunk, RowStart, StepPlan
 from mlx_serving.runtime.slices import Slices
-from mlx_serving.types import ModelInfo, SamplingParams
+from mlx_serving.types import ModelInfo, ModelKind, SamplingParams
 from mlx_serving.worker.wire import ModelOptions
 
 KV_BUCKET = 256
@@ -139,6 +139,7 @@ def load(
         disk_block_bytes=prefix.block_bytes + FILE_OVERHEAD_BYTES,
         disk_bytes=0 if folder is None else options.kv_disk_bytes,
     )
+    kind: ModelKind = "embedder" if is_embedder(path) else "decoder"
     info = ModelInfo(
         model_id=model_id,
         path=str(path),
@@ -156,10 +157,11 @@ def load(
         batch_invariant=kernels.invariant or options.exact_batch or not store.batched,
         prefix_reuse=prefix.reuse,
         prefix_reuse_why=prefix.why,
-        kind="embedder" if is_embedder(path) else "decoder",
+        kind=kind,
         embedding_size=0 if backbone is None else pooling.size(hidden_size(backbone)),
         max_input_tokens=min(context - 1, max_seq_length(path) or context),
         prefill_step_size=step_size,
+        max_num_seqs=rows if kind == "decoder" else 0,
         prompts=prompts,
         default_prompt=default_prompt,
         append_eos=is_embedder(path) and pooling.mode == "last",

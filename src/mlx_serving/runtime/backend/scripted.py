@@ -287,6 +287,7 @@ def load(
         embedding_size=0 if parsed.kind == "reranker" else parsed.embedding_size,
         max_input_tokens=context - 1,
         prefill_step_size=options.prefill_step_size or _PREFILL_STEP,
+        max_num_seqs=options.max_num_seqs if parsed.kind == "decoder" else 0,
     )
     budget = options.memory_budget
     device = ScriptedMemory(int(budget)) if budget and budget > 1 else None

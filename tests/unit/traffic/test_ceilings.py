@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import pytest
+
+from mlx_serving.config import Config
+from mlx_serving.telemetry.metrics import Metrics
+from mlx_serving.traffic.ceilings import Ceilings, Wishes, tuning
+from mlx_serving.traffic.step_guard import WINDOW_STEPS, Bypassed, Degraded, Enabled
+from mlx_serving.types import ModelInfo
+from mlx_serving.worker.wire import StepStats, Tune
+
+INFO = ModelInfo(
+    model_id="m",
+    path="",
+    architecture="",
+    context_length=1,
+    vocab_size=1,
+    eos_token_ids=(),
+    prefill_step_size=256,
+    max_num_seqs=16,
+)
+
+
+def tune(rows=None, prefill=None):
+    return Tune(model_id="m", max_num_seqs=rows, prefill_tokens=prefill)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "guard", "told"),
+    [
+        (Wishes(), Enabled(), tune()),
+        (Wishes(), Degraded(5, 0, 0), tune(5)),
+        (Wishes(), Bypassed(3), tune(3)),
+        (Wishes(), Bypassed(99), tune()),
+        (Wishes(usual=4), Enabled(), tune(4)),
+        (Wishes(usual=99), Enabled(), tune()),
+        (Wishes(usual=4), Degraded(6, 0, 0), tune(4)),
+        (Wishes(usual=4, ceiling_steps=1), Enabled(), tune(8)),
+        (Wishes(usual=4, ceiling_steps=3), Enabled(), tune()),
+        (Wishes(usual=4, ceiling_steps=3), Degraded(6, 0, 0), tune(6)),
+        (Wishes(ceiling_steps=-1), Enabled(), tune(12)),
+        (Wishes(ceiling_steps=-4), Enabled(), tune(4)),
+        (Wishes(usual=1, ceiling_steps=-4), Enabled(), tune(1)),
+        (Wishes(ceiling_steps=-4), Bypassed(8), tune(8)),
+        (Wishes(chunk_halvings=1), Enabled(), tune(None, 128)),
+        (Wishes(chunk_halvings=9), Bypassed(2), tune(2, 16)),
+    ],
+)
+def test_who_has_a_say(wishes, guard, told):
+    assert tuning(INFO, wishes, guard) == told
+
+
+class Worker:
+    def __init__(self) -> None:
+        self.told: list[Tune] = []
+
+    def tune(self, tuning: Tune) -> None:
+        self.told.append(tuning)
+
+
+def ceilings(**settings) -> tuple[Ceilings, Worker, Metrics]:
+    worker, metrics = Worker(), Metrics()
+    made = Ceilings(Config(**settings), worker, metrics, now=lambda: 0.0)
+    made.loaded(INFO)
+    return made, worker, metrics
+
+
+def slow(made: Ceilings, rows: int, step_ms: float = 50.0) -> None:
+    for _ in range(WINDOW_STEPS):
+        made.observe(StepStats("m", decode_rows=rows, running=rows, step_ms=step_ms))
+
+
+def test_without_a_limit_nothing_is_told_or_reported():
+    made, worker, _ = ceilings()
+    slow(made, 16)
+    assert worker.told == [] and made.report() == []
+
+
+def test_steps_over_the_limit_lower_the_ceiling():
+    made, worker, metrics = ceilings(step_limit_ms=20.0)
+    slow(made, 16, step_ms=19.0)
+    assert worker.told == []
+    slow(made, 16)
+    assert worker.told == [tune(12)]
+    assert made.report() == [
+        {"model": "m", "guard": "degraded", "concurrency": 12, "prefill_tokens": 256}
+    ]
+    shown = metrics.render().decode()
+    assert 'mlx_serving_concurrency_ceiling{model="m"} 12.0' in shown
+    assert 'mlx_serving_guard_degraded{model="m"} 1.0' in shown
+
+
+def test_steps_that_only_prefill_say_nothing():
+    made, worker, _ = ceilings(step_limit_ms=20.0)
+    for _ in range(WINDOW_STEPS):
+        made.observe(StepStats("m", prefill_tokens=256, running=4, step_ms=500.0))
+    assert worker.told == []
+
+
+def test_by_hand_it_is_fixed_and_the_guard_bypassed():
+    made, worker, _ = ceilings(step_limit_ms=20.0, concurrency_limit=3)
+    assert worker.told == [tune(3)]
+    slow(made, 3)
+    made.tune(0, -2)
+    assert worker.told == [tune(3)]
+    assert [row["guard"] for row in made.report()] == ["bypassed"]
+
+
+def test_settings_change_what_is_told():
+    made, worker, _ = ceilings(concurrency_limit=3)
+    made.configure(Config(usual_num_seqs=4))
+    made.tune(1, 1)
+    made.configure(Config())
+    made.tune(0, 0)
+    assert worker.told == [tune(3), tune(4), tune(8, 128), tune(None, 128), tune()]
+
+
+def test_what_decodes_nothing_is_left_alone():
+    made, worker, _ = ceilings(concurrency_limit=3)
+    encoder = ModelInfo(
+        model_id="e",
+        path="",
+        architecture="",
+        context_length=1,
+        vocab_size=1,
+        eos_token_ids=(),
+        kind="embedder",
+    )
+    made.loaded(encoder)
+    assert len(worker.told) == 1
