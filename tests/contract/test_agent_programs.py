@@ -23,6 +23,9 @@ pytestmark = [
 
 PINNED = ("@anthropic-ai/claude-code@2.1.197", "@openai/codex@0.169.0")
 AGENT = """\
+{%- for message in messages if message.role == "system" -%}
+{%- if not loop.first or messages[0] != message %}{{ raise_exception("one, and first") }}{% endif -%}
+{%- endfor -%}
 {%- set results = messages | selectattr("role", "equalto", "tool") | list -%}
 {%- if results -%}
 <think>Read it.</think>It said: {{ results[-1].content }}

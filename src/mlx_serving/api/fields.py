@@ -13,6 +13,7 @@ import msgspec
 from mlx_serving.api import (
     anthropic_fields,
     embeddings_fields,
+    inner_fields,
     ollama_fields,
     responses_fields,
     tokens_fields,
@@ -191,6 +192,7 @@ ROUTES: Mapping[str, Table] = {
     "/v1/completions": COMPLETIONS,
     "stream_options": STREAM_OPTIONS,
     "messages[]": MESSAGE,
+    **inner_fields.ROUTES,
     **responses_fields.ROUTES,
     **embeddings_fields.ROUTES,
     **anthropic_fields.ROUTES,
