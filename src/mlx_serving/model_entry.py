@@ -64,6 +64,8 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Never unload it to make room or for idleness."""
     warm_up: tuple[Name | WarmUpChat, ...] = ()
     """Prompts that it answers when it has been loaded, before anybody else's: a text is a user's message."""
+    slow_step_ms: Annotated[float, Meta(ge=0, le=60_000)] = 0.0
+    """A fault, for tests and rehearsals: each of its steps is put off by so long, those of the other models are not."""
     settings: dict[str, Any] = {}
     """Those of `PER_MODEL` that it has, as `Config` has them."""
 

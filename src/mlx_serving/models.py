@@ -111,7 +111,7 @@ class Models:
         entry, own = self._own[slot.model_id]
         info, text, files = await asyncio.gather(
             self._worker.load_model(
-                slot.model_id, str(folder.path), _options(own, folder.tokenizer_path)
+                slot.model_id, str(folder.path), _options(entry, own, folder.tokenizer_path)
             ),
             asyncio.to_thread(_text_side, own, folder.tokenizer_path),
             asyncio.to_thread(fingerprint, folder.path, folder.tokenizer_path),
@@ -178,7 +178,7 @@ def _text_side(config: Config, path: Path) -> TextSide:
     )
 
 
-def _options(config: Config, tokenizer_path: Path) -> ModelOptions:
+def _options(entry: ModelEntry, config: Config, tokenizer_path: Path) -> ModelOptions:
     c = config
     return ModelOptions(
         max_num_seqs=c.max_num_seqs,
@@ -197,6 +197,7 @@ def _options(config: Config, tokenizer_path: Path) -> ModelOptions:
         json_white_space=c.json_white_space,
         kv_disk_path=c.kv_disk_path and str(Path(c.kv_disk_path).expanduser().absolute()),
         kv_disk_bytes=c.kv_disk_bytes,
+        slow_step_ms=entry.slow_step_ms,
         memory_budget=c.memory_budget,
         tokenizer_path=str(tokenizer_path),
     )

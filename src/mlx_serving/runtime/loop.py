@@ -11,8 +11,8 @@ wakes it directly. Loads happen in slices between steps (`loads`), and `Phase` f
 
 from __future__ import annotations
 
-import gc
 import logging
+import math
 import select
 import socket
 import threading
@@ -25,10 +25,12 @@ from typing import Literal, assert_never
 
 from mlx_serving import clock, errors
 from mlx_serving.runtime.backend.model import Device, LoadedModel
+from mlx_serving.runtime.collector import Collector
 from mlx_serving.runtime.core.memory import share
 from mlx_serving.runtime.core.plan import Constraint, PendingStep, StepPlan
 from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
 from mlx_serving.runtime.core.sequence import Sequence
+from mlx_serving.runtime.faults import Drag
 from mlx_serving.runtime.loads import Loader, Loads
 from mlx_serving.types import CacheStats, Grammar
 from mlx_serving.worker import wire
@@ -39,7 +41,6 @@ HEARTBEAT_S = 2.0
 """How often an idle worker says that it is alive."""
 PULSE_S = 1.0
 """How often a busy worker does."""
-COLLECT_EVERY_STEPS = 1024
 RECEIVE_BYTES = 256 * 1024
 SEND_BUFFER_BYTES = 1024 * 1024
 
@@ -61,8 +62,10 @@ class Model:
         now: clock.Clock = clock.monotonic,
         on_start: Callable[[list[int]], None] = lambda _: None,
         arrivals: Iterator[int] | None = None,
+        slow_step_ms: float = 0.0,
     ) -> None:
         self.info = loaded.info
+        self.drag = Drag(slow_step_ms / 1e3, now)
         self._on_start = on_start
         self.sequences: set[int] = set()
         """Those that have not ended."""
@@ -286,55 +289,6 @@ class Link:
         return [wire.decode_to_worker(body) for body in self._splitter.feed(data)]
 
 
-class Collector:
-    """Garbage collection where nobody waits for it. The interpreter's own is off: it would pause
-    a step whenever its counters say so, and walk the model's objects each time."""
-
-    def __init__(self) -> None:
-        self._steps = 0
-        gc.disable()
-
-    def loaded(self) -> None:
-        """What a load leaves is there to stay: never look at it again."""
-        gc.collect()
-        gc.freeze()
-
-    def unloaded(self) -> None:
-        """Let go of what an unloaded model held in cycles."""
-        gc.unfreeze()
-        self.loaded()
-
-    def stepped(self) -> None:
-        """Bounds what cycles can hold under a load that never pauses."""
-        self._steps += 1
-        if self._steps % COLLECT_EVERY_STEPS == 0:
-            gc.collect(1)
-
-    def idle(self) -> None:
-        if self._steps:
-            self._steps = 0
-            gc.collect()
-
-
-class NoCollector(Collector):
-    """For a loop in somebody else's process, whose garbage is not ours to time."""
-
-    def __init__(self) -> None:
-        pass
-
-    def loaded(self) -> None:
-        pass
-
-    def unloaded(self) -> None:
-        pass
-
-    def stepped(self) -> None:
-        pass
-
-    def idle(self) -> None:
-        pass
-
-
 PhaseName = Literal["idle", "loading", "compiling", "stepping"]
 
 
@@ -436,9 +390,12 @@ class Loop:
         for model in self._models.values():
             if model.sequences and self._pulse.phase != "stepping":
                 self._pulse.enter("stepping")
+            if model.drag.holds():
+                continue
             self._share_memory()
             step = model.step()
             if step is not None:
+                model.drag.stepped()
                 self._link.send(step)
                 self._collector.stepped()
                 worked = True
@@ -459,6 +416,11 @@ class Loop:
         self._short_bytes = sharing.short_bytes
 
     def _sleep(self) -> None:
+        waiting = [model.drag.rest_s for model in self._models.values() if model.sequences]
+        rest_s = min(waiting, default=math.inf)
+        if rest_s < math.inf:
+            self._link.wait(rest_s)
+            return
         if self._pulse.phase != "idle":
             self._pulse.enter("idle")
         while not self._link.wait(self._heartbeat_s):
@@ -531,6 +493,7 @@ class Loop:
                 self._now,
                 self._announce,
                 self._arrivals,
+                message.options.slow_step_ms,
             )
             self._device = loaded.device or self._device
             self._collector.loaded()

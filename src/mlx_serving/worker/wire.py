@@ -68,6 +68,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """Folder in which prefix blocks are kept for later workers; None: nowhere."""
     kv_disk_bytes: int = 0
     """What that folder may hold."""
+    slow_step_ms: float = 0.0
+    """A fault, for tests and rehearsals: each step is put off by so long."""
     memory_budget: float | None = None
     """What all models of the worker together may take: `Config.memory_budget`."""
 
