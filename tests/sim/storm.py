@@ -36,14 +36,15 @@ class Storm(Simulation):
         log: Callable[[str], None] | None = None,
     ) -> None:
         self._limit = LIMIT if poisons else 10**9
-        # Who ages or is refused begins beside a suspect on trial more often than blame can tell apart.
-        super().__init__(seed, log, crowded=not poisons)
+        self._on_trial: Request | None = None
+        self._held: list[Request] | None = None
+        """Who waits until the suspects have been tried; None: nobody has to."""
+        super().__init__(seed, log)
         rng = random.Random(seed ^ 0x57047)
         ids = sorted(self._requests)
         self.poisons = set(rng.sample(ids, min(poisons, len(ids))))
         self.given_up: set[int] = set()
         self._suspects: list[Request] = []
-        self._on_trial: Request | None = None
         horizon_s = max(r.arrives_s for r in self.scenario.requests) + 20.0
         for _ in range(deaths):
             self._at(rng.uniform(0, horizon_s), self._die)
@@ -90,11 +91,12 @@ class Storm(Simulation):
     def _cancel(self, request: Request) -> None:
         if request.seq_id in self.given_up:
             return
-        if request in self._suspects:
-            self._suspects.remove(request)
-            request.cancelled = True
-            self.report.cancelled += 1
-            return
+        for waiting in (self._suspects, self._held or []):
+            if request in waiting:
+                waiting.remove(request)
+                request.cancelled = True
+                self.report.cancelled += 1
+                return
         super()._cancel(request)
         if request is self._on_trial:
             self._try_next()
@@ -110,12 +112,20 @@ class Storm(Simulation):
         for request in verdict.guilty:
             self.given_up.add(request.seq_id)
             request.cancelled = True
+        self._held = [] if blame.go_alone(verdict.suspects, self._limit) else None
         for request in verdict.free:
             self._add(request)
             if request.paused:
                 self._scheduler.pause(request.seq_id)
         self._suspects = verdict.suspects
         self._try_next()
+
+    def _add(self, request: Request, priority: Priority | None = None) -> None:
+        tried = request is self._on_trial
+        if self._held is None or tried or request.tokens or request.seq_id not in self._oracles:
+            super()._add(request, priority)
+        else:
+            self._held.append(request)
 
     def _living(self) -> Iterable[Request]:
         return sorted((r for r in self._requests.values() if r.live), key=lambda r: r.arrives_s)
@@ -124,3 +134,9 @@ class Storm(Simulation):
         self._on_trial = self._suspects.pop(0) if self._suspects else None
         if self._on_trial is not None:
             self._add(self._on_trial, Priority.CRITICAL)
+            return
+        held, self._held = self._held or [], None
+        for request in held:
+            self._add(request)
+            if request.paused:
+                self._scheduler.pause(request.seq_id)

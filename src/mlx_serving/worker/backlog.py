@@ -2,9 +2,9 @@
 that died. Each waits a bounded time; then it is told why.
 
     park ─────▶ ┌─────────┐             ┌─ free: at once ───────────▶ worker
-                │ waiting │ ─hand_over──┤
-    orphaned ─▶ └─────────┘             └─ suspects: one at a time ─▶ worker
-       └── who is to blame too often fails
+                │ waiting │ ─hand_over──┤                                ▲
+    orphaned ─▶ └─────────┘             └─ suspects: one at a time ──────┤
+       └── who is to blame too often fails    new ones, where those go alone: after them
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class Backlog:
         self._timers: dict[SequenceStream, asyncio.TimerHandle] = {}
         self._suspects: list[SequenceStream] = []
         self._send: Callable[[SequenceStream], bool] | None = None
+        self.holds = False
+        """Suspects are tried alone: who has had no token waits for them."""
 
     def __len__(self) -> int:
         return sum(not stream.ended for stream in (*self._timers, *self._suspects))
@@ -48,7 +50,7 @@ class Backlog:
         verdict = blame.judge(
             [stream for stream in (*streams, *self._suspects) if not stream.ended], self._max_deaths
         )
-        self._suspects, self._send = [], None
+        self._suspects, self._send, self.holds = [], None, False
         for stream in (*verdict.free, *verdict.suspects):
             self.park(stream, timeout_s)
         for stream in verdict.guilty:
@@ -61,10 +63,16 @@ class Backlog:
 
     def hand_over(self, send: Callable[[SequenceStream], bool]) -> None:
         """Everybody goes to a new worker. `send` says whether it went; if not, the stream failed."""
-        verdict = blame.judge(self._take(), self._max_deaths)
-        for stream in verdict.free:
-            send(stream)
+        waiting = [stream for stream in self._timers if not stream.ended]
+        verdict = blame.judge(waiting, self._max_deaths)
         self._suspects, self._send = verdict.suspects, send
+        self.holds = blame.go_alone(verdict.suspects, self._max_deaths)
+        held = {stream for stream in verdict.free if self.holds and not stream.begun}
+        for stream in [stream for stream in self._timers if stream not in held]:
+            self._timers.pop(stream).cancel()
+        for stream in verdict.free:
+            if stream not in held:
+                send(stream)
         self._try_next()
 
     def end(self, why: Callable[[SequenceStream], MLXServingError]) -> None:
@@ -79,6 +87,10 @@ class Backlog:
             if not stream.ended and self._send(stream):
                 stream.on_progress = self._try_next
                 return
+        if self.holds and (send := self._send) is not None:
+            self.holds = False
+            for stream in self._take():
+                send(stream)
 
     def _take(self) -> list[SequenceStream]:
         timers, self._timers = self._timers, {}

@@ -4,7 +4,8 @@ The rule: a worker says which sequences take a row before it computes the step i
 begin (`wire.Started`). Who has begun and has had no token since when the worker dies is a
 suspect of that death; a token acquits. Suspects go to the next worker after everybody else and
 one at a time, each once the one before it has had a token, so that a second death has few
-suspects and a third has one. Who is a suspect of `limit` deaths in a row is given up.
+suspects. Before the death that would give one of them up nobody begins beside them who has not
+begun before (`go_alone`). Who is a suspect of `limit` deaths in a row is given up.
 
 So a sequence that gets tokens between two deaths is never given up, however many workers die
 under it, and neither is one that only waited for a row.
@@ -51,6 +52,11 @@ def judge(sequences: Iterable[A], limit: int) -> Verdict[A]:
             verdict.free.append(sequence)
     verdict.suspects.sort(key=lambda sequence: sequence.deaths)
     return verdict
+
+
+def go_alone(suspects: Iterable[Accused], limit: int) -> bool:
+    """Whether sequences that have had no token wait until the suspects have had theirs."""
+    return any(suspect.deaths >= limit - 1 for suspect in suspects)
 
 
 def acquit(sequence: Accused) -> None:

@@ -258,7 +258,7 @@ class Supervisor:
         )
         stream = SequenceStream(request)
         connection = self._usable()
-        if connection is not None:
+        if connection is not None and not self._backlog.holds:
             self._send(stream, connection)
         else:
             self._park(stream)

@@ -286,7 +286,8 @@ class DiskTier:
     def _scanned(self, found: Sequence[Found]) -> None:
         """The folder is the truth, but for what is on its way."""
         there = {one.block.key for one in found if one.block is not None}
-        for key in [k for k in self.files if k not in there and k not in self.writing]:
+        known = there | self.writing | self.reading
+        for key in [key for key in self.files if key not in known]:
             self._missing(key)
         mine = [one for one in found if one.block is not None]
         rank = {one.name: i / len(mine) for i, one in enumerate(sorted(mine, key=_youth))}

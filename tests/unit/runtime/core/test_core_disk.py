@@ -98,6 +98,20 @@ def test_a_prefix_is_read_as_far_as_it_is_there() -> None:
     assert tier.read_ahead(keys, 1, 4) == 0
 
 
+def test_what_is_gone_while_it_is_read_is_written_only_after_the_answer() -> None:
+    tier, memory = tier_of(10)
+    (block,) = chain(memory, [1])
+    tier.offer(block)
+    written(tier, memory)
+    assert tier.read_ahead([block.key], 0, 1) == 1 and tier.orders(memory, ()).read
+    tier.take(Scanned(()))
+    tier.offer(block)
+    assert not tier.orders(memory, ()).write
+    tier.take(Lost(block.key))
+    tier.offer(block)
+    assert [file.key for file in written(tier, memory)] == [block.key]
+
+
 def found(block: Block, age_s: float = 0.0) -> Found:
     parent = b"" if block.parent is None else block.parent.key
     file = BlockFile(block.key, parent, block.position)
