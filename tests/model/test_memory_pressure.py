@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -51,3 +53,35 @@ async def test_a_few_streams_of_which_fewer_fit(model_dir: Path) -> None:
 @pytest.mark.slow
 async def test_sixty_four_streams_of_which_sixteen_fit(model_dir: Path) -> None:
     await pressed(model_dir, streams=64, fitting=16)
+
+
+def steps_above(engine: Engine, rows: int) -> bool:
+    """Whether there were steps of more rows, which is a bucket's bound."""
+    text = engine.gateway.metrics().decode()
+    pattern = r'^mlx_serving_batch_occupancy_bucket{le="([^"]+)".*} (\S+)$'
+    steps = {le: float(n) for le, n in re.findall(pattern, text, re.MULTILINE)}
+    return bool(steps) and steps["+Inf"] > steps[f"{rows}.0"]
+
+
+async def test_nine_tenths_of_the_rows_that_fit_are_admitted(model_dir: Path) -> None:
+    """What fits: rows in the whole budget beside the weights, as if a step needed nothing."""
+    fitting, most = 36, 32
+    assert most < 0.9 * fitting < most + 1
+    async with Engine(str(model_dir), supervise=False) as engine:
+        info = engine.gateway.model_info(engine.gateway.default_model())
+    assert info is not None
+    row_bytes = 256 * info.kv_bytes_per_token
+    async with Engine(
+        str(model_dir),
+        supervise=False,
+        memory_budget=info.held_bytes + fitting * row_bytes,
+        max_num_seqs=2 * fitting,
+    ) as engine:
+        ask = partial(engine.complete, max_tokens=200, temperature=0, ignore_eos=True)
+        asked = [asyncio.create_task(ask(f"Story {i}:")) for i in range(fitting)]
+        while not steps_above(engine, most) and not any(task.done() for task in asked):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        assert steps_above(engine, most), "no step had more rows"

@@ -349,6 +349,7 @@ class Simulation:
         scheduler = self._scheduler
         before = list(scheduler.rows)
         self._orders = {seq: seq.order for seq in before}
+        pool_bytes = scheduler.sharing.held_bytes
         plan = scheduler.schedule(self._now_s)
         if plan is not None:
             self._observe(plan, before)
@@ -360,6 +361,10 @@ class Simulation:
             assert scheduler.sharing.index.capacity <= max(
                 self._room.prefix_bytes // max(1, self.limits.prefix_block_bytes),
                 len(scheduler.sharing.index),
+            )
+            left = self._room.total_bytes - scheduler.kv_tokens
+            assert scheduler.sharing.held_bytes <= max(pool_bytes, left), (
+                "the pool outgrew its room"
             )
         self._pending.append((plan, self._runner.launch(plan)))
         self.report.deepest = max(self.report.deepest, len(self._pending))
@@ -529,7 +534,7 @@ class Simulation:
             self.report.pressures += 1
             self.report.disturbances += len(self._scheduler.rows)
         self._last_admission = -(10**9)
-        self._room = Room(kv, kv, prefix)
+        self._room = Room(kv, kv, prefix, kv + prefix)
         self._scheduler.grant(self._room, alone=True)
         self._log(f"{self._now_s:8.1f} room for {kv} tokens, {prefix} bytes of prefixes")
 

@@ -85,15 +85,16 @@ class KVLayer:
     def arrays(self) -> list[mx.array]:
         return [a for a in (self.keys, self.values) if a is not None]
 
-    def move(self, source: int, target: int) -> None:
-        """Copy one row over another."""
-        length = self.rows.lengths[source]
-        if self.keys is None or self.values is None or not length:
-            return
-        for slab in (self.keys, self.values):
-            # Adding zero makes a buffer of its own; a view would forbid the write in place.
-            assert max(source, target) < slab.shape[0]
-            slab[target : target + 1, :, :length] = slab[source : source + 1, :, :length] + 0
+    def copy(self, row: int) -> list[mx.array | None]:
+        """What a row holds, in memory of its own."""
+        length = self.rows.lengths[row]
+        # A view would forbid the write in place.
+        return [slab[row : row + 1, :, :length] + 0 for slab in self.arrays if length]
+
+    def paste(self, row: int, parts: list[mx.array | None]) -> None:
+        for slab, part in zip(self.arrays, parts, strict=False):
+            assert row < slab.shape[0] and part is not None
+            slab[row : row + 1, :, : part.shape[2]] = part
 
     def drop(self) -> None:
         self.keys = self.values = None
@@ -190,8 +191,11 @@ class StateLayer(ArraysCache):
     def arrays(self) -> list[mx.array]:
         return [a for a in self.cache if a is not None]
 
-    def move(self, source: int, target: int) -> None:
-        self.restore(target, self.snapshot(source))
+    def copy(self, row: int) -> list[mx.array | None]:
+        return self.snapshot(row)
+
+    def paste(self, row: int, parts: list[mx.array | None]) -> None:
+        self.restore(row, parts)
 
     def drop(self) -> None:
         self.cache = [None] * len(self.cache)
@@ -329,10 +333,14 @@ class RowSlots:
             self._release()
 
     def move(self, source: int, target: int) -> None:
+        """Copy one row over another. The copies exist before a slab is written: while somebody has yet
+        to read it, a write takes a second slab."""
         rows = self.rows
         rows.fit(target, rows.lengths[source])
-        for layer in self.layers:
-            layer.move(source, target)
+        copies = [layer.copy(source) for layer in self.layers]
+        mx.eval(copies)
+        for layer, parts in zip(self.layers, copies, strict=True):
+            layer.paste(target, parts)
         rows.lengths[target], rows.lengths[source] = rows.lengths[source], 0
         rows.used.discard(source)
         rows.used.add(target)

@@ -38,6 +38,8 @@ class Room:
     admit_bytes: int
     """The same for rows that a waiting sequence would join: less what is kept for an earlier one."""
     prefix_bytes: int
+    total_bytes: int
+    """Both together: what is free counts in each, and can be taken once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,9 @@ def share(capacity_bytes: int, claims: Sequence[Claim]) -> Sharing:
     rooms = []
     for i, claim in enumerate(claims):
         kv = max(0, claim.kv_bytes + free + given[i])
-        prefix = claim.prefix_bytes - given[i] + max(0, free - need)
-        rooms.append(Room(kv, kv if i == head else max(0, kv - kept), prefix))
+        left = claim.prefix_bytes - given[i]
+        admit = kv if i == head else max(0, kv - kept)
+        rooms.append(Room(kv, admit, left + max(0, free - need), kv + left))
     held = sum(c.kv_bytes for c in claims)
     return Sharing(tuple(rooms), 0 if held else max(0, kept - capacity_bytes))
 

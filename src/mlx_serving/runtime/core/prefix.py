@@ -177,6 +177,10 @@ class PrefixIndex:
         self.spare.clear()
         return ids
 
+    def bound(self, most: int) -> None:
+        """Give out no ids beyond `most`, or beyond those that were given out."""
+        self.capacity = min(self.capacity, max(most, len(self.blocks) + len(self.spare)))
+
     def victim(self) -> Block | None:
         """The block of least value among those that may go."""
         while self._heap:

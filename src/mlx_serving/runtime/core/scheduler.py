@@ -193,6 +193,7 @@ class Scheduler:
         self.sharing.prepare(now_s, self.pace.s_per_token)
         prefill, starts = self._choose_prefill(now_s)
         urgent, joined = _most_urgent(prefill), {seq for seq, _ in starts}
+        self._bound_prefixes()
         frees, moves = self.rows.settle()
         decode = [
             seq
@@ -322,11 +323,19 @@ class Scheduler:
         self._room = room
         self._alone = alone
 
+    def _bound_prefixes(self) -> None:
+        """New blocks take what the rows leave, those that join in this step included."""
+        if self._room is not None:
+            rows = policy.row_tokens(self.rows, self.limits) * self.limits.kv_bytes_per_token
+            self.sharing.bound(self._room.total_bytes - rows)
+
     @property
     def _slab_tokens(self) -> int | None:
+        """Once the plan's blocks are known: what they leave."""
         if self._room is None or not self.limits.kv_bytes_per_token:
             return None
-        return self._tokens(self._room.kv_bytes) if self._alone else 0
+        left = self._room.total_bytes - self.sharing.held_bytes
+        return self._tokens(max(0, left)) if self._alone else 0
 
     def _tokens(self, kv_bytes: int | None) -> int:
         """Row tokens in so many bytes, at most those that its own limit allows."""

@@ -94,6 +94,12 @@ class Sharing:
             return None
         return self.index.shrink(most_blocks(prefix_bytes // self._block_bytes, self._most_blocks))
 
+    def bound(self, prefix_bytes: int) -> None:
+        """Grow to so many bytes at most, until the next `fit`; what is held stays."""
+        if self._enabled and self._block_bytes:
+            most = most_blocks(max(0, prefix_bytes) // self._block_bytes, self._most_blocks)
+            self.index.bound(most)
+
     def prepare(self, now_s: float, prefill_s_per_token: float) -> None:
         """Before a step is planned: take in what was read, order what newcomers lack."""
         if not self.disk:

@@ -14,17 +14,17 @@ from mlx_serving.runtime.core.prefix import PrefixIndex, most_blocks, pool_block
     ("claims", "rooms", "short"),
     [
         # Alone: rows and prefixes may take all there is.
-        ([Claim()], [Room(100, 100, 100)], 0),
-        ([Claim(kv_bytes=30, prefix_bytes=20)], [Room(80, 80, 70)], 0),
+        ([Claim()], [Room(100, 100, 100, 100)], 0),
+        ([Claim(kv_bytes=30, prefix_bytes=20)], [Room(80, 80, 70, 100)], 0),
         # Who wants a row, or has to grow, is made room for by prefixes, the largest first.
         (
             [Claim(kv_bytes=30, prefix_bytes=50, first=(2, 1), first_bytes=40)],
-            [Room(70, 70, 30)],
+            [Room(70, 70, 30, 100)],
             0,
         ),
         (
             [Claim(kv_bytes=60, growth_bytes=30), Claim(prefix_bytes=40)],
-            [Room(60, 60, 0), Room(30, 30, 10)],
+            [Room(60, 60, 0, 60), Room(30, 30, 10, 40)],
             0,
         ),
         # The first in order is kept room for, whichever model it is of.
@@ -33,14 +33,14 @@ from mlx_serving.runtime.core.prefix import PrefixIndex, most_blocks, pool_block
                 Claim(kv_bytes=40, first=(2, 7), first_bytes=10),
                 Claim(first=(2, 3), first_bytes=50),
             ],
-            [Room(100, 50, 10), Room(60, 60, 10)],
+            [Room(100, 50, 10, 100), Room(60, 60, 10, 60)],
             0,
         ),
         # More is held than there is, for a model has been loaded: rows give way.
-        ([Claim(kv_bytes=90), Claim(kv_bytes=30)], [Room(70, 70, 0), Room(10, 10, 0)], 0),
+        ([Claim(kv_bytes=90), Claim(kv_bytes=30)], [Room(70, 70, 0, 70), Room(10, 10, 0, 10)], 0),
         # Nothing else is held, and it does not suffice: models have to leave.
-        ([Claim(prefix_bytes=20, first=(2, 1), first_bytes=130)], [Room(100, 100, 0)], 30),
-        ([Claim(kv_bytes=10, first=(2, 1), first_bytes=130)], [Room(100, 100, 0)], 0),
+        ([Claim(prefix_bytes=20, first=(2, 1), first_bytes=130)], [Room(100, 100, 0, 100)], 30),
+        ([Claim(kv_bytes=10, first=(2, 1), first_bytes=130)], [Room(100, 100, 0, 100)], 0),
     ],
 )
 def test_who_gets_what(claims: list[Claim], rooms: list[Room], short: int) -> None:
@@ -66,10 +66,9 @@ def test_obeying_one_after_another_never_overdraws() -> None:
                 )
                 room = share(capacity, held).rooms[i]
                 kv = min(room.kv_bytes, rng.choice([0, held[i].kv_bytes, room.admit_bytes]))
-                grown = min(held[i].prefix_bytes + 5, room.prefix_bytes)
-                free = capacity - sum(c.kv_bytes + c.prefix_bytes for c in held)
-                free += held[i].kv_bytes + held[i].prefix_bytes - kv
-                held[i] = Claim(kv_bytes=kv, prefix_bytes=min(grown, max(0, free)))
+                left = max(0, room.total_bytes - kv)
+                prefix = min(held[i].prefix_bytes + 5, room.prefix_bytes, left)
+                held[i] = Claim(kv_bytes=kv, prefix_bytes=prefix)
                 assert sum(c.kv_bytes + c.prefix_bytes for c in held) <= capacity
 
 
