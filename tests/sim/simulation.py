@@ -357,15 +357,7 @@ class Simulation:
         if plan is None:
             return False
         if self._room is not None:
-            assert scheduler.kv_tokens <= self._room.kv_bytes, "more is held than was granted"
-            assert scheduler.sharing.index.capacity <= max(
-                self._room.prefix_bytes // max(1, self.limits.prefix_block_bytes),
-                len(scheduler.sharing.index),
-            )
-            left = self._room.total_bytes - scheduler.kv_tokens
-            assert scheduler.sharing.held_bytes <= max(pool_bytes, left), (
-                "the pool outgrew its room"
-            )
+            invariants.check_room(scheduler, self._room, pool_bytes)
         self._pending.append((plan, self._runner.launch(plan)))
         self.report.deepest = max(self.report.deepest, len(self._pending))
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from mlx_serving.runtime.core.memory import Room
 from mlx_serving.runtime.core.scheduler import Scheduler
 from mlx_serving.runtime.core.sequence import Sequence, Status
 
@@ -20,6 +21,17 @@ def check(scheduler: Scheduler) -> None:
     inflight = sum(seq.inflight for seq in scheduler.sequences.values())
     sampled = sum(samples for _, samples in scheduler.launched)
     assert inflight <= sampled, "more tokens in flight than launched steps sample"
+
+
+def check_room(scheduler: Scheduler, room: Room, pool_bytes: int) -> None:
+    """After a plan in this room, before which the pool of blocks took so much."""
+    sharing, limits = scheduler.sharing, scheduler.limits
+    kv_bytes = scheduler.kv_tokens * limits.kv_bytes_per_token
+    assert kv_bytes <= room.kv_bytes, "more is held than was granted"
+    most = room.prefix_bytes // max(1, limits.prefix_block_bytes)
+    assert sharing.index.capacity <= max(most, len(sharing.index))
+    left = room.total_bytes - kv_bytes
+    assert sharing.held_bytes <= max(pool_bytes, left), "the pool outgrew its room"
 
 
 def _check_rows(scheduler: Scheduler) -> None:
