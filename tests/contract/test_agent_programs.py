@@ -80,7 +80,7 @@ def url(scripted_once: Any) -> Iterator[str]:
 def run(tmp_path: Path) -> Any:
     """Runs a program in an empty folder; what it says."""
 
-    def run(*command: str | Path, **env: str) -> str:
+    def run(*command: str | Path, code: int = 0, **env: str) -> str:
         kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
         nowhere = "http://127.0.0.1:9"
         proxies = {"HTTP_PROXY": nowhere, "HTTPS_PROXY": nowhere, "NO_PROXY": "127.0.0.1"}
@@ -94,7 +94,7 @@ def run(tmp_path: Path) -> Any:
             cwd=work,
             env={**kept, **proxies, "HOME": str(tmp_path), **env},
         )
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
 
     return run
@@ -115,6 +115,8 @@ def test_claude_code(url: str, bin: Path, run: Any, key: str) -> None:
     allowed = ("--allowedTools", "Bash(echo:*)")
     said = run(program, "-p", "What does echo say?", *allowed, **env)
     assert said.strip() == "It said: forty-two"
+    wrong = run(program, "-p", "Hi", code=1, **env | {key: "wrong"})
+    assert "401" in wrong, "it does not try for ever"
     again = run(program, "--continue", "-p", "Again?", *allowed, **env)
     assert again.strip() == "It said: forty-two"
 

@@ -145,6 +145,9 @@ class Exchange:
         headers = list(headers or [])
         if error.retry_after_s is not None:
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
+        elif error.status < 500 and error.status != 429:
+            # OpenAI's and Anthropic's clients obey it; Claude Code tries a wrong key for minutes without.
+            headers.append((b"x-should-retry", b"false"))
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         await self.respond(error.status, self.error_json(error), headers)

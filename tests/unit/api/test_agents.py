@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 
 from mlx_serving.content.template import ChatTemplate
+from mlx_serving.errors import Overloaded, RateLimited, WorkerDied
 
 STRICT = (
     "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
@@ -150,3 +151,13 @@ async def test_codexs_requests(
     answered = await relaxed.post("/v1/responses", json=with_search)
     assert answered.headers["x-mlx-serving-ignored"] == "tools[0], tools[2]"
     assert [t["function"]["name"] for t in gateway.requests[-1].prompt.tools] == ["shell"]
+
+
+async def test_what_cannot_help_is_not_tried_again(client: httpx.AsyncClient, gateway: Any) -> None:
+    asked = {"model": "claude-x", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
+    refused = await client.post("/v1/messages", json=asked | {"max_tokens": 0})
+    assert (refused.status_code, refused.headers["x-should-retry"]) == (400, "false")
+    for error in (RateLimited("later"), Overloaded("later", retry_after_s=1.0), WorkerDied("died")):
+        gateway.refuse = lambda _, error=error: error
+        answer = await client.post("/v1/messages", json=asked)
+        assert answer.status_code == error.status and "x-should-retry" not in answer.headers
