@@ -357,6 +357,7 @@ HTTP = [
     b"POST /x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3;e=f\r\nabc\r\n0\r\nT: 1\r\n\r\n",
     b"GET /a HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\nGET /b HTTP/1.0\r\n\r\n",
     b"PUT /x HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\nhi" * 2,
+    b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n" * 2 + b"no request",
 ]
 JSON = [
     b'{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "stop": ["a"], "seed": 1}',

@@ -75,6 +75,9 @@ class Connection(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._refused = False
+        self._refusal: MLXServingError | None = None
+        """What is said once the requests before it are answered."""
+        self._unanswered = 0
         self._in_body = False
         self._head_begun = False
         self._head_bytes = 0
@@ -137,6 +140,7 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return  # _feed has it parsed again
         super().on_headers_complete()
+        self._unanswered += 1
         self._head_begun, self._head_bytes, self._in_body = False, 0, True
         self._lingering_bytes = 0
         self._arm("body", self._limits.body_timeout_s)
@@ -158,8 +162,11 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        self._unanswered -= 1
         super().on_response_complete()
-        if self.transport.is_closing():
+        if self._refusal is not None and not self._unanswered:
+            self._say(self._refusal)
+        elif self.transport.is_closing():
             self._arm("flush", self._limits.write_timeout_s)
         elif self._in_body:
             self._arm("linger", LINGER_S)
@@ -234,8 +241,27 @@ class Connection(HttpToolsProtocol):
         )
 
     def _refuse(self, error: MLXServingError) -> None:
-        """Answer by ourselves and close: there is no request to hand on."""
+        """Nothing more is read; what came before is answered first."""
         self._refused = True
+        at_fault = self._in_body and not self.cycle.response_complete
+        if at_fault and self.pipeline:
+            self.pipeline.popleft()
+            self._unanswered -= 1
+        elif at_fault and self.cycle.response_started:
+            self.transport.abort()
+            return
+        elif at_fault:
+            self._say(error)
+            return
+        if self._unanswered:
+            self._refusal = error
+        else:
+            self._say(error)
+
+    def _say(self, error: MLXServingError) -> None:
+        """Answer by ourselves and close: there is no request to hand on."""
+        if self.transport.is_closing():
+            return
         body = openai_error(error, "")
         retry = b"retry-after: %d\r\n" % error.retry_after_s if error.retry_after_s else b""
         phrase = HTTPStatus(error.status).phrase.encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import select
 import socket
 import time
@@ -241,3 +242,22 @@ def test_many_requests_in_one_segment(start_server: Any) -> None:
     with wire(start_server()) as sock:
         sock.sendall(GET * 50 + GET.replace(b"Host", b"Connection: close\r\nHost"))
         assert until_closed(sock).count(b"HTTP/1.1 200 ") == 51
+
+
+GOOD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"junk\r\n\r\n",
+        b"POST /v1/models HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 100_000 + b"\r\n\r\n",
+    ],
+)
+def test_what_came_before_a_fault_is_answered_first(start_server: Any, rest: bytes) -> None:
+    with wire(start_server()) as sock:
+        sock.sendall(GOOD + GOOD + rest)
+        said = until_closed(sock)
+    statuses = re.findall(rb"HTTP/1.1 (\d+) ", said)
+    assert statuses[:2] == [b"200", b"200"] and statuses[2:] in ([b"400"], [b"431"])
