@@ -1,4 +1,4 @@
-"""How far each mode of the native kernels is from f32 activations on the same weights.
+"""How far each mode of the native kernels, and each form of quantised KV, is from f32 on the same weights.
 
 Teacher-forced over prose that every Python carries (pydoc's topics): mean KL divergence from the
 f32 logits, and how often the most likely token is the same. The f32 mode stands in for mlx-lm's own
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -20,7 +22,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm import load
 
+from mlx_serving.runtime.backend.in_place import QuantizedInPlaceLayer
+from mlx_serving.runtime.backend.kv import RowSlots
+from mlx_serving.runtime.backend.quantized_kv import KVFormat
 from mlx_serving.runtime.native.install import accelerate
+from mlx_serving.types import KVBits
 
 WINDOW = 512
 CHECK_TOKENS = 48
@@ -58,6 +64,16 @@ def logits(model: nn.Module, tokens: list[int]) -> np.ndarray:
     return np.array(out[0].astype(mx.float32))
 
 
+def quantised_kv_logits(model: nn.Module, bits: KVBits, tokens: list[int]) -> np.ndarray:
+    form = KVFormat.of(bits)
+    assert form is not None
+    layer = partial(QuantizedInPlaceLayer, form=form)
+    store = RowSlots(model, 1, attention=layer)
+    store.start(0, len(tokens))
+    out = model(mx.array([tokens]), cache=store.row_view(0, 0, len(tokens)))
+    return np.array(out[0].astype(mx.float32))
+
+
 def log_softmax(x: np.ndarray) -> np.ndarray:
     x = x.astype(np.float64)
     x -= x.max(-1, keepdims=True)
@@ -75,6 +91,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--modes", nargs="+", default=["exact", "fast"])
+    parser.add_argument("--kv-bits", nargs="*", default=[], choices=["8", "4", "k8v4"])
     parser.add_argument("--kv", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument(
         "--require", nargs="*", default=[], help="modes that must be as good as f32"
@@ -99,17 +116,21 @@ def main() -> None:
         f"f32 mode against mlx-lm, {len(first)} tokens: KL {kl.mean():.1e}, top-1 {same.mean():.2%}"
     )
 
-    result: dict[str, list[np.ndarray]] = {mode: [] for mode in args.modes}
-    agree: dict[str, list[np.ndarray]] = {mode: [] for mode in args.modes}
+    def candidates(window: list[int]) -> Iterator[tuple[str, str, np.ndarray]]:
+        """Mode, form of KV, logits."""
+        for mode in args.modes:
+            yield mode, args.kv, logits(models[mode], window)
+        for bits in args.kv_bits:
+            yield "f32", bits, quantised_kv_logits(models["f32"], bits, window)
+
+    found: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {}
     for start in range(0, len(ids), WINDOW):
         window = ids[start : start + WINDOW]
         reference = logits(models["f32"], window)
-        for mode in args.modes:
-            kl, same = compare(reference, logits(models[mode], window))
-            result[mode].append(kl)
-            agree[mode].append(same)
-    for mode in args.modes:
-        kl, same = np.concatenate(result[mode]), np.concatenate(agree[mode])
+        for mode, kv, other in candidates(window):
+            found.setdefault((mode, kv), []).append(compare(reference, other))
+    for (mode, kv), parts in found.items():
+        kl, same = (np.concatenate(column) for column in zip(*parts, strict=True))
         if mode in args.require and (kl.mean() > MAX_KL or same.mean() < MIN_TOP1):
             raise SystemExit(
                 f"{mode}: mean KL {kl.mean():.1e}, top-1 {same.mean():.2%}: not enough"
@@ -118,7 +139,7 @@ def main() -> None:
             json.dumps(
                 {
                     "mode": mode,
-                    "kv": args.kv,
+                    "kv": kv,
                     "tokens": len(kl),
                     "mean_kl": float(kl.mean()),
                     "p99_kl": float(np.quantile(kl, 0.99)),

@@ -21,6 +21,7 @@ from mlx_serving.contradictions import contradictions
 from mlx_serving.errors import ConfigError
 from mlx_serving.model_entry import ENTRY_FIELDS, PER_MODEL, ModelEntry
 from mlx_serving.secret import hashed
+from mlx_serving.types import KVBits
 
 DEFAULT_MODEL = "smollm2-135m"
 ENV_PREFIX = "MLX_SERVING_"
@@ -205,6 +206,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Steps in flight; 1 waits for each step's tokens before it plans the next."""
     kernels: Literal["auto", "exact", "fast", "f32", "off"] = "auto"
     """CPU only: which native kernels replace MLX's own; off is stock MLX."""
+    kv_bits: KVBits = "off"
+    """In how many bits attention keeps keys and values; k8v4: keys in 8, values in 4; off: as computed."""
     prefix_cache_bytes: Annotated[int, Meta(ge=0)] | None = None
     """Memory for prompts' common beginnings, in bytes; 0: off; default: a quarter of what KV may take."""
     kv_disk_path: Annotated[str, Meta(min_length=1)] | None = None

@@ -30,6 +30,7 @@ PER_MODEL = frozenset(
         "max_itl_ms",
         "pipeline_depth",
         "kernels",
+        "kv_bits",
         "prefix_cache_bytes",
         "kv_disk_path",
         "kv_disk_bytes",

@@ -116,7 +116,7 @@ class Models:
             asyncio.to_thread(_text_side, own, folder.tokenizer_path),
             asyncio.to_thread(fingerprint, folder.path, folder.tokenizer_path),
         )
-        served = Served(info, text, f"{files} {info.dtype} {info.kernels}")
+        served = Served(info, text, f"{files} {info.dtype} {info.kernels} {info.kv_bits}")
         if entry.warm_up:
             slot.enter(LoadBegan("it is warmed up"))
             try:
@@ -188,6 +188,7 @@ def _options(entry: ModelEntry, config: Config, tokenizer_path: Path) -> ModelOp
         context_length=c.context_length,
         dtype=c.dtype,
         kernels=c.kernels,
+        kv_bits=c.kv_bits,
         exact_batch=c.exact_batch,
         prefix_cache_bytes=c.prefix_cache_bytes,
         max_wait_s=c.max_wait_s or math.inf,

@@ -79,7 +79,6 @@ def _structured(value: Any) -> dict[str, Any]:
 _TEXT_ONLY = Refused("text only", ([], ()))
 _NO_SPECULATION = Refused("speculation is not built yet")
 _WHOLE_CONTEXT = Refused("penalties look at the whole prompt and output")
-_NO_KV_TYPES = Refused("the KV cache has the model's own type")
 
 SETTINGS: Table = {
     "model": Renamed("models", _models),
@@ -96,13 +95,12 @@ SETTINGS: Table = {
     "draft": Refused("speculation is not built yet", (False,)),
     "draft_model": _NO_SPECULATION,
     "enable_disk_cache": Refused("kv_disk_path names the folder", (False,)),
-    "kv_bits": _NO_KV_TYPES,
-    "kv_group_size": _NO_KV_TYPES,
+    "kv_group_size": Refused("kv_bits chooses the form; groups follow from the heads"),
     "num_draft_tokens": _NO_SPECULATION,
     "parameters": Refused("give them with each call", ({},)),
     "python_path": Refused("the worker runs in this interpreter"),
     "quantization": Refused("name a model that is quantised", ("none",)),
-    "quantized_kv_start": _NO_KV_TYPES,
+    "quantized_kv_start": Refused("every position is kept alike", (0,)),
     "revision": Refused("write it behind the hub id, ORG/NAME@REVISION"),
     "runtime_path": Refused("the worker is part of this package"),
     "seed": Refused("give it with each call"),

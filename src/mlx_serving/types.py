@@ -407,6 +407,10 @@ ENCODERS = ("bert", "roberta", "xlm-roberta")
 """The `model_type`s that our own encoder computes; everything else is mlx-lm's."""
 
 
+KVBits = Literal["off", "8", "4", "k8v4"]
+"""Of each number that attention layers keep; `k8v4`: 8 of keys, 4 of values; `off`: as computed."""
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the worker says of a model that it has loaded."""
 
@@ -423,6 +427,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     held_bytes: int = 0
     """Memory that the weights take while it is loaded."""
     kv_bytes_per_token: int = 0
+    kv_bits: KVBits = "off"
     load_s: float = 0.0
     kernels: str = "mlx"
     """Which arithmetic runs: `mlx`, or the native kernels' mode."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_serving.runtime.backend.disk import DiskFolder, Files
+from mlx_serving.runtime.backend.kv import KVLayer, MakeKVLayer
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.backend.tier import Tier, to_device
 from mlx_serving.runtime.core import invariants
@@ -35,8 +36,9 @@ class Server:
         *,
         identity: str = "0" * 32,
         files: Files | None = None,
+        attention: MakeKVLayer = KVLayer,
     ) -> None:
-        self.runner: MLXRunner = make_runner(model, zoo.VOCAB, rows=ROWS)
+        self.runner: MLXRunner = make_runner(model, zoo.VOCAB, rows=ROWS, attention=attention)
         if limits.prefix_blocks:
             self.runner.store.open_pool(limits.prefix_blocks, limits.prefix_block_tokens)
         on_disk = None

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_serving.errors import MLXServingError
 from mlx_serving.runtime.backend.arch import head_on_last, make_store
-from mlx_serving.runtime.backend.kv import KVLayer
+from mlx_serving.runtime.backend.kv import KVLayer, MakeKVLayer
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.backend.sampler import Sampler
 from mlx_serving.runtime.core.plan import Constraint, Limits, PendingStep, Runner, StepPlan
@@ -27,7 +27,7 @@ def make_runner(
     rows: int = 4,
     exact_batch: bool = False,
     eos: tuple[int, ...] = (),
-    attention: type[KVLayer] = KVLayer,
+    attention: MakeKVLayer = KVLayer,
 ) -> MLXRunner:
     """A runner with small buckets, so that short sequences make slabs grow."""
     store = make_store(

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_serving.runtime import native
-from mlx_serving.runtime.backend.kv import RowSlots
+from mlx_serving.runtime.backend.kv import KVLayer, MakeKVLayer, RowSlots
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.core import invariants
 from mlx_serving.runtime.core.plan import Limits, PrefillChunk, Publish, RowStart, StepPlan
@@ -48,9 +48,9 @@ Answer = tuple[list[int], list[Any], int]
 class Server:
     """A scheduler and a runner that outlive their sequences."""
 
-    def __init__(self, model: Any, limits: Limits) -> None:
+    def __init__(self, model: Any, limits: Limits, attention: MakeKVLayer = KVLayer) -> None:
         self.scheduler = Scheduler(limits)
-        self.runner: MLXRunner = make_runner(model, zoo.VOCAB, rows=ROWS)
+        self.runner: MLXRunner = make_runner(model, zoo.VOCAB, rows=ROWS, attention=attention)
         if limits.prefix_blocks:
             self.runner.store.open_pool(limits.prefix_blocks, limits.prefix_block_tokens)
         self.prefilled = self.chunks = 0

@@ -163,9 +163,10 @@ def config(name: str) -> dict[str, Any]:
     return {"model_type": name, **_BASE, **_SPECIFIC[name]}
 
 
-def build(name: str, seed: int = 0) -> Any:
-    """An f32 model whose weights are large enough that its tokens vary with its context."""
-    settings = config(name)
+def build(name: str, seed: int = 0, **changes: Any) -> Any:
+    """An f32 model whose weights are large enough that its tokens vary with its context; `changes` are
+    to its config."""
+    settings = config(name) | changes
     module = importlib.import_module(f"mlx_lm.models.{settings['model_type']}")
     model = module.Model(module.ModelArgs.from_dict(settings))
     mx.random.seed(seed)

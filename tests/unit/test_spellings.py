@@ -87,8 +87,8 @@ def test_settings() -> None:
 @pytest.mark.parametrize(
     ("settings", "param"),
     [
-        ({"kv_bits": 4}, "kv_bits"),
-        ({"kvBits": 4}, "kvBits"),
+        ({"kv_group_size": 64}, "kv_group_size"),
+        ({"quantizedKvStart": 5}, "quantizedKvStart"),
         ({"draftModel": "x"}, "draftModel"),
         ({"trust_remote_code": True}, "trust_remote_code"),
         ({"models": ("a",), "model": "b"}, "model"),

@@ -83,14 +83,16 @@ class Say:
 
     def loaded(self, info: ModelInfo) -> None:
         kind = ", ".join(part for part in (info.quantization, info.dtype) if part)
+        kv = "" if info.kv_bits == "off" else f"KV in {info.kv_bits} bits, "
         self.event(
             "model_loaded",
             f"{info.model_id} is ready: {size(info.weight_bytes)} of weights"
             f"{f' ({kind})' if kind else ''}, "
-            f"kernels {info.kernels}, loaded in {info.load_s:.1f} s",
+            f"{kv}kernels {info.kernels}, loaded in {info.load_s:.1f} s",
             model=info.model_id,
             architecture=info.architecture,
             weight_bytes=info.weight_bytes,
+            kv_bits=info.kv_bits,
             load_s=info.load_s,
             context_length=info.context_length,
         )

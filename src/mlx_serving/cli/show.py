@@ -143,8 +143,11 @@ def _cache_facts(caches: Described | None) -> list[tuple[str, str]]:
     if caches is None:
         return []
     state = f"{size(caches.state_bytes_per_row)} a sequence" if caches.state_bytes_per_row else ""
+    why_not = caches.kv_bits_why_not
+    forms = [f"{size(each)} with {bits}" for bits, each in caches.kv_bytes_by_bits.items()]
     return [
         ("KV", f"{size(caches.kv_bytes_per_token)} a token" if caches.kv_bytes_per_token else ""),
+        ("--kv-bits", ", ".join(forms) or (why_not and f"no: {why_not}")),
         ("recurrent state", state),
         ("prefix reuse", f"{_REUSE[caches.prefix_reuse]}: {caches.why}"),
         ("decoding", "" if caches.batched else "one forward pass a row"),

@@ -7,8 +7,10 @@ headers are read and a forward pass is built; nothing of it is computed.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -16,6 +18,9 @@ from mlx_serving.errors import MLXServingError
 from mlx_serving.runtime.backend.loader import read_json
 from mlx_serving.types import ENCODERS
 from mlx_serving.worker.jobwire import Described
+
+if TYPE_CHECKING:
+    from mlx_serving.runtime.backend.kv import KVStore, MakeKVLayer
 
 _TOKENS = 4
 _BUCKET = 256
@@ -37,21 +42,49 @@ def _decoder(path: Path, kind: str) -> Described:
     from mlx_lm.utils import load_model
 
     from mlx_serving.runtime.backend.arch import make_store
+    from mlx_serving.runtime.backend.kv import KVLayer
+    from mlx_serving.runtime.backend.quantized_kv import check, refusal
 
     model: Any
-    model, _ = load_model(path, lazy=True)
+    model, config = load_model(path, lazy=True)
     if mx.default_device().type != mx.gpu:  # as the loader does there
         model.update(tree_map(_widened, model.parameters()))
-    store = make_store(model, kind, 1, bucket=_BUCKET, exact_batch=False)
-    store.start(0, _TOKENS)
-    model(mx.zeros((1, _TOKENS), mx.int32), cache=store.row_view(0, 0, _TOKENS))
+
+    def built(attention: MakeKVLayer) -> KVStore:
+        store = make_store(model, kind, 1, bucket=_BUCKET, exact_batch=False, attention=attention)
+        store.start(0, _TOKENS)
+        model(mx.zeros((1, _TOKENS), mx.int32), cache=store.row_view(0, 0, _TOKENS))
+        return store
+
+    store = built(KVLayer)
+    quantised, why_not = _quantised(built, refusal(config) or check(store))
     return Described(
         prefix_reuse=store.prefix_reuse,
         why=_why(model, kind, store.prefix_reuse),
         kv_bytes_per_token=store.bytes_per_token(),
         state_bytes_per_row=store.state_bytes(),
         batched=store.batched,
+        kv_bytes_by_bits=quantised,
+        kv_bits_why_not=why_not,
     )
+
+
+def _quantised(
+    built: Callable[[MakeKVLayer], KVStore], why_not: str | None
+) -> tuple[dict[str, int], str]:
+    """A token's bytes for each `kv_bits`, or why there is none."""
+    from mlx_serving.runtime.backend.quantized_kv import FORMATS, QuantizedLayer, Unquantizable
+
+    if why_not is not None:
+        return {}, why_not
+    try:
+        return {
+            bits: built(partial(QuantizedLayer, form=form)).bytes_per_token()
+            for bits, form in FORMATS.items()
+            if form is not None
+        }, ""
+    except Unquantizable as error:
+        return {}, error.why
 
 
 def _widened(array: Any) -> Any:

@@ -7,6 +7,8 @@ and what it writes into the folder that it made, so that the folder can be check
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from mlx_serving.types import PrefixReuse
@@ -63,6 +65,9 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
     why: str
     kv_bytes_per_token: int = 0
     """In the type that this machine computes in."""
+    kv_bytes_by_bits: Mapping[str, int] = {}
+    """The same for each quantised form; empty where there is none, for `kv_bits_why_not`."""
+    kv_bits_why_not: str = ""
     state_bytes_per_row: int = 0
     """Of recurrent layers, whatever the length."""
     batched: bool = True

@@ -24,6 +24,7 @@ from mlx_serving.types import (
     CacheStats,
     FinishReason,
     Grammar,
+    KVBits,
     ModelInfo,
     Priority,
     SamplingParams,
@@ -59,6 +60,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     max_wait_s: float = math.inf
     """A sequence that has waited so long for a row goes before every class; inf: never."""
     short_jobs_first: bool = False
+    kv_bits: KVBits = "off"
+    """How attention layers keep keys and values."""
     prefix_cache_bytes: int | None = None
     """Memory for prefix blocks; 0: none are kept; None: a share of what KV may take."""
     json_digit_tokens: int = 40

@@ -17,6 +17,7 @@ from mlx.nn.layers.base import Module
 from mlx_serving.runtime.backend.kv import (
     KVLayer,
     KVStore,
+    MakeKVLayer,
     RowSlots,
     SeparateRows,
     UnsupportedCache,
@@ -59,7 +60,7 @@ def make_store(
     *,
     bucket: int,
     exact_batch: bool,
-    attention: type[KVLayer] = KVLayer,
+    attention: MakeKVLayer = KVLayer,
 ) -> KVStore:
     """The model's KV store: row slots, or separate rows where the architecture allows no other."""
     quirk = QUIRKS.get(model_type, Quirk())

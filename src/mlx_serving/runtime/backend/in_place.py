@@ -14,7 +14,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from mlx_serving.runtime.backend.kv import KVLayer, KVStore
+from mlx_serving.runtime.backend.kv import KVLayer, KVStore, MakeKVLayer
+from mlx_serving.runtime.backend.quantized_kv import QuantizedLayer
 from mlx_serving.runtime.native import ops
 from mlx_serving.runtime.native.slab import RowMask
 
@@ -30,7 +31,7 @@ class InPlaceLayer(KVLayer):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         slabs = self.native_slabs(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
-        self.native_store(*ops.kv_write(*slabs, keys, values, *self.native_view()))
+        self.native_store(*ops.kv_write(*slabs, keys, values, *self.rows.view.indices))
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
@@ -42,19 +43,47 @@ class InPlaceLayer(KVLayer):
     ) -> RowMask:
         del return_array  # it never is one
         assert self.rows.view.count == N
-        return RowMask(*self.native_view(), window_size or self.window or 0)
+        return RowMask(*self.rows.view.indices, window_size or self.window or 0)
 
 
-def attends_in_place(model: Module, make: Callable[[type[KVLayer]], KVStore]) -> bool:
+class QuantizedInPlaceLayer(QuantizedLayer):
+    """A `QuantizedLayer` whose rows, dequantised, the native kernels read."""
+
+    def words(self) -> tuple[mx.array, mx.array]:
+        view = self.rows.view
+        assert self.keys is not None and self.values is not None
+        # From position 0 on, whatever the window: the kernel counts positions so.
+        return view.read(self.keys, None), view.read(self.values, None)
+
+    def make_mask(  # type: ignore[override]
+        self, N: int, return_array: bool = False, window_size: int | None = None
+    ) -> RowMask:
+        del return_array
+        view = self.rows.view
+        assert view.count == N
+        rows, offsets = view.indices
+        # Rows are counted from the first that is read. An idle row may be longer than what is read
+        # for the others, and its result is thrown away.
+        last = mx.array(view.fetch - N, dtype=mx.int32)
+        window = window_size or self.window or 0
+        return RowMask(rows - view.rows[0], mx.minimum(offsets, last), window)
+
+
+def attends_in_place(
+    model: Module,
+    make: Callable[[MakeKVLayer], KVStore],
+    plain_layer: MakeKVLayer = KVLayer,
+    in_place_layer: MakeKVLayer = InPlaceLayer,
+) -> bool:
     """Whether the model's logits are the same over stores of either kind of layer, which `make`
     gives: two prompts and a step of both. Models that compute with masks themselves, or with keys that
     they fetched, either raise or differ. A store of separate rows has no slabs to read."""
-    plain = make(KVLayer)
+    plain = make(plain_layer)
     if not plain.batched:
         return False
     want = _trial(model, plain)
     try:
-        got = _trial(model, make(InPlaceLayer))
+        got = _trial(model, make(in_place_layer))
     except Exception as error:
         # A model file does to a mask what it likes.
         log.debug("attention does not read KV in place: %s: %s", type(error).__name__, error)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mlx.nn.layers.base import Module
 
 from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime.backend.arch import make_store
-from mlx_serving.runtime.backend.kv import KVLayer, KVStore
+from mlx_serving.runtime.backend.kv import KVLayer, KVStore, MakeKVLayer
+from mlx_serving.runtime.backend.quantized_kv import AS_COMPUTED, KVFormat, QuantizedLayer
 from mlx_serving.runtime.backend.sampler import Sampler
 from mlx_serving.runtime.slices import Slices
 
@@ -28,7 +30,7 @@ class Kernels:
 
     name: str = "mlx"
     """As in `ModelInfo.kernels`."""
-    attention: type[KVLayer] = KVLayer
+    attention: MakeKVLayer = KVLayer
     sampler: type[Sampler] = Sampler
     invariant: bool = False
     """A row's result is the same bits beside any others, and wherever its prompt was cut."""
@@ -54,24 +56,35 @@ def accelerate(model: Module, mode: str, gpu: bool) -> Slices[Any]:
     return None
 
 
-def decoder_kernels(model: Module, model_type: str, mode: str, gpu: bool) -> Slices[Kernels]:
-    """`accelerate`, and how a decoder's attention then reads KV."""
+def decoder_kernels(
+    model: Module, model_type: str, mode: str, gpu: bool, form: KVFormat | None
+) -> Slices[Kernels]:
+    """`accelerate`, and how a decoder's attention then keeps and reads KV."""
+    plain: MakeKVLayer = KVLayer if form is None else partial(QuantizedLayer, form=form)
     report = yield from accelerate(model, mode, gpu)
     if report is None:
-        return Kernels()
+        return Kernels(attention=plain)
     sampler = importlib.import_module(_SAMPLER).NativeSampler
-    if report.is_fused:
+    if report.is_fused and form is None:
         return Kernels(
             report.mode, sampler=sampler, invariant=True, packed_bytes=report.packed_bytes
         )
-    in_place = importlib.import_module(_IN_PLACE)
+    module = importlib.import_module(_IN_PLACE)
+    in_place: MakeKVLayer = module.InPlaceLayer
+    # Layers that are tried round nothing: of two roundings of almost the same number, one may go up.
+    tried: tuple[MakeKVLayer, MakeKVLayer] = plain, in_place
+    if form is not None:
+        in_place = partial(module.QuantizedInPlaceLayer, form=form)
+        tried = (
+            partial(QuantizedLayer, form=AS_COMPUTED),
+            partial(module.QuantizedInPlaceLayer, form=AS_COMPUTED),
+        )
 
-    def trial_store(attention: type[KVLayer]) -> KVStore:
+    def trial_store(attention: MakeKVLayer) -> KVStore:
         return make_store(
             model, model_type, 2, bucket=_TRIAL_BUCKET, exact_batch=False, attention=attention
         )
 
-    if report.row_mask and in_place.attends_in_place(model, trial_store):
-        layer, every = in_place.InPlaceLayer, report.every_product
-        return Kernels(report.mode, layer, sampler, every, report.packed_bytes)
-    return Kernels(report.mode, sampler=sampler, packed_bytes=report.packed_bytes)
+    if report.row_mask and module.attends_in_place(model, trial_store, *tried):
+        return Kernels(report.mode, in_place, sampler, report.every_product, report.packed_bytes)
+    return Kernels(report.mode, plain, sampler, packed_bytes=report.packed_bytes)

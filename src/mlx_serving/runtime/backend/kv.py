@@ -18,7 +18,7 @@ takes `native_view`, `native_slabs` and `native_store` instead (`runtime.native.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -127,7 +127,11 @@ class KVLayer:
         index = (slice(row, row + 1), slice(None), slice(count * size))
         return place(slab, index, history)
 
-    def native_view(self) -> tuple[mx.array, mx.array]:
+    def scratch_bytes_per_token(self) -> int:
+        """What reading one position takes for a while, where it is not read as it is kept."""
+        return 0
+
+    def native_view(self) -> tuple[mx.array, mx.array] | None:
         """Rows and offsets of the next forward pass, int32 `[batch]` each."""
         return self.rows.view.indices
 
@@ -233,12 +237,14 @@ class StateLayer(ArraysCache):
 
 
 Layer = KVLayer | StateLayer
+MakeKVLayer = Callable[[Rows, int | None], KVLayer]
+"""Of what all layers share, and the layer's window."""
 
 
-def _adapt(cache: Any, rows: Rows, attention: type[KVLayer]) -> Any:
+def _adapt(cache: Any, rows: Rows, attention: MakeKVLayer) -> Any:
     # Exact types: a subclass may do more than the class that it refines.
     if type(cache) is KVCache:
-        return attention(rows)
+        return attention(rows, None)
     if type(cache) is RotatingKVCache:
         if cache.keep:
             raise UnsupportedCache("RotatingKVCache that keeps its first tokens")
@@ -279,6 +285,7 @@ class KVStore(Protocol):
     def length(self, row: int) -> int: ...
     def arrays(self) -> list[mx.array]: ...
     def bytes_per_token(self) -> int: ...
+    def scratch_bytes_per_token(self) -> int: ...
     def set_budget(self, tokens: int, /) -> None: ...
     def open_pool(self, blocks: int, size: int, /) -> None: ...
     def keep_blocks(self, blocks: Sequence[int], /) -> None: ...
@@ -308,7 +315,7 @@ class RowSlots:
         bucket: int = 256,
         min_slots: int = 1,
         mask_rank: int = 4,
-        attention: type[KVLayer] = KVLayer,
+        attention: MakeKVLayer = KVLayer,
     ) -> None:
         self.rows = Rows(max_rows, bucket, min_slots)
         self.caches = [
@@ -396,6 +403,12 @@ class RowSlots:
             if isinstance(layer, KVLayer):
                 total += sum(a.nbytes // (a.shape[0] * a.shape[2]) for a in layer.arrays)
         return total
+
+    def scratch_bytes_per_token(self) -> int:
+        """What reading one token of one row takes for a while."""
+        layers = [layer for layer in self.layers if isinstance(layer, KVLayer)]
+        # MLX begins the next layer's before it has given back the last one's.
+        return 2 * max((layer.scratch_bytes_per_token() for layer in layers), default=0)
 
     def set_budget(self, tokens: int) -> None:
         """Hold at most this many row tokens, unless the sequences in flight need more."""
@@ -529,6 +542,9 @@ class SeparateRows:
             if isinstance(keys, mx.array):
                 total += 2 * keys.nbytes // keys.shape[-2]
         return total
+
+    def scratch_bytes_per_token(self) -> int:
+        return 0
 
     def set_budget(self, _tokens: int) -> None:
         """Caches are as large as their sequences already."""

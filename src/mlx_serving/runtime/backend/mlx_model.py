@@ -28,6 +28,7 @@ from mlx_serving.runtime.backend.pooling import (
     read_prompts,
 )
 from mlx_serving.runtime.backend.prefix import prefill_grain, prefix_plan
+from mlx_serving.runtime.backend.quantized_kv import KVFormat, Unquantizable, check, refusal
 from mlx_serving.runtime.backend.runaway import Bounds
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.backend.tier import FILE_OVERHEAD_BYTES, Tier, open_folder
@@ -64,10 +65,13 @@ def load(
 ) -> Slices[LoadedModel]:
     """See `loader.load`, which has read `config` and checked that the weights' files are whole."""
     began = time.monotonic()
+    form = KVFormat.of(options.kv_bits)
+    if form is not None:
+        _refuse(refusal(config))
     gpu = mx.default_device().type == mx.gpu
     model, config = yield from _load_weights(path, config, options.dtype, gpu)
     weight_bytes = sum(a.nbytes for a in arrays(model))
-    kernels = yield from decoder_kernels(model, config["model_type"], options.kernels, gpu)
+    kernels = yield from decoder_kernels(model, config["model_type"], options.kernels, gpu, form)
     held_bytes = sum(a.nbytes for a in arrays(model)) + kernels.packed_bytes
     eos = eos_token_ids(path, config)
     store = make_store(
@@ -78,6 +82,8 @@ def load(
         exact_batch=options.exact_batch,
         attention=kernels.attention,
     )
+    if form is not None:
+        _refuse(check(store))
     vocab_size = _vocab_size(model)
     pooling = read_pooling(path, "last")
     prompts, default_prompt = read_prompts(path)
@@ -111,7 +117,8 @@ def load(
     most = rows * round_up(context, KV_BUCKET)
     # Slabs that always have every row cannot give way to prefixes; others share one room with them.
     fixed = prefix.total_bytes if options.exact_batch else 0
-    capacity = _kv_capacity(held_bytes, room - fixed, kv_bytes, most)
+    held_kv_bytes = kv_bytes + store.scratch_bytes_per_token()
+    capacity = _kv_capacity(held_bytes, room - fixed, held_kv_bytes, most)
     store.set_budget(capacity)
     if options.exact_batch:
         # The slabs then always have every row.
@@ -127,7 +134,7 @@ def load(
         prefill_budget=None if options.prefill_step_size else max(step_size, LEAST_PREFILL_TOKENS),
         context_length=context,
         kv_capacity_tokens=capacity,
-        kv_bytes_per_token=0 if options.exact_batch else kv_bytes,
+        kv_bytes_per_token=0 if options.exact_batch else held_kv_bytes,
         kv_bucket_tokens=KV_BUCKET,
         eos_token_ids=eos,
         max_itl_s=options.max_itl_ms / 1e3,
@@ -152,6 +159,7 @@ def load(
         weight_bytes=weight_bytes,
         held_bytes=held_bytes,
         kv_bytes_per_token=kv_bytes,
+        kv_bits=options.kv_bits,
         load_s=time.monotonic() - began,
         kernels=kernels.name,
         batch_invariant=kernels.invariant or options.exact_batch or not store.batched,
@@ -262,12 +270,19 @@ def _warm_up(runner: MLXRunner, store: KVStore, vocab_size: int, rows: int) -> t
         runner.launch(StepPlan(1, decode=(DecodeRow(0, 0, n, None),))).wait()
         both = tuple(DecodeRow(i, i, n + 1 - i, None) for i in range(count))
         runner.launch(StepPlan(2, decode=both)).wait()
+    except ModelBroken:
+        raise
     except Exception as e:
         raise ModelBroken(f"the model cannot run: {type(e).__name__}: {first_lines(e)}") from e
     sizes = store.bytes_per_token(), store.state_bytes()
     runner.reset()
     mx.clear_cache()
     return sizes
+
+
+def _refuse(why: str | None) -> None:
+    if why is not None:
+        raise Unquantizable(why)
 
 
 def _kv_capacity(weight_bytes: int, room: int, kv_bytes: int, most: int) -> int:

@@ -127,7 +127,8 @@ def open_folder(
     cuts = prefix.block_tokens, prefix.whole_chunks, step_size if prefix.whole_chunks else 0
     kernels = f"{kernels} {_native_digest()}"
     device = str(mx.default_device())
-    of = identity(path, config, dtype=dtype, kernels=kernels, device=device, cuts=cuts)
+    how = {"dtype": dtype, "kernels": kernels, "device": device, "kv_bits": options.kv_bits}
+    of = identity(path, config, cuts=cuts, **how)
     return DiskFolder(root, of, options.kv_disk_bytes, to_device=to_device)
 
 

@@ -33,6 +33,7 @@ class RowView:
         self.rows = (row, row + 1)
         self.offset = start
         self.count = count
+        self.fetch = start + count
         self.fresh = start == 0
         """The row's recurrent state, if any is left in the slot, is another sequence's."""
 
