@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +16,9 @@ from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from mlx_serving.runtime import native
 from mlx_serving.runtime.backend.kv import MakeKVLayer, RowSlots, SeparateRows
+from mlx_serving.runtime.backend.prefix import PrefixPlan
 from mlx_serving.runtime.backend.quantized_kv import (
+    FORMATS,
     Code,
     KVFormat,
     QuantizedLayer,
@@ -23,8 +26,10 @@ from mlx_serving.runtime.backend.quantized_kv import (
     check,
     refusal,
 )
+from mlx_serving.runtime.backend.tier import open_folder
 from mlx_serving.runtime.native import slab
 from mlx_serving.types import KVBits
+from mlx_serving.worker.wire import ModelOptions
 
 HEADS, DIM, ROWS, BLOCK, SCALE = 2, 32, 3, 4, 0.2
 BITS: list[KVBits] = ["8", "4", "k8v4"]
@@ -206,3 +211,14 @@ def test_what_has_no_quantised_form_says_why() -> None:
     assert "no attention" in (check(RowSlots(recurrent, 1)) or "")
     assert check(RowSlots(mixed, 1)) is None
     assert "rows can share" in (check(SeparateRows(mixed, 1)) or "")
+
+
+def test_blocks_on_disk_are_of_one_form(tmp_path: Path) -> None:
+    plan = PrefixPlan("blocks", "", blocks=1)
+    folders = set()
+    for bits in FORMATS:
+        options = ModelOptions(kv_disk_path=str(tmp_path), kv_disk_bytes=1 << 20, kv_bits=bits)
+        folder = open_folder(tmp_path, {}, options, plan, 16, "exact", "float32")
+        assert folder is not None
+        folders.add(folder.folder)
+    assert len(folders) == len(FORMATS) == 4
