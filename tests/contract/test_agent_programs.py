@@ -65,7 +65,8 @@ FLAGS = ("--model-aliases", "claude-*", "--api-key", "sekrit")
 def bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("programs")
     quiet = ("--no-audit", "--no-fund", "--silent", "--prefix", str(home))
-    subprocess.run(["npm", "install", *quiet, *PINNED], check=True)
+    if subprocess.run(["npm", "install", *quiet, *PINNED], check=False).returncode:
+        pytest.skip("npm cannot install the programs here")
     return home / "node_modules"
 
 
