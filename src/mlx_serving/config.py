@@ -222,6 +222,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Models, by served name, that are never unloaded to make room or for idleness."""
     memory_wait_s: Annotated[float, Meta(ge=0)] = 120.0
     """How long a request may wait for a model that does not fit beside those in use; then 503."""
+    prefetch: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """Confidence from which the model that usually comes next is read into the page cache; 0: never."""
     exact_batch: bool = False
     """Always decode max-num-seqs rows, so that logits are bit-equal whatever the batch."""
     json_digit_tokens: Annotated[int, Meta(ge=0)] = 40

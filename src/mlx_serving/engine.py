@@ -29,6 +29,7 @@ from mlx_serving.answers import (
     to_request,
 )
 from mlx_serving.catalog.ensure import Progress
+from mlx_serving.catalog.prefetch import Prefetch
 from mlx_serving.config import FIELDS, Config, override
 from mlx_serving.gateway import Gateway
 from mlx_serving.generation import Generation
@@ -73,6 +74,7 @@ class Engine:
         self.events = EventBus(on_drop=self.metrics.events_dropped.inc)
         self._worker = self._make_worker()
         self._models = Models(self.config, self._worker, self.events, progress)
+        self._prefetch = self._make_prefetch()
         self._starting: asyncio.Task[None] | None = None
         self.gateway = Gateway(
             self.config, self._models.slots, self._worker, self.metrics, self.events
@@ -101,6 +103,8 @@ class Engine:
             self._starting.cancel()
             await asyncio.gather(self._starting, return_exceptions=True)
         await self._models.close()
+        if self._prefetch is not None:
+            await self._prefetch.close()
         await self._worker.stop()
         await self.gateway.close()
 
@@ -240,6 +244,16 @@ class Engine:
         with spelled_back(given.spelled):
             request = to_request(prompt, model or self.gateway.default_model(), given.values)
             return await self.gateway.open(request)
+
+    def _make_prefetch(self) -> Prefetch | None:
+        if not self.config.prefetch:
+            return None
+        slots = {slot.model_id: slot for slot in self._models.slots}
+        prefetch = Prefetch(
+            slots, self.config.prefetch, lambda o: self.metrics.prefetches.labels(o).inc()
+        )
+        self.events.add_hook(prefetch.hear)
+        return prefetch
 
     def _make_worker(self) -> port.WorkerClient:
         # Imported here: only one of the two is ever needed, and inprocess brings the runtime.

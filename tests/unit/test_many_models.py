@@ -206,3 +206,13 @@ async def test_requests_of_two_models_share_what_the_weights_leave(weighing):
         long = await engine.complete("y" * 4000, model="b", max_tokens=96, seed=1)
         assert long.usage.completion_tokens == 96
         assert states(engine) == {"a": "absent", "b": "ready"}
+
+
+async def test_a_model_that_usually_comes_next_is_read_ahead(weighing):
+    models = [weighing(name, 100) for name in "abc"]
+    async with Engine(models, memory_budget=300 * MIB, prefetch=0.7) as engine:
+        for name in "abc" * 4:
+            await engine.complete("x", model=name, max_tokens=1)
+        metrics = engine.gateway.metrics().decode()
+    for outcome in ("begun", "hit", "miss"):
+        assert f'mlx_serving_prefetches_total{{outcome="{outcome}"}}' in metrics, outcome

@@ -143,6 +143,12 @@ class Metrics:
             ["kind"],
             registry=r,
         )
+        self.prefetches = Counter(
+            "mlx_serving_prefetches",
+            "Models read ahead (begun); loads of models that had been (hit) and had not been (miss)",
+            ["outcome"],
+            registry=r,
+        )
         self.worker_up = Gauge(
             "mlx_serving_worker_up", "1 while the worker is connected", registry=r
         )
