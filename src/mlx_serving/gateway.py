@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -25,6 +26,7 @@ from mlx_serving.errors import (
     MLXServingError,
 )
 from mlx_serving.generation import Generation, OpenRows, Served
+from mlx_serving.live import Apply, LiveSettings, differ
 from mlx_serving.roster import Roster
 from mlx_serving.settle import check_generates, check_ids, check_room, constrain, settle
 from mlx_serving.telemetry.events import EventBus, ModelLoaded, RequestFinished, RequestStarted
@@ -33,12 +35,11 @@ from mlx_serving.telemetry.tally import count
 from mlx_serving.traffic.admission import Admission, class_bounds
 from mlx_serving.traffic.ceilings import Ceilings
 from mlx_serving.traffic.deadlines import TimeLimits, within
-from mlx_serving.traffic.response_cache import ResponseCache
+from mlx_serving.traffic.response_cache import ResponseCache, bounds, moved, open_cache
 from mlx_serving.traffic.reuse import Reuse
 from mlx_serving.traffic.rollouts import Rollout, Rollouts, Spec, measured
 from mlx_serving.traffic.source import Ask, RowSource
-from mlx_serving.traffic.stores import open_store
-from mlx_serving.traffic.stores.port import Bounds, Size
+from mlx_serving.traffic.stores.port import Size
 from mlx_serving.types import (
     CacheStats,
     ChatPrompt,
@@ -83,31 +84,72 @@ class Gateway:
         self.ceilings = Ceilings(config, worker, metrics)
         events.add_hook(lambda event: self.ceilings.loaded(event.info), ModelLoaded)
         self._reuse = _reuse(config, metrics)
+        metrics.cache_entries.set_function(lambda: self._cache_size().entries)
+        metrics.cache_bytes.set_function(lambda: self._cache_size().bytes)
         file = config.rollouts_file
         self.rollouts = Rollouts(Path(file) if file else None)
         self._variants = Variants(
             self.rollouts, self._slots, self.open, metrics.shadows_skipped.inc
         )
-        self.watch = self._make_watch()
-        self._limits = TimeLimits(
-            config.queue_timeout_s, config.first_token_timeout_s, config.request_timeout_s
-        )
+        self.watch = self._make_watch(config)
+        self._limits = TimeLimits.of(config)
+        self.live = LiveSettings(config, self._prepare)
         self._running: set[Generation] = set()
         self._idle = asyncio.Event()
 
-    def _make_watch(self) -> Watch | None:
-        if not (self._config.slo or self._config.watch_drift):
+    def _make_watch(self, config: Config) -> Watch | None:
+        """Raises ConfigError."""
+        if not (config.slo or config.watch_drift):
             return None
         from mlx_serving.traffic.watch import Watch  # few servers need it
 
         return Watch(
-            self._config,
+            config,
             self._admission,
             self.ceilings,
             self.rollouts,
             self._events,
             self._metrics,
         )
+
+    def _prepare(self, wanted: Config) -> Apply:
+        """See `live.Prepare`: for requests that come from now on; those that run are left alone."""
+        old = self._config
+        watched = differ(old, wanted, "slo", "alert_", "watch_drift", "baselines_file")
+        watch = self._make_watch(wanted) if watched else None
+        cache = _cache(wanted, self._metrics) if moved(old, wanted) else self._reuse.cache
+
+        async def apply() -> None:
+            self._config, self._limits = wanted, TimeLimits.of(wanted)
+            self._admission.bounds = class_bounds(wanted.max_queue, wanted.class_queue)
+            for slot, entry in zip(self._slots, wanted.entries, strict=True):
+                slot.keep_alive_s = wanted.of(entry).keep_alive_s
+            if old.log_level != wanted.log_level:
+                logging.getLogger("mlx_serving").setLevel(wanted.log_level.upper())
+            if differ(old, wanted, "concurrency_limit", "usual_num_seqs", "step_limit_ms"):
+                self.ceilings.configure(wanted)
+            await self._reuse.change(wanted.coalesce, wanted.coalesce_subscribers, cache)
+            if cache is not None:
+                cache.bound(bounds(wanted))
+            if watched:
+                await self._rewatch(watch)
+
+        return apply
+
+    async def _rewatch(self, watch: Watch | None) -> None:
+        """Watch other levels; what was done for the ones before is undone."""
+        before, self.watch = self.watch, watch
+        if before is not None:
+            await before.stop()
+        self._admission.narrow(None, 0)
+        self.ceilings.tune(0, 0)
+        self._metrics.slo_burn.clear()
+        self._metrics.slo_violated.clear()
+        if watch is not None:
+            watch.start()
+
+    def _cache_size(self) -> Size:
+        return (self._reuse.cache and self._reuse.cache.size()) or Size()
 
     def start(self) -> None:
         """Needs a running event loop."""
@@ -424,28 +466,17 @@ def _patterns(config: Config, slots: Sequence[ModelSlot[Served]]) -> list[str]:
 
 
 def _reuse(config: Config, metrics: Metrics) -> Reuse:
-    cache = None
-    if config.response_cache != "off":
-        bounds = Bounds(
-            entries=config.response_cache_entries,
-            tokens=config.response_cache_tokens,
-            bytes=config.response_cache_bytes,
-            ttl_s=config.response_cache_ttl_s,
-        )
-        folder = models_home(config.home, os.environ) / "responses"
-        cache = ResponseCache(
-            open_store(config.response_cache, bounds, folder, config.response_cache_url),
-            on_lookup=lambda result: metrics.cache_lookups.labels(result).inc(),
-            on_failure=metrics.cache_failures.inc,
-        )
-        metrics.cache_entries.set_function(lambda: (cache.size() or Size()).entries)
-        metrics.cache_bytes.set_function(lambda: (cache.size() or Size()).bytes)
     return Reuse(
         config.coalesce,
         config.coalesce_subscribers,
         on_join=lambda ask: metrics.coalesced.labels(ask.model_id).inc(),
-        cache=cache,
+        cache=_cache(config, metrics),
     )
+
+
+def _cache(config: Config, metrics: Metrics) -> ResponseCache | None:
+    """Raises ConfigError."""
+    return open_cache(config, models_home(config.home, os.environ) / "responses", metrics)
 
 
 def _turn(request: GenerateRequest, arrived_s: float) -> Turn:

@@ -42,6 +42,7 @@ from mlx_serving.api.port import GatewayPort
 from mlx_serving.api.requests import RequestRoutes
 from mlx_serving.api.responses import ResponsesRoutes
 from mlx_serving.api.rollouts import RolloutRoutes
+from mlx_serving.api.settings import SettingsRoutes
 from mlx_serving.api.tokens import TokenRoutes
 from mlx_serving.config import Config
 from mlx_serving.errors import InvalidRequest, MLXServingError, ModelNotFound
@@ -84,6 +85,7 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
     responses, tokens = ResponsesRoutes(gateway, config), TokenRoutes(gateway, config)
     embeddings, ollama_embed = EmbeddingRoutes(gateway, config), OllamaEmbedRoutes(gateway, config)
     requests, cache = RequestRoutes(), CacheRoutes(gateway)
+    settings = SettingsRoutes(gateway, config)
     exact: Mapping[str, Methods] = {
         "/": {"GET": public(info.index)},
         "/health": {"GET": public(info.health)},
@@ -104,6 +106,8 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
         "/detokenize": {"POST": tokens.detokenize},
         "/v1/cache/stats": {"GET": admin(cache.stats)},
         "/v1/cache": {"DELETE": admin(cache.clear)},
+        "/v1/admin/config": {"GET": admin(settings.show), "PATCH": admin(settings.change)},
+        "/v1/admin/reload": {"POST": admin(settings.reload)},
         "/openapi.json": {"GET": public(info.openapi)},
         "/docs": {"GET": public(info.docs)},
         "/api/chat": {"POST": ollama.chat},
@@ -331,6 +335,9 @@ ENDPOINTS = (
     ("GET /ready", "200 when requests can be answered now, else 503"),
     ("GET /v1/cache/stats", "what the prefix caches hold and did (admin)"),
     ("DELETE /v1/cache", "empty the prefix caches, in memory and on disk (admin)"),
+    ("GET /v1/admin/config", "the settings in force, and which can change now; admin"),
+    ("PATCH /v1/admin/config", "change settings while the server runs, all or none; admin"),
+    ("POST /v1/admin/reload", "read the settings anew, and take over what differs; admin"),
     ("GET /metrics", "Prometheus metrics"),
     ("GET /openapi.json", "this API as an OpenAPI document"),
     ("GET /docs", "every endpoint and field, on one page"),

@@ -14,6 +14,7 @@ from mlx_serving.api.access import caller
 from mlx_serving.api.keys import Key, Keyring
 from mlx_serving.api.port import GatewayPort, Generation
 from mlx_serving.errors import Forbidden, MLXServingError
+from mlx_serving.live import LiveSettings
 from mlx_serving.traffic.allowance import Allowance
 from mlx_serving.traffic.rollouts import Rollout, Rollouts, Spec
 from mlx_serving.traffic.source import Reused
@@ -128,6 +129,10 @@ class Guard:
 
     def start_rollout(self, spec: Spec) -> Rollout:
         return self._gateway.start_rollout(spec)
+
+    @property
+    def live(self) -> LiveSettings:
+        return self._gateway.live
 
     def cache_stats(self) -> Mapping[str, CacheStats]:
         return self._gateway.cache_stats()

@@ -22,6 +22,7 @@ from mlx_serving.api import (
     openapi_answers,
     responses_request,
     rollouts,
+    settings,
     tokens,
 )
 from mlx_serving.api.disposition import Table
@@ -67,6 +68,7 @@ ANSWERS: Mapping[str, type[msgspec.Struct]] = {
     **embeddings_response.SHAPES,
     **ollama_embed.ANSWERS,
     **rollouts.ANSWERS,
+    **settings.ANSWERS,
 }
 """The struct of a route's answer, by path or by method and path, where there is one."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from mlx_serving.live import LiveSettings
 from mlx_serving.traffic.rollouts import Rollout, Rollouts, Spec
 from mlx_serving.types import (
     CacheStats,
@@ -132,6 +133,11 @@ class GatewayPort(Protocol):
 
     def start_rollout(self, spec: Spec) -> Rollout:
         """Raises InvalidRequest or ModelNotFound, naming the field of `spec`."""
+
+    @property
+    def live(self) -> LiveSettings:
+        """The settings in force."""
+        ...
 
     def cache_stats(self) -> Mapping[str, CacheStats]:
         """Of each model's prefix cache."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_serving.cli.canary import ab_app, canary_app
+from mlx_serving.cli.canary import ab_app, canary_app, of_a_server
 from mlx_serving.cli.flags import documented, from_typer
 
 app = typer.Typer(
@@ -244,6 +244,15 @@ def restart(
     from mlx_serving.cli.say import Say
 
     raise typer.Exit(command.run(url, uds, Say(json)))
+
+
+@app.command()
+@of_a_server
+def reload(server: Any) -> int:
+    """Have a running server read its settings anew, and say what changed and what needs a restart."""
+    from mlx_serving.cli import reload as command
+
+    return command.run(server)
 
 
 keys_app = typer.Typer(no_args_is_help=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from mlx_serving.cli.rollouts import Server
+    from mlx_serving.cli.admin import Server
 
 canary_app = typer.Typer(no_args_is_help=True)
 ab_app = typer.Typer(no_args_is_help=True)
@@ -39,13 +39,13 @@ def _where(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> Server:
-    from mlx_serving.cli.rollouts import Server
+    from mlx_serving.cli.admin import Server
     from mlx_serving.cli.say import Say
 
     return Server(url, uds, admin_key, Say(json))
 
 
-def _of_a_server(command: Callable[..., int]) -> Callable[..., None]:
+def of_a_server(command: Callable[..., int]) -> Callable[..., None]:
     """A typer command of one whose first parameter is the server: with the flags that find it."""
     own = list(inspect.signature(command, eval_str=True, locals=_LATER).parameters.values())[1:]
     where = inspect.signature(_where, eval_str=True, locals=_LATER).parameters
@@ -62,7 +62,7 @@ def _of_a_server(command: Callable[..., int]) -> Callable[..., None]:
 
 
 @canary_app.command("start")
-@_of_a_server
+@of_a_server
 def canary_start(
     server: Server,
     model: Annotated[str, typer.Argument(help="The served model whose traffic it is.")],
@@ -91,7 +91,7 @@ def canary_start(
 
 
 @ab_app.command("start")
-@_of_a_server
+@of_a_server
 def ab_start(
     server: Server,
     model: Annotated[str, typer.Argument(help="The served model whose traffic it is.")],
@@ -115,7 +115,7 @@ def ab_start(
 
 @canary_app.command("status")
 @ab_app.command("status")
-@_of_a_server
+@of_a_server
 def rollout_status(
     server: Server,
     name: Annotated[str | None, typer.Argument(help="One of them, with its figures.")] = None,
@@ -127,7 +127,7 @@ def rollout_status(
 
 
 @canary_app.command("promote")
-@_of_a_server
+@of_a_server
 def canary_promote(server: Server, name: Name) -> int:
     """The variant answers everything from here on."""
     from mlx_serving.cli import rollouts as command
@@ -136,7 +136,7 @@ def canary_promote(server: Server, name: Name) -> int:
 
 
 @canary_app.command("rollback")
-@_of_a_server
+@of_a_server
 def canary_rollback(server: Server, name: Name) -> int:
     """The model answers everything from here on; what runs goes on where it is."""
     from mlx_serving.cli import rollouts as command
@@ -146,7 +146,7 @@ def canary_rollback(server: Server, name: Name) -> int:
 
 @canary_app.command("remove")
 @ab_app.command("stop")
-@_of_a_server
+@of_a_server
 def rollout_remove(server: Server, name: Name) -> int:
     """Forget a rollout; the model answers for itself."""
     from mlx_serving.cli import rollouts as command
@@ -155,7 +155,7 @@ def rollout_remove(server: Server, name: Name) -> int:
 
 
 @ab_app.command("report")
-@_of_a_server
+@of_a_server
 def ab_report(
     server: Server,
     name: Name,

@@ -3,64 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
+from mlx_serving.cli.admin import Server
 from mlx_serving.cli.exits import Exit
-from mlx_serving.cli.say import Say
 from mlx_serving.cli.table import print_facts, print_table
 
+ROLLOUTS = "/v1/rollouts"
 SHOWN = "name", "model", "variant", "mode", "status"
 
 
-class Server:
-    """A running server's `/v1/rollouts`.
-
-    Args:
-        url, uds: where it is; `uds` wins.
-        admin_key: default `MLX_SERVING_ADMIN_KEY`; none is needed on its own machine where it has none.
-    """
-
-    def __init__(self, url: str, uds: str | None, admin_key: str | None, say: Say) -> None:
-        self._base = "http://localhost" if uds else url.rstrip("/")
-        self._uds = uds
-        self._key = admin_key or os.environ.get("MLX_SERVING_ADMIN_KEY")
-        self.where = uds or url
-        self.say = say
-
-    def call(self, method: str, path: str, body: object = None) -> Any:
-        """The answer's JSON, or None once the error has been said."""
-        import httpx
-
-        transport = httpx.HTTPTransport(uds=self._uds) if self._uds else None
-        headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
-        try:
-            with httpx.Client(transport=transport, headers=headers, timeout=30.0) as http:
-                answer = http.request(method, f"{self._base}/v1/rollouts{path}", json=body)
-                found = answer.json()
-        except (httpx.HTTPError, ValueError) as error:
-            self.say.error("no_server", f"no server of ours answers at {self.where}: {error}")
-            return None
-        if answer.is_error:
-            wrong = found.get("error", {})
-            place = f"{wrong['param']}: " if wrong.get("param") else ""
-            self.say.error(wrong.get("code") or "refused", place + wrong.get("message", ""))
-            return None
-        return found
-
-
 def start(server: Server, spec: Mapping[str, Any]) -> int:
-    return _shown(server, server.call("POST", "", dict(spec)))
+    return _shown(server, server.call("POST", ROLLOUTS, dict(spec)))
 
 
 def status(server: Server, name: str | None) -> int:
     """One rollout with its figures, or a line for each."""
     if name is not None:
-        return _shown(server, server.call("GET", f"/{quote(name, safe='')}"))
-    found = server.call("GET", "")
+        return _shown(server, server.call("GET", f"{ROLLOUTS}/{quote(name, safe='')}"))
+    found = server.call("GET", ROLLOUTS)
     if found is None:
         return Exit.FAILED
     if server.say.as_json:
@@ -73,11 +37,11 @@ def status(server: Server, name: str | None) -> int:
 
 def act(server: Server, name: str, action: str) -> int:
     """`promote` or `rollback`."""
-    return _shown(server, server.call("POST", f"/{quote(name, safe='')}/{action}"))
+    return _shown(server, server.call("POST", f"{ROLLOUTS}/{quote(name, safe='')}/{action}"))
 
 
 def remove(server: Server, name: str) -> int:
-    found = server.call("DELETE", f"/{quote(name, safe='')}")
+    found = server.call("DELETE", f"{ROLLOUTS}/{quote(name, safe='')}")
     if found is None:
         return Exit.FAILED
     server.say.event("removed", f"{name} is forgotten", name=name)
@@ -88,7 +52,7 @@ def plot(server: Server, name: str) -> int:
     """Each metric's difference with its bound, drawn in the terminal."""
     from mlx_serving.cli.rollout_plot import draw
 
-    found = server.call("GET", f"/{quote(name, safe='')}")
+    found = server.call("GET", f"{ROLLOUTS}/{quote(name, safe='')}")
     if found is None:
         return Exit.FAILED
     if not found["metrics"]:

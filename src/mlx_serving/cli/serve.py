@@ -44,13 +44,13 @@ def run(args: ServeArgs, say: Say | None = None, machine: host.Host | None = Non
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(config, say))
+            return runner.run(_serve(config, say, args))
     except ConfigError as error:
         say.config_error(error)
         return Exit.CANNOT_BIND if error.param in ("host", "port", "uds") else Exit.USAGE
 
 
-async def _serve(config: Config, say: Say) -> int:
+async def _serve(config: Config, say: Say, args: ServeArgs) -> int:
     """The address is taken before anything is loaded, so that a port in use costs no minutes."""
     from mlx_serving.api.access import exposures
     from mlx_serving.api.app import create_app
@@ -58,12 +58,11 @@ async def _serve(config: Config, say: Say) -> int:
     from mlx_serving.engine import Engine
     from mlx_serving.telemetry import events
 
-    config = msgspec.structs.replace(
-        config,
-        rollouts_file=config.rollouts_file or _kept(config, "rollouts"),
-        baselines_file=config.baselines_file or _kept(config, "baselines"),
-    )
+    config = _with_files(config)
     engine = Engine(config=config, progress=say.progress())
+    engine.gateway.live.read = lambda: _with_files(
+        settings.load(args.settings, file=args.config_file)
+    )
     give_up = asyncio.Event()
 
     def on_failed(event: events.ModelFailed) -> None:
@@ -109,6 +108,14 @@ async def _serve(config: Config, say: Say) -> int:
         await asyncio.gather(*starting)
         await engine.stop()
     return Exit.NO_MODEL if give_up.is_set() else code
+
+
+def _with_files(config: Config) -> Config:
+    return msgspec.structs.replace(
+        config,
+        rollouts_file=config.rollouts_file or _kept(config, "rollouts"),
+        baselines_file=config.baselines_file or _kept(config, "baselines"),
+    )
 
 
 def _kept(config: Config, what: str) -> str:

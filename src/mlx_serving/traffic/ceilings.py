@@ -166,7 +166,8 @@ class Ceilings:
         if model.told != told:
             self._worker.tune(model.told)
             line = "%s: at most %d sequences at once, %d tokens of prefill a step; guard: %s"
-            log.warning(line, name, row["concurrency"], row["prefill_tokens"], row["guard"])
+            level = logging.WARNING if isinstance(model.state, Degraded) else logging.INFO
+            log.log(level, line, name, row["concurrency"], row["prefill_tokens"], row["guard"])
         self._metrics.concurrency.labels(name).set(_rows(model))
         self._metrics.guard_degraded.labels(name).set(isinstance(model.state, Degraded))
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
+from mlx_serving.config import Config
 from mlx_serving.errors import DeadlineExceeded, MLXServingError, Overloaded, TimedOut
 
 BUSY_RETRY_S = 5.0
@@ -21,6 +22,10 @@ class TimeLimits:
     total_s: float | None = None
     asked_s: float | None = None
     """Altogether, by the request's own `timeout`."""
+
+    @classmethod
+    def of(cls, config: Config) -> TimeLimits:
+        return cls(config.queue_timeout_s, config.first_token_timeout_s, config.request_timeout_s)
 
     def asked(self, timeout_s: float | None) -> TimeLimits:
         return self if timeout_s is None else replace(self, asked_s=timeout_s)

@@ -9,13 +9,16 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import msgspec
 
 from mlx_serving import clock
+from mlx_serving.config import Config
+from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.traffic.source import Ask
-from mlx_serving.traffic.stores import breaker
+from mlx_serving.traffic.stores import breaker, open_store
 from mlx_serving.traffic.stores.port import Bounds, Size, Store, StoreError
 from mlx_serving.traffic.transcript import Transcript
 from mlx_serving.worker.wire import TokenRow
@@ -161,3 +164,29 @@ class ResponseCache:
             raise StoreError(str(error)) from error
         self._breaker = breaker.Closed()
         return result
+
+
+def open_cache(config: Config, folder: Path, metrics: Metrics) -> ResponseCache | None:
+    """The cache that the settings want; files go to `folder`. Raises ConfigError."""
+    if config.response_cache == "off":
+        return None
+    return ResponseCache(
+        open_store(config.response_cache, bounds(config), folder, config.response_cache_url),
+        on_lookup=lambda result: metrics.cache_lookups.labels(result).inc(),
+        on_failure=metrics.cache_failures.inc,
+    )
+
+
+def bounds(config: Config) -> Bounds:
+    return Bounds(
+        entries=config.response_cache_entries,
+        tokens=config.response_cache_tokens,
+        bytes=config.response_cache_bytes,
+        ttl_s=config.response_cache_ttl_s,
+    )
+
+
+def moved(old: Config, new: Config) -> bool:
+    """Whether answers are kept elsewhere now: the cache is another, and empty for this server."""
+    where = old.response_cache, old.response_cache_url
+    return where != (new.response_cache, new.response_cache_url)

@@ -67,6 +67,15 @@ class Reuse:
                     flight.kept = True
                     self.cache.keep(flight.key, flight.transcript)
 
+    async def change(
+        self, coalesce: Coalescing, max_subscribers: int, cache: ResponseCache | None
+    ) -> None:
+        """For sequences that are asked for from now on; those that run stay shared."""
+        self.coalesce, self.flights.max_subscribers = coalesce, max_subscribers
+        before, self.cache = self.cache, cache
+        if before is not None and before is not cache:
+            await before.close()
+
     async def close(self) -> None:
         if self.cache is not None:
             await self.cache.close()

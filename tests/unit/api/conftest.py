@@ -19,6 +19,7 @@ from mlx_serving.api.app import create_app
 from mlx_serving.api.server import serve
 from mlx_serving.config import Config
 from mlx_serving.errors import Cancelled, Draining, InvalidRequest, ModelNotFound
+from mlx_serving.live import LiveSettings
 from mlx_serving.types import (
     CacheStats,
     ChatPrompt,
@@ -110,6 +111,10 @@ class FakeGeneration:
         )
 
 
+async def _nothing() -> None:
+    pass
+
+
 class FakeGateway:
     """Plays `script`; keeps the requests it saw and the generations it opened."""
 
@@ -126,6 +131,7 @@ class FakeGateway:
         self.cache = CacheStats(memory_blocks=3, disk_lost=1)
         self.loads: list[tuple[str, float | None]] = []
         self.unloads: list[str] = []
+        self.live = LiveSettings(Config(), lambda wanted: _nothing)
 
     def default_model(self) -> str:
         return "tiny"

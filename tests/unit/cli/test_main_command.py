@@ -40,7 +40,7 @@ def test_version(args: list[str]) -> None:
 def test_help_lists_every_command() -> None:
     text = run("--help").stdout
     commands = ("serve", "chat", "pull", "list", "show", "health", "repair", "convert", "rm", "ps")
-    for command in (*commands, "doctor", "restart", "version"):
+    for command in (*commands, "doctor", "restart", "reload", "version"):
         assert f" {command} " in text
 
 

@@ -1,0 +1,45 @@
+"""The settings in force: look at them, change them, read them anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from mlx_serving.api.body import read_object
+from mlx_serving.api.exchange import Exchange
+from mlx_serving.api.port import GatewayPort
+from mlx_serving.config import Config
+from mlx_serving.live import LIVE, Change
+
+
+class Settings(msgspec.Struct):
+    settings: Mapping[str, Any]
+    live: list[str]
+    object: Literal["config"] = "config"
+
+
+ANSWERS: Mapping[str, type[msgspec.Struct]] = {
+    "GET /v1/admin/config": Settings,
+    "PATCH /v1/admin/config": Change,
+    "POST /v1/admin/reload": Change,
+}
+
+
+class SettingsRoutes:
+    def __init__(self, gateway: GatewayPort, config: Config) -> None:
+        self._gateway = gateway
+        self._max_body_bytes = config.max_body_bytes
+
+    async def show(self, exchange: Exchange) -> None:
+        """Every setting, and which of them can change while the server runs."""
+        live = self._gateway.live
+        await exchange.respond(200, msgspec.json.encode(Settings(live.shown(), sorted(LIVE))))
+
+    async def change(self, exchange: Exchange) -> None:
+        values = read_object(await exchange.body(self._max_body_bytes))
+        await exchange.respond(200, msgspec.json.encode(await self._gateway.live.change(values)))
+
+    async def reload(self, exchange: Exchange) -> None:
+        await exchange.respond(200, msgspec.json.encode(await self._gateway.live.reload()))
