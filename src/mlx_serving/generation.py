@@ -72,6 +72,8 @@ class Generation:
         self.seed = sampling.seed
         self.arrived_s = arrived_s
         self.ttft_s: float | None = None
+        self._at_first = 1
+        """Tokens that came with the first: rows that nobody has taken are merged."""
         self.arm: Arm | None = None
         """Its place in a rollout, if it has one."""
         self.ended = asyncio.Event()
@@ -137,7 +139,7 @@ class Generation:
     def finished(self, outcome: str, duration_s: float) -> RequestFinished:
         """What is told of it at its end."""
         usage, ttft_s, tpot_ms = self.usage(), self.ttft_s, None
-        later = usage.completion_tokens - self.request.n
+        later = usage.completion_tokens - (self.request.n - 1) - self._at_first
         if ttft_s is not None and later > 0:
             tpot_ms = 1e3 * (duration_s - ttft_s) * self.request.n / later
         return RequestFinished(
@@ -188,6 +190,7 @@ class Generation:
             self.tokens += row.token_ids
         if self.ttft_s is None and row.token_ids:
             self.ttft_s = clock.monotonic() - self.arrived_s
+            self._at_first = len(row.token_ids)
             self.cached_tokens = row.cached_tokens
             self.cache_write_tokens = row.cache_write_tokens
 

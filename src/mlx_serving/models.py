@@ -22,7 +22,7 @@ from mlx_serving.catalog.names import default_name
 from mlx_serving.catalog.residency import Residency
 from mlx_serving.config import Config
 from mlx_serving.content.text import TextSide
-from mlx_serving.errors import ConfigError, MLXServingError, ModelBroken
+from mlx_serving.errors import ConfigError, MLXServingError
 from mlx_serving.generation import Served
 from mlx_serving.model_entry import ModelEntry
 from mlx_serving.telemetry.events import (
@@ -109,22 +109,29 @@ class Models:
 
     async def _load(self, slot: Slot, folder: ModelFolder) -> Served:
         entry, own = self._own[slot.model_id]
-        info, text, files = await asyncio.gather(
-            self._worker.load_model(
-                slot.model_id, str(folder.path), _options(entry, own, folder.tokenizer_path)
-            ),
-            asyncio.to_thread(_text_side, own, folder.tokenizer_path),
-            asyncio.to_thread(fingerprint, folder.path, folder.tokenizer_path),
+        options = _options(entry, own, folder.tokenizer_path)
+        loading = asyncio.create_task(
+            self._worker.load_model(slot.model_id, str(folder.path), options)
         )
-        served = Served(info, text, f"{files} {info.dtype} {info.kernels} {info.kv_bits}")
-        if entry.warm_up:
-            slot.enter(LoadBegan("it is warmed up"))
-            try:
+        try:
+            text, files = await asyncio.gather(
+                asyncio.to_thread(_text_side, own, folder.tokenizer_path),
+                asyncio.to_thread(fingerprint, folder.path, folder.tokenizer_path),
+            )
+            info = await loading
+            served = Served(info, text, f"{files} {info.dtype} {info.kernels} {info.kv_bits}")
+            if entry.warm_up:
+                slot.enter(LoadBegan("it is warmed up"))
                 await warm_up(self._worker, served, entry.warm_up)
-            except ModelBroken:
-                with suppress(MLXServingError):
-                    await self._worker.unload_model(slot.model_id)
-                raise
+        except asyncio.CancelledError:
+            loading.cancel()
+            raise
+        except Exception:
+            # A model without its other half is of no use in the worker.
+            with suppress(MLXServingError):
+                await loading
+                await self._worker.unload_model(slot.model_id)
+            raise
         self.residency.loaded(slot.model_id, _measured(info))
         return served
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -283,3 +285,14 @@ def test_settings_are_checked_before_anything_starts():
         Engine("x", no_such_setting=1)
     with pytest.raises(errors.ConfigError):
         Engine(["a", "b"], served_model_name=("one",))
+
+
+async def test_half_a_model_is_not_left_in_the_worker(scripted: Any, tmp_path: Path) -> None:
+    engine = Engine(str(scripted()), chat_template=str(tmp_path / "none.jinja"))
+    try:
+        with pytest.raises(errors.MLXServingError, match=r"none\.jinja"):
+            await engine.start()
+        (worker,) = engine.gateway.health()["workers"]
+        assert not worker["models"]
+    finally:
+        await engine.stop()
