@@ -12,6 +12,8 @@ using namespace nb::literals;
 
 NB_MODULE(_native, m) {
   using namespace ms;
+  // For what waits for MLX: its thread may need the interpreter to let go of an array that Python owns.
+  const nb::call_guard<nb::gil_scoped_release> unlocked;
   m.attr("mlx_version") = MS_MLX_VERSION;
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("isas", [] { return std::string(isa_names()); });
@@ -33,8 +35,8 @@ NB_MODULE(_native, m) {
       .def_prop_ro("traditional", &RopeTable::traditional);
   m.def("rope_table", [](std::vector<double> f, bool traditional, double magnitude) { return std::make_shared<RopeTable>(std::move(f), traditional, magnitude); },
         "inv_freq"_a, "traditional"_a, "magnitude"_a = 1.0);
-  m.def("pack_quantized", &Packed::quantized, "w"_a, "scales"_a, "biases"_a.none(), "group_size"_a, "bits"_a);
-  m.def("pack_dense", &Packed::dense, "w"_a);
+  m.def("pack_quantized", &Packed::quantized, "w"_a, "scales"_a, "biases"_a.none(), "group_size"_a, "bits"_a, unlocked);
+  m.def("pack_dense", &Packed::dense, "w"_a, unlocked);
 
   m.def("linear", &linear, "x"_a, "w"_a, "bias"_a.none() = nb::none(), "mode"_a = "exact");
   m.def("gather_linear", &gather_linear, "x"_a, "experts"_a, "w"_a, "n"_a, "mode"_a = "exact");
@@ -71,9 +73,9 @@ NB_MODULE(_native, m) {
              d.add_layer({qkv, o, gate, up, down, qkv_bias, o_bias, in_norm, mlp_norm, q_norm, k_norm, post_attn_norm, post_mlp_norm, rope, window});
            },
            "qkv"_a, "o"_a, "gate"_a, "up"_a, "down"_a, "in_norm"_a, "mlp_norm"_a, "rope"_a, "window"_a = 0, "qkv_bias"_a.none() = nb::none(), "o_bias"_a.none() = nb::none(),
-           "q_norm"_a.none() = nb::none(), "k_norm"_a.none() = nb::none(), "post_attn_norm"_a.none() = nb::none(), "post_mlp_norm"_a.none() = nb::none());
+           "q_norm"_a.none() = nb::none(), "k_norm"_a.none() = nb::none(), "post_attn_norm"_a.none() = nb::none(), "post_mlp_norm"_a.none() = nb::none(), unlocked);
   m.def("decoder", [](int heads, int kv_heads, int head_dim, float eps, float scale, float embed_scale, const std::string& act, const std::string& mode, PackedPtr embedding, const mx::array& final_norm) {
     return std::make_shared<Decoder>(heads, kv_heads, head_dim, eps, scale, embed_scale, act, mode, embedding, final_norm);
-  }, "heads"_a, "kv_heads"_a, "head_dim"_a, "eps"_a, "scale"_a, "embed_scale"_a, "act"_a, "mode"_a, "embedding"_a, "final_norm"_a);
+  }, "heads"_a, "kv_heads"_a, "head_dim"_a, "eps"_a, "scale"_a, "embed_scale"_a, "act"_a, "mode"_a, "embedding"_a, "final_norm"_a, unlocked);
   m.def("decoder_forward", &decoder_forward, "decoder"_a, "x"_a, "rows"_a, "offsets"_a, "slabs"_a);
 }
