@@ -12,7 +12,7 @@ from mlx_serving.worker.wire import Memory
 
 STEP_SHARE = 0.05
 """Of the budget: for activations, masks, a layer's slab while it grows, a row while it moves."""
-STEP_MIN_BYTES = 24 << 20
+STEP_MIN_BYTES = 32 << 20
 
 
 def device_memory_bytes(info: Mapping[str, Any]) -> int | None:
