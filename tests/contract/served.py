@@ -13,9 +13,12 @@ from pathlib import Path
 
 
 @contextmanager
-def serving(models: Sequence[Path], *flags: str) -> Iterator[str]:
-    """Its URL, once every model is loaded. It stops cleanly, or the block fails."""
-    command = [sys.executable, "-m", "mlx_serving", "serve", *map(str, models), "--json"]
+def serving(
+    models: Sequence[Path], *flags: str, loaded: int | None = None, under: Sequence[str] = ()
+) -> Iterator[str]:
+    """Its URL, once `loaded` models are there: all of them unless told otherwise. It stops cleanly, or
+    the block fails. `under`: a command that runs the rest of its line."""
+    command = [*under, sys.executable, "-m", "mlx_serving", "serve", *map(str, models), "--json"]
     server = subprocess.Popen(
         [*command, "--port", "0", *flags],
         stdout=subprocess.PIPE,
@@ -26,7 +29,7 @@ def serving(models: Sequence[Path], *flags: str) -> Iterator[str]:
     try:
         assert server.stdout is not None
         address = json.loads(server.stdout.readline())["url"]
-        for _ in models:
+        for _ in models[:loaded]:
             assert json.loads(server.stdout.readline())["event"] == "model_loaded"
         yield address
     finally:

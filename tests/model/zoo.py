@@ -177,9 +177,9 @@ def build(name: str, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
-def write(name: str, folder: Path, **changes: Any) -> Path:
+def write(name: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """`build`, as a folder that the loader takes; without a tokenizer."""
-    weights = dict(tree_flatten(build(name).parameters()))
+    weights = dict(tree_flatten(build(name, seed, **changes).parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     (folder / "config.json").write_text(json.dumps(config(name) | changes))
     return folder
