@@ -82,10 +82,17 @@ async def test_a_promise_that_is_none_is_refused_at_the_start(scripted):
 
 async def test_a_violated_level_changes_what_the_worker_takes_on(scripted):
     settings = {"slo": ["tpot p50 < 0.0001ms"], "slo_remedies": ["smaller_chunks", "lower_ceiling"]}
-    async with Engine(str(scripted(text="a" * 40)), max_num_seqs=4, **settings) as engine:
-        for _ in range(12):
-            await ask(engine)
-        await until(lambda: "ceilings" in engine.gateway.health())
+    # Tokens have to come apart to have a time between them.
+    model = str(scripted(text="a" * 40, step_delay_ms=5))
+    async with Engine(model, max_num_seqs=4, **settings) as engine:
+
+        async def violated() -> bool:
+            done = await engine.complete("Hello", max_tokens=20, temperature=0)
+            assert done.text == "a" * 20
+            return "ceilings" in engine.gateway.health()
+
+        while not await violated():
+            pass
         (row,) = engine.gateway.health()["ceilings"]
         assert row["prefill_tokens"] < 512 and row["concurrency"] == 4
         assert await ask(engine) == "aaaa"
