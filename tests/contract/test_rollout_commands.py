@@ -89,7 +89,7 @@ def test_an_ab_report(server, run: Run) -> None:
             headers = {"x-session-id": f"user-{user}"}
             http.post("/v1/completions", json=body, headers=headers).raise_for_status()
     report = run("ab", "report", "t")
-    assert "tpot" in report.stdout and "always within" in report.stdout
+    assert "ttft" in report.stdout and "always within" in report.stdout
     plot = run("ab", "report", "t", "--plot")
     assert plot.returncode == 0 and "bound at every look" in plot.stdout
     listed = json.loads(run("ab", "status", "--json").stdout)
