@@ -15,16 +15,8 @@ import pytest
 from mlx_serving import Engine, errors
 from mlx_serving.telemetry import events
 
-GUARD_S = 120
-"""Against hangs; nothing is measured."""
 POISON = 200
 """No text of the tests has this byte."""
-
-
-@pytest.fixture(autouse=True)
-async def guard():
-    async with asyncio.timeout(GUARD_S):
-        yield
 
 
 def worker_of(engine) -> dict:

@@ -18,15 +18,7 @@ import encoders
 from mlx_serving import Engine, SyncEngine, errors
 from mlx_serving.telemetry import events
 
-GUARD_S = 120
-"""Against hangs; nothing is measured."""
 POISON = 200
-
-
-@pytest.fixture(autouse=True)
-async def guard():
-    async with asyncio.timeout(GUARD_S):
-        yield
 
 
 @pytest.fixture(scope="module")

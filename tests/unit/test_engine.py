@@ -14,15 +14,6 @@ from mlx_serving import Engine, SyncEngine, errors
 from mlx_serving.telemetry import events
 from mlx_serving.types import GenerateRequest, SamplingParams, TextPrompt
 
-GUARD_S = 60
-"""Against hangs; nothing is measured."""
-
-
-@pytest.fixture(autouse=True)
-async def guard():
-    async with asyncio.timeout(GUARD_S):
-        yield
-
 
 def request(text="Hello", **fields):
     fields.setdefault("sampling", SamplingParams())

@@ -13,12 +13,6 @@ from mlx_serving.traffic.rollouts import Spec
 from mlx_serving.types import Priority
 
 
-@pytest.fixture(autouse=True)
-async def guard():
-    async with asyncio.timeout(90):
-        yield
-
-
 async def ask(engine: Engine, **fields) -> str:
     return (await engine.complete("Hello", max_tokens=4, temperature=0, **fields)).text
 

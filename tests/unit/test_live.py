@@ -13,12 +13,6 @@ from mlx_serving.errors import ConfigError, InvalidRequest, Overloaded
 from mlx_serving.live import HIDDEN, LIVE, LiveSettings
 
 
-@pytest.fixture(autouse=True)
-async def guard():
-    async with asyncio.timeout(90):
-        yield
-
-
 def settings(config: Config | None = None, **more) -> tuple[LiveSettings, list[Config]]:
     taken: list[Config] = []
 

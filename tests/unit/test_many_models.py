@@ -17,14 +17,6 @@ from mlx_serving import Engine, errors
 from mlx_serving.telemetry import events
 
 MIB = 1 << 20
-GUARD_S = 120
-"""Against hangs; nothing is measured."""
-
-
-@pytest.fixture(autouse=True)
-async def guard():
-    async with asyncio.timeout(GUARD_S):
-        yield
 
 
 @pytest.fixture

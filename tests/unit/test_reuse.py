@@ -15,12 +15,6 @@ from mlx_serving.types import GenerateRequest, SamplingParams, TextPrompt
 GREEDY = SamplingParams(temperature=0.0)
 
 
-@pytest.fixture(autouse=True)
-async def guard():
-    async with asyncio.timeout(120):
-        yield
-
-
 def request(text="Hello", **fields) -> GenerateRequest:
     fields.setdefault("sampling", GREEDY)
     fields.setdefault("max_tokens", 40)

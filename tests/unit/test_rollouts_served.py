@@ -18,12 +18,6 @@ QUALITY = ("error", "empty", "disagreement")
 """What a loaded machine does not change."""
 
 
-@pytest.fixture(autouse=True)
-async def guard():
-    async with asyncio.timeout(90):
-        yield
-
-
 def request(number: int, model: str = "old", **fields) -> GenerateRequest:
     return GenerateRequest(
         request_id=f"r{number}",

@@ -17,9 +17,6 @@ from mlx_serving import Engine, errors
 from mlx_serving.api.app import create_app
 from mlx_serving.types import Grammar
 
-GUARD_S = 120
-"""Against hangs; nothing is measured."""
-
 PERSON: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -40,12 +37,6 @@ PAIRS: dict[str, Any] = {
     "minItems": 1,
     "maxItems": 2,
 }
-
-
-@pytest.fixture(autouse=True)
-async def guard() -> AsyncIterator[None]:
-    async with asyncio.timeout(GUARD_S):
-        yield
 
 
 def schema_format(schema: Any, strict: bool = True) -> dict[str, Any]:

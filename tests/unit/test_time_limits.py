@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
 
 from mlx_serving import Engine, errors
-
-GUARD_S = 60
-
-
-@pytest.fixture(autouse=True)
-async def guard():
-    async with asyncio.timeout(GUARD_S):
-        yield
 
 
 async def test_a_request_that_waits_for_too_long_is_told_to_come_back(scripted: Any) -> None:

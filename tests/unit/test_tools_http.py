@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
@@ -16,9 +15,6 @@ import pytest
 
 from mlx_serving import Engine, errors
 from mlx_serving.api.app import create_app
-
-GUARD_S = 120
-"""Against hangs; nothing is measured."""
 
 WEATHER: dict[str, Any] = {
     "type": "function",
@@ -45,12 +41,6 @@ TWO_CALLS = (
 )
 
 Serve = Callable[..., AbstractAsyncContextManager[openai.AsyncOpenAI]]
-
-
-@pytest.fixture(autouse=True)
-async def guard() -> AsyncIterator[None]:
-    async with asyncio.timeout(GUARD_S):
-        yield
 
 
 @pytest.fixture

@@ -10,12 +10,6 @@ from mlx_serving import Engine, errors
 from mlx_serving.types import GenerateRequest, Priority, SamplingParams, TextPrompt
 
 
-@pytest.fixture(autouse=True)
-async def guard():
-    async with asyncio.timeout(120):
-        yield
-
-
 def request(text="Hello", **fields) -> GenerateRequest:
     fields.setdefault("sampling", SamplingParams(temperature=0.0))
     fields.setdefault("max_tokens", 400)

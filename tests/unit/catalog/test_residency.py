@@ -45,12 +45,6 @@ class House:
         self.residency.gone(slot.model_id)
 
 
-@pytest.fixture(autouse=True)
-async def guard():
-    async with asyncio.timeout(120):
-        yield
-
-
 async def test_the_least_recently_used_idle_model_leaves() -> None:
     house = House(10, {"a": 5, "b": 5, "c": 5})
     for name in "abca":

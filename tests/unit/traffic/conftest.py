@@ -51,12 +51,6 @@ def source() -> FakeSource:
     return FakeSource()
 
 
-@pytest.fixture(autouse=True)
-async def guard():
-    async with asyncio.timeout(120):
-        yield
-
-
 def make_ask(**fields) -> Ask:
     sampling = SamplingParams(**{"temperature": 0.0, **fields.pop("sampling", {})})
     return Ask(**{"model_id": "m", "token_ids": [1, 2, 3], "sampling": sampling, **fields})

@@ -44,8 +44,7 @@ async def ends():
     seen: list[wire.StepStats] = []
     connection = await Connection.open(ours, seen.append, lambda _: None)
     connection.seen = seen
-    async with asyncio.timeout(120):
-        yield connection, Worker(theirs)
+    yield connection, Worker(theirs)
     connection.close()
     theirs.close()
 

@@ -17,9 +17,8 @@ from mlx_serving.worker.inprocess import InProcessWorker, RuntimeThread
 async def inprocess(fake):
     worker = InProcessWorker(spawn=functools.partial(RuntimeThread, fake.load))
     worker.start()
-    async with asyncio.timeout(120):
-        yield worker
-        await worker.stop()
+    yield worker
+    await worker.stop()
 
 
 def submit(worker, start, max_tokens=8):
