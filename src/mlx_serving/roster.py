@@ -56,11 +56,16 @@ class Roster:
             status=status,
             reason=reason,
             cause=error.code if error else None,
-            aliases=slot.aliases,
+            aliases=(*slot.aliases, *self._plain_names(slot)),
             context_length=loaded.info.context_length if loaded else None,
             pinned=slot.pinned,
             expires_in_s=slot.expires_in_s,
         )
+
+    def _plain_names(self, slot: Slot) -> list[str]:
+        """The patterns that can only be this one name."""
+        ours = (pattern for pattern, other in self._patterns if other is slot)
+        return [name for name in ours if not set("*?[") & set(name)]
 
     def _pattern(self, alias: str) -> tuple[str, Slot]:
         pattern, _, name = alias.partition("=")

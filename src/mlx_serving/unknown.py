@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -33,8 +32,10 @@ def refuse_unknown(name: str, at: str, known: Iterable[str] = ()) -> None:
 
 
 def _unknown(known: Iterable[str], name: str, at: str) -> InvalidRequest:
+    from difflib import get_close_matches  # only when something is wrong
+
     shown = name if len(name) <= _MAX_NAME else name[:_MAX_NAME] + "..."
     message = f"Unknown field '{at}{shown}'."
-    if len(name) <= _MAX_NAME and (close := difflib.get_close_matches(name, sorted(known), n=1)):
+    if len(name) <= _MAX_NAME and (close := get_close_matches(name, sorted(known), n=1)):
         message += f" Did you mean '{at}{close[0]}'?"
     return InvalidRequest(message, param=at + shown, code="unknown_parameter")

@@ -19,7 +19,7 @@ from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime import native
 from mlx_serving.runtime.backend.kv import MakeKVLayer
 from mlx_serving.runtime.backend.loader import load
-from mlx_serving.runtime.backend.quantized_kv import KVFormat, QuantizedLayer
+from mlx_serving.runtime.backend.quantized_kv import FORMATS, KVFormat, QuantizedLayer
 from mlx_serving.types import KVBits, SamplingParams
 from mlx_serving.worker.wire import ModelOptions
 from model import disk_server, zoo
@@ -39,7 +39,7 @@ def _tokens(seed: int, count: int) -> tuple[int, ...]:
 
 
 def _form(bits: KVBits) -> KVFormat:
-    form = KVFormat.of(bits)
+    form = FORMATS[bits]
     assert form is not None
     return form
 

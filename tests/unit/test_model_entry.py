@@ -148,7 +148,7 @@ def test_what_is_a_models_own_reaches_its_worker() -> None:
 async def test_the_same_files_are_served_twice_under_different_settings(scripted: Any) -> None:
     folder = str(scripted(mode="hash", context=512))
     models = [
-        {"model": folder, "name": "long", "aliases": ["wide-*"]},
+        {"model": folder, "name": "long", "aliases": ["wide-*", "wide"]},
         {"model": folder, "name": "short", "context_length": 64, "pinned": True},
         {"model": folder, "prefill_step_size": 8, "keep_alive_s": 1000},
     ]
@@ -160,6 +160,7 @@ async def test_the_same_files_are_served_twice_under_different_settings(scripted
         infos = [engine.gateway.model_info(name) for name in served]
         assert [info and info.prefill_step_size for info in infos] == [16, 16, 8]
         assert engine.gateway.model_id("wide-open") == "long"
+        assert "wide" in served["long"].aliases and "wide-*" not in served["long"].aliases
         # The model's own name is the entry's that has no other; the folder's path the first one's.
         assert list(served) == ["long", "short", "scripted"]
         assert engine.gateway.model_id("scripted") == "scripted"

@@ -1,11 +1,17 @@
-"""A running server's admin routes, for commands."""
+"""A running server's admin routes, for commands, and the flags that find it."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mlx_serving.cli.say import Say
+import typer
+
+if TYPE_CHECKING:
+    from mlx_serving.cli.say import Say
 
 
 class Server:
@@ -44,3 +50,34 @@ class Server:
             self.say.error(wrong.get("code") or "refused", message)
             return None
         return found
+
+
+def _where(
+    url: Annotated[str, typer.Option("--url", help="The server.")] = "http://127.0.0.1:8000",
+    uds: Annotated[
+        str | None, typer.Option("--uds", help="The server's Unix domain socket.")
+    ] = None,
+    admin_key: Annotated[
+        str | None, typer.Option("--admin-key", help="Default: MLX_SERVING_ADMIN_KEY.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> Server:
+    from mlx_serving.cli.say import Say
+
+    return Server(url, uds, admin_key, Say(json))
+
+
+def of_a_server(command: Callable[..., int]) -> Callable[..., None]:
+    """A typer command of one whose first parameter is the server: with the flags that find it."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    where = inspect.signature(_where, eval_str=True).parameters
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        server = _where(**{name: values.pop(name) for name in where})
+        raise typer.Exit(command(server, **values))
+
+    parameters = [*own, *where.values()]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_serving.cli.canary import ab_app, canary_app, of_a_server
+from mlx_serving.cli.admin import Server, of_a_server
+from mlx_serving.cli.canary import ab_app, canary_app
 from mlx_serving.cli.flags import documented, from_typer
 
 app = typer.Typer(
@@ -248,7 +249,7 @@ def restart(
 
 @app.command()
 @of_a_server
-def reload(server: Any) -> int:
+def reload(server: Server) -> int:
     """Have a running server read its settings anew, and say what changed and what needs a restart."""
     from mlx_serving.cli import reload as command
 

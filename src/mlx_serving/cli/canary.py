@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from mlx_serving.cli.admin import Server
+from mlx_serving.cli.admin import Server, of_a_server
 
 canary_app = typer.Typer(no_args_is_help=True)
 ab_app = typer.Typer(no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="The rollout's name.")]
-_LATER = {"Server": Any}
-"""Annotations whose module is not imported for `--help`'s sake."""
 
 
 @canary_app.callback()
@@ -27,38 +21,6 @@ def canary() -> None:
 @ab_app.callback()
 def ab() -> None:
     """Split a model's traffic between it and a variant, or copy it, and compare."""
-
-
-def _where(
-    url: Annotated[str, typer.Option("--url", help="The server.")] = "http://127.0.0.1:8000",
-    uds: Annotated[
-        str | None, typer.Option("--uds", help="The server's Unix domain socket.")
-    ] = None,
-    admin_key: Annotated[
-        str | None, typer.Option("--admin-key", help="Default: MLX_SERVING_ADMIN_KEY.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
-) -> Server:
-    from mlx_serving.cli.admin import Server
-    from mlx_serving.cli.say import Say
-
-    return Server(url, uds, admin_key, Say(json))
-
-
-def of_a_server(command: Callable[..., int]) -> Callable[..., None]:
-    """A typer command of one whose first parameter is the server: with the flags that find it."""
-    own = list(inspect.signature(command, eval_str=True, locals=_LATER).parameters.values())[1:]
-    where = inspect.signature(_where, eval_str=True, locals=_LATER).parameters
-
-    @functools.wraps(command)
-    def run(**values: Any) -> None:
-        server = _where(**{name: values.pop(name) for name in where})
-        raise typer.Exit(command(server, **values))
-
-    parameters = [*own, *where.values()]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    return run
 
 
 @canary_app.command("start")

@@ -28,7 +28,7 @@ from mlx_serving.runtime.backend.pooling import (
     read_prompts,
 )
 from mlx_serving.runtime.backend.prefix import prefill_grain, prefix_plan
-from mlx_serving.runtime.backend.quantized_kv import KVFormat, Unquantizable, check, refusal
+from mlx_serving.runtime.backend.quantized_kv import FORMATS, Unquantizable, check, refusal
 from mlx_serving.runtime.backend.runaway import Bounds
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.backend.tier import FILE_OVERHEAD_BYTES, Tier, open_folder
@@ -65,7 +65,7 @@ def load(
 ) -> Slices[LoadedModel]:
     """See `loader.load`, which has read `config` and checked that the weights' files are whole."""
     began = time.monotonic()
-    form = KVFormat.of(options.kv_bits)
+    form = FORMATS[options.kv_bits]
     if form is not None:
         _refuse(refusal(config))
     gpu = mx.default_device().type == mx.gpu

@@ -41,11 +41,6 @@ class KVFormat:
     key_bits: int | None
     value_bits: int | None
 
-    @classmethod
-    def of(cls, bits: KVBits) -> KVFormat | None:
-        """None: the model's own layers keep them."""
-        return FORMATS[bits]
-
 
 FORMATS: dict[KVBits, KVFormat | None] = {
     "off": None,
@@ -53,6 +48,7 @@ FORMATS: dict[KVBits, KVFormat | None] = {
     "4": KVFormat(4, 4),
     "k8v4": KVFormat(8, 4),
 }
+"""None: the model's own layers keep them."""
 
 
 def refusal(config: dict[str, Any]) -> str | None:

@@ -85,7 +85,7 @@ class Kept:
     """A store, its oracle, and the numbers that both are given."""
 
     def __init__(self, bits: KVBits, window: int | None, layer: Any, seed: int) -> None:
-        form = KVFormat.of(bits)
+        form = FORMATS[bits]
         assert form is not None
         cache = KVCache() if window is None else RotatingKVCache(window)
         model: Any = Described(cache)

@@ -133,6 +133,21 @@ def step(scheduler: Scheduler) -> tuple[int, dict[int, int]]:
     return plan.prefill_tokens, {e.seq_id: e.cached_tokens for e in emitted if e.cached_tokens}
 
 
+def preempted() -> Scheduler:
+    """Sequence 0, of 100 tokens, lost its row after 64 of them and may have another."""
+    scheduler = Scheduler(LIMITS)
+    scheduler.add(sequence(0, list(range(100))))
+    for _ in range(2):
+        step(scheduler)
+    scheduler.pause(0)
+    for i in range(1, 17):
+        scheduler.add(sequence(i, [i]))
+    while len(scheduler.sequences) > 1:
+        step(scheduler)
+    scheduler.resume(0)
+    return scheduler
+
+
 def test_sixteen_that_arrive_together_compute_their_prompt_once() -> None:
     scheduler = Scheduler(LIMITS)
     system = list(range(320))
@@ -165,16 +180,7 @@ def test_it_is_told_once_what_was_left_in_the_cache() -> None:
 
 def test_what_it_left_counts_though_it_was_preempted() -> None:
     """Before its first token; its own blocks are not what it found."""
-    scheduler = Scheduler(LIMITS)
-    scheduler.add(sequence(0, list(range(100))))
-    for _ in range(2):
-        step(scheduler)
-    scheduler.pause(0)
-    for i in range(1, 17):
-        scheduler.add(sequence(i, [i]))
-    while len(scheduler.sequences) > 1:
-        step(scheduler)
-    scheduler.resume(0)
+    scheduler = preempted()
     while (plan := scheduler.schedule(0.0)) is not None:
         ids = [c.seq_id for c in plan.prefill if c.samples]
         emitted = scheduler.apply(StepResult(plan.step_id, [Sampled(j, [7]) for j in ids]))
@@ -201,16 +207,7 @@ def test_nobody_waits_for_a_sequence_behind_it_or_one_that_is_paused_or_gone() -
 
 
 def test_a_preempted_sequence_finds_its_own_blocks() -> None:
-    scheduler = Scheduler(LIMITS)
-    scheduler.add(sequence(0, list(range(100))))
-    for _ in range(2):
-        step(scheduler)
-    scheduler.pause(0)
-    for i in range(1, 17):
-        scheduler.add(sequence(i, [i]))
-    while len(scheduler.sequences) > 1:
-        step(scheduler)
-    scheduler.resume(0)
+    scheduler = preempted()
     plan = scheduler.schedule(0.0)
     assert plan is not None and [(s.seq_id, s.reused) for s in plan.starts] == [(0, 64)]
 
