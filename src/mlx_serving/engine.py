@@ -306,6 +306,7 @@ class Engine:
     def _on_stats(self, stats: StepStats) -> None:
         m, model = self.metrics, stats.model_id
         self.gateway.ceilings.observe(stats)
+        self.gateway.companies.observe(stats)
         if stats.decode_rows:
             m.batch_occupancy.labels(model).observe(stats.decode_rows)
         if stats.prefill_tokens:

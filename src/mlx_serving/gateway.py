@@ -34,6 +34,7 @@ from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.telemetry.tally import count
 from mlx_serving.traffic.admission import Admission, class_bounds
 from mlx_serving.traffic.ceilings import Ceilings
+from mlx_serving.traffic.company import Companies
 from mlx_serving.traffic.deadlines import TimeLimits, within
 from mlx_serving.traffic.response_cache import ResponseCache, bounds, moved, open_cache
 from mlx_serving.traffic.reuse import Reuse
@@ -83,6 +84,7 @@ class Gateway:
         self._admission = Admission(class_bounds(config.max_queue, config.class_queue))
         self.ceilings = Ceilings(config, worker, metrics)
         events.add_hook(lambda event: self.ceilings.loaded(event.info), ModelLoaded)
+        self.companies = Companies()
         self._reuse = _reuse(config, metrics)
         metrics.cache_entries.set_function(lambda: self._cache_size().entries)
         metrics.cache_bytes.set_function(lambda: self._cache_size().bytes)
@@ -188,7 +190,7 @@ class Gateway:
                 ended,
                 self._limits.asked(request.timeout_s),
             )
-            generation.arm = arm
+            generation.arm, generation.meeting = arm, self.companies.meet(slot.model_id)
             await generation.start(self._rows_for(served, request, token_ids, arrived_s))
         except BaseException:
             slot.release()

@@ -17,6 +17,7 @@ from mlx_serving.content.stream import ChoiceText
 from mlx_serving.content.text import TextSide
 from mlx_serving.errors import Cancelled, MLXServingError, from_code
 from mlx_serving.telemetry.events import RequestFinished
+from mlx_serving.traffic.company import Meeting
 from mlx_serving.traffic.deadlines import TimeLimits, overdue
 from mlx_serving.traffic.rollouts import Arm
 from mlx_serving.traffic.source import Reused, RowSource
@@ -76,6 +77,8 @@ class Generation:
         """Tokens that came with the first: rows that nobody has taken are merged."""
         self.arm: Arm | None = None
         """Its place in a rollout, if it has one."""
+        self.meeting: Meeting | None = None
+        """What it meets in its worker; None: nobody counts that."""
         self.ended = asyncio.Event()
         self.tokens: list[int] | None = None
         """The first choice's tokens, where they are to be compared with another model's."""
@@ -155,6 +158,7 @@ class Generation:
             reused=self.reused,
             empty=self.empty,
             malformed=self.malformed,
+            company=self.meeting.company() if self.meeting else None,
         )
 
     def cancel(self) -> None:
@@ -191,6 +195,8 @@ class Generation:
         if self.ttft_s is None and row.token_ids:
             self.ttft_s = clock.monotonic() - self.arrived_s
             self._at_first = len(row.token_ids)
+            if self.meeting is not None:
+                self.meeting.answered()
             self.cached_tokens = row.cached_tokens
             self.cache_write_tokens = row.cache_write_tokens
 

@@ -19,7 +19,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from typing import Literal, assert_never
 
@@ -27,10 +27,11 @@ from mlx_serving import clock, errors
 from mlx_serving.runtime.backend.model import Device, LoadedModel
 from mlx_serving.runtime.collector import Collector
 from mlx_serving.runtime.core.memory import share
-from mlx_serving.runtime.core.plan import Constraint, PendingStep, StepPlan
+from mlx_serving.runtime.core.plan import Constraint, StepPlan
 from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
 from mlx_serving.runtime.core.sequence import Sequence
 from mlx_serving.runtime.faults import Drag
+from mlx_serving.runtime.line import Launched, Line
 from mlx_serving.runtime.loads import Loader, Loads
 from mlx_serving.types import CacheStats, Grammar
 from mlx_serving.worker import wire
@@ -45,13 +46,6 @@ RECEIVE_BYTES = 256 * 1024
 SEND_BUFFER_BYTES = 1024 * 1024
 
 
-@dataclass(slots=True)
-class _Launched:
-    plan: StepPlan
-    pending: PendingStep
-    at_s: float
-
-
 class Model:
     """One loaded model: its scheduler, its runner, and the steps in flight between them."""
 
@@ -63,6 +57,7 @@ class Model:
         on_start: Callable[[list[int]], None] = lambda _: None,
         arrivals: Iterator[int] | None = None,
         slow_step_ms: float = 0.0,
+        line: Line | None = None,
     ) -> None:
         self.info = loaded.info
         self.drag = Drag(slow_step_ms / 1e3, now)
@@ -75,7 +70,8 @@ class Model:
         self.close = loaded.close
         self._grammars = loaded.grammars
         self._depth = max(1, depth)
-        self._in_flight: deque[_Launched] = deque()
+        self._line = line or Line(now)
+        self._in_flight: deque[Launched] = deque()
         self._started: set[int] = set()
         self._now = now
         self._last_done_s = 0.0
@@ -138,13 +134,13 @@ class Model:
                     starts = [start.seq_id for start in plan.starts]
                     self._started.update(starts)
                     self._on_start(starts)
-                self._in_flight.append(_Launched(plan, self._runner.launch(plan), self._now()))
+                self._in_flight.append(self._line.join(plan, self._runner.launch(plan)))
             refused = self._take_refused()
             if not self._in_flight:
                 return wire.Step(refused) if refused else None
             oldest = self._in_flight.popleft()
-            emitted = self._scheduler.apply(oldest.pending.wait())
-            stats = self._stats(oldest.plan, oldest.at_s)
+            emitted = self._scheduler.apply(self._line.wait(oldest))
+            stats = self._stats(oldest)
             self._scheduler.observe(oldest.plan, stats.step_ms / 1e3)
             return wire.Step(refused + self._rows(emitted), stats)
         except Exception as error:
@@ -157,6 +153,7 @@ class Model:
 
     def end_all(self, code: str, message: str) -> wire.Step:
         """Error rows for every sequence; the model is not stepped again."""
+        self._leave_line()
         return wire.Step(
             [self._error_row(seq_id, code, message) for seq_id in sorted(self.sequences)]
         )
@@ -183,10 +180,13 @@ class Model:
                     self._forget(e.seq_id)
         return rows
 
-    def _stats(self, plan: StepPlan, launched_s: float) -> wire.StepStats:
-        """A step's time runs from its launch, or from the end of the step before it."""
+    def _stats(self, step: Launched | None) -> wire.StepStats:
+        """A step's time runs from its launch, or from the end of the model's step before it. None:
+        one that failed."""
         now = self._now()
-        began_s, self._last_done_s = max(launched_s, self._last_done_s), now
+        began_s = max(step.at_s if step else now, self._last_done_s)
+        self._last_done_s = now
+        plan = step.plan if step else StepPlan(step_id=-1)
         return wire.StepStats(
             model_id=self.info.model_id,
             decode_rows=len(plan.decode),
@@ -197,6 +197,7 @@ class Model:
             kv_tokens=self._scheduler.kv_tokens,
             kv_capacity_tokens=self._scheduler.kv_capacity_tokens,
             cache=self._news_of_cache(),
+            own_ms=step.own_s * 1e3 if step else 0.0,
         )
 
     def _news_of_cache(self) -> CacheStats | None:
@@ -217,10 +218,14 @@ class Model:
         for seq_id in sorted(self._started):
             self._scheduler.cancel(seq_id)
             rows.append(self._error_row(seq_id, code, message))
-        self._in_flight.clear()
+        self._leave_line()
         self._scheduler.reset()
         self._runner.reset()
-        return wire.Step(rows, self._stats(StepPlan(step_id=-1), self._now()))
+        return wire.Step(rows, self._stats(None))
+
+    def _leave_line(self) -> None:
+        self._line.leave(self._in_flight)
+        self._in_flight.clear()
 
     def _error_row(
         self, seq_id: int, code: str, message: str, param: str | None = None
@@ -356,6 +361,7 @@ class Loop:
         self._heartbeat_s = heartbeat_s
         self._pulse = Pulse(link, pulse_s, now)
         self._models: dict[str, Model] = {}
+        self._line = Line(now)
         self._loads = Loads(load, self._pulse.enter, now)
         self._device: Device | None = None
         self._arrivals = count()
@@ -494,6 +500,7 @@ class Loop:
                 self._announce,
                 self._arrivals,
                 message.options.slow_step_ms,
+                self._line,
             )
             self._device = loaded.device or self._device
             self._collector.loaded()

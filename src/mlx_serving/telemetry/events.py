@@ -55,6 +55,21 @@ class RequestStarted(msgspec.Struct, frozen=True, kw_only=True, tag="request_sta
     prompt_tokens: int
 
 
+class Met(msgspec.Struct, frozen=True):
+    """What a request met in its worker during a part of its time."""
+
+    others_ms: float
+    """That the device spent on other models."""
+    sequences: float
+    """Of its own model, itself included: the mean over the model's steps."""
+
+
+class Company(msgspec.Struct, frozen=True):
+    first: Met
+    """Up to the first token."""
+    after: Met
+
+
 class RequestFinished(msgspec.Struct, frozen=True, kw_only=True, tag="request_finished"):
     request_id: str
     model_id: str
@@ -74,6 +89,8 @@ class RequestFinished(msgspec.Struct, frozen=True, kw_only=True, tag="request_fi
     """The answer has neither text nor a call."""
     malformed: bool = False
     """Something in it began like a tool call and was not one."""
+    company: Company | None = None
+    """What it met in its worker; None: it got no token."""
 
     @property
     def complete(self) -> bool:

@@ -12,7 +12,8 @@ chance of a false alarm over the whole rollout, `alpha`, is divided by the numbe
 
 A stage does not end while a metric's estimate is worse by more than matters: more requests come
 until the bound is sure, or the estimate is not. Stages are strata: the load at different shares
-cannot pass for a difference between the arms.
+cannot pass for a difference between the arms. Times are compared between requests that shared their
+steps with as many (`stratum`), since the arm with the smaller share has smaller batches.
 """
 
 from __future__ import annotations
@@ -81,7 +82,18 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 STAGES = (Stage(0.10), Stage(0.25), Stage(0.50), Stage(1.0))
 
 Arm = dict[str, Moments]
-"""By metric."""
+"""By metric or, of one that depends on company, by `stratum`."""
+
+_BAND = math.log(1.25)
+
+
+def stratum(metric: str, sequences: float) -> str:
+    """Where a figure of a request belongs that shared its model's steps with so many, itself included:
+    1 to 1.25, to 1.56 and so on."""
+    return f"{metric}@{int(math.log(max(1.0, sequences)) / _BAND + 1e-9)}"
+
+
+_NONE = Moments()
 
 
 @dataclass(slots=True)
@@ -89,7 +101,7 @@ class Figures:
     """Both arms' moments, stage by stage."""
 
     strata: list[tuple[Arm, Arm]] = field(default_factory=list)
-    """(baseline, variant)."""
+    """(baseline, variant) of each stage."""
 
     def add(self, stage: int, variant: bool, values: Mapping[str, float]) -> None:
         while len(self.strata) <= stage:
@@ -104,10 +116,13 @@ class Figures:
         moments = self.strata[stage][variant].get("error")  # every request has this one
         return moments.n if moments is not None else 0
 
-    def of(self, metric: str) -> Iterator[tuple[Moments, Moments]]:
-        none = Moments()
-        for baseline, variant in self.strata:
-            yield baseline.get(metric, none), variant.get(metric, none)
+    def of(self, metric: str, stage: int | None = None) -> Iterator[tuple[Moments, Moments]]:
+        """Both arms' moments in each stratum of every stage, or of one."""
+        stages = self.strata if stage is None else self.strata[stage : stage + 1]
+        for baseline, variant in stages:
+            names = {**baseline, **variant}
+            for name in sorted(n for n in names if n.partition("@")[0] == metric):
+                yield baseline.get(name, _NONE), variant.get(name, _NONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +212,7 @@ def estimates(
 def comparisons(figures: Figures, stage: int) -> Iterator[tuple[Metric, Welch]]:
     """Welch's test of each metric in one stage, where both arms have something to say."""
     for metric in METRICS:
-        pairs = list(figures.of(metric.name))
-        test = welch(*pairs[stage]) if stage < len(pairs) else None
+        test = welch(figures.of(metric.name, stage))
         if test is not None:
             yield metric, test
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, assert_never, get_args
 
@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from mlx_serving import clock
 from mlx_serving.errors import InvalidRequest, RequestNotFound
-from mlx_serving.telemetry.events import RequestFinished
+from mlx_serving.telemetry.events import Company, Met, RequestFinished
 from mlx_serving.traffic import kept
 from mlx_serving.traffic.rollout import (
     METRICS,
@@ -31,6 +31,7 @@ from mlx_serving.traffic.rollout import (
     comparisons,
     decide,
     estimates,
+    stratum,
 )
 from mlx_serving.traffic.routing import takes_part
 from mlx_serving.traffic.stats import Moments
@@ -133,10 +134,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 FAILED: Mapping[str, float] = {"error": 1.0}
 """The figures of a request without an answer."""
+_ALONE = Company(Met(0.0, 1.0), Met(0.0, 1.0))
 
 
 def measured(finished: RequestFinished) -> Mapping[str, float] | None:
-    """One request's figures; None where they say nothing of the model that answered."""
+    """One request's figures; None where they say nothing of the model that answered.
+
+    Of its times, what other models of the worker took is left out: the rest is the model's own.
+    """
     if finished.outcome == "cancelled" or not finished.computed:
         return None
     if not finished.complete:
@@ -147,9 +152,30 @@ def measured(finished: RequestFinished) -> Mapping[str, float] | None:
         "capped": float(finished.outcome == "length"),
         "malformed": float(finished.malformed),
     }
-    rate = finished.usage.completion_tokens / max(finished.duration_ms, 1e-3)
-    times = {"ttft": finished.ttft_ms, "tpot": finished.tpot_ms, "tokens_per_s": 1e3 * rate}
-    return figures | {name: math.log(ms) for name, ms in times.items() if ms}
+    return figures | {name: math.log(value) for name, value in _times(finished) if value > 0}
+
+
+def _times(finished: RequestFinished) -> Iterator[tuple[str, float]]:
+    ttft_ms, tpot_ms, whole_ms = finished.ttft_ms, finished.tpot_ms, finished.duration_ms
+    if ttft_ms is None:
+        return
+    company = finished.company or _ALONE
+    first, after = company.first, company.after
+    rest_ms = whole_ms - ttft_ms
+    yield stratum("ttft", first.sequences), _own(ttft_ms, first.others_ms)
+    if tpot_ms is not None and rest_ms > 0:
+        share = _own(rest_ms, after.others_ms) / rest_ms
+        yield stratum("tpot", after.sequences), tpot_ms * share
+    if whole_ms > 0:
+        sequences = (first.sequences * ttft_ms + after.sequences * rest_ms) / whole_ms
+        own_ms = _own(whole_ms, first.others_ms + after.others_ms)
+        rate = 1e3 * finished.usage.completion_tokens / own_ms
+        yield stratum("tokens_per_s", sequences), rate
+
+
+def _own(whole_ms: float, others_ms: float) -> float:
+    """Steps are counted when they end, so that a short time may have had more than fits into it."""
+    return max(whole_ms - others_ms, 0.01 * whole_ms)
 
 
 class Rollouts:

@@ -45,16 +45,26 @@ class Welch:
     d: float
 
 
-def welch(a: Moments, b: Moments, confidence: float = 0.95) -> Welch | None:
-    """None where there is nothing to compare: fewer than two values in a sample, or no spread."""
-    if a.n < 2 or b.n < 2 or a.variance + b.variance == 0.0:
+def welch(strata: Iterable[tuple[Moments, Moments]], confidence: float = 0.95) -> Welch | None:
+    """Each stratum's difference weighed by its information; one stratum is the usual test.
+
+    None where there is nothing to compare: in every stratum a sample with fewer than two values, or no
+    spread.
+    """
+    usable = [(a, b) for a, b in strata if min(a.n, b.n) > 1 and a.variance + b.variance > 0.0]
+    if not usable:
         return None
-    va, vb = a.variance / a.n, b.variance / b.n
-    difference, error = b.mean - a.mean, math.sqrt(va + vb)
-    df = (va + vb) ** 2 / (va**2 / (a.n - 1) + vb**2 / (b.n - 1))
-    t = difference / error
+    errors = [(a.variance / a.n, b.variance / b.n) for a, b in usable]
+    total = sum(1.0 / (va + vb) for va, vb in errors)
+    weights = [1.0 / (va + vb) / total for va, vb in errors]
+    pairs = list(zip(weights, usable, errors, strict=True))
+    difference = sum(w * (b.mean - a.mean) for w, (a, b), _ in pairs)
+    error = math.sqrt(1.0 / total)
+    spread = sum(w**4 * (va**2 / (a.n - 1) + vb**2 / (b.n - 1)) for w, (a, b), (va, vb) in pairs)
+    df, t = error**4 / spread, difference / error
     half = t_quantile(0.5 + confidence / 2, df) * error
-    pooled = math.sqrt((a.m2 + b.m2) / (a.n + b.n - 2))
+    freedom = sum(a.n + b.n - 2 for a, b in usable)
+    pooled = math.sqrt(sum(a.m2 + b.m2 for a, b in usable) / freedom)
     p = 2 * t_tail(abs(t), df)
     return Welch(difference, t, df, p, difference - half, difference + half, difference / pooled)
 

@@ -249,6 +249,8 @@ class StepStats(msgspec.Struct, frozen=True, array_like=True):
     kv_capacity_tokens: int = 0
     cache: CacheStats | None = None
     """None: as it was."""
+    own_ms: float = 0.0
+    """What of `step_ms` the device spent on this step, and not on other models' steps."""
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):

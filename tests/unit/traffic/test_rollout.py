@@ -17,6 +17,8 @@ from mlx_serving.traffic.rollout import (
     Stage,
     comparisons,
     decide,
+    estimates,
+    stratum,
 )
 from mlx_serving.traffic.rollouts import MetricName
 
@@ -65,6 +67,30 @@ def test_decisions(given, stage, stage_s, expected):
         assert isinstance(found, expected), found
     else:
         assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("sequences", "name"),
+    [(0.0, "tpot@0"), (1.0, "tpot@0"), (1.2, "tpot@0"), (1.25, "tpot@1"), (2.0, "tpot@3"), (16.0, "tpot@12")],
+)  # fmt: skip
+def test_strata_of_company(sequences, name):
+    assert stratum("tpot", sequences) == name
+
+
+def test_times_are_compared_between_requests_of_like_company():
+    """The variant's requests are mostly alone and the model's are not; at like company both take as
+    long."""
+    rng, found = random.Random(3), Figures()
+    for variant, alone in ((False, 60), (True, 540)):
+        for i in range(600):
+            sequences = 1.0 if i < alone else 4.0
+            ms = rng.gauss(math.log(10 * sequences**0.5), 0.1)
+            found.add(0, variant, {**OK, stratum("tpot", sequences): ms})
+    assert decide(STAGES, 0, 100.0, found) == Advance(1)
+    (tpot,) = [e for m, e in estimates(found, 0.05) if m.name == "tpot"]
+    assert abs(tpot.difference) < 0.05
+    (test,) = [t for m, t in comparisons(found, 0) if m.name == "tpot"]
+    assert test.low < 0 < test.high
 
 
 def test_a_rollback_names_the_metric_and_by_how_much():

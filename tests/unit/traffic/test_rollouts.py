@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
 from mlx_serving.errors import InvalidRequest, RequestNotFound
-from mlx_serving.telemetry.events import RequestFinished
+from mlx_serving.telemetry.events import Company, Met, RequestFinished
 from mlx_serving.traffic.rollout import Stage
 from mlx_serving.traffic.rollouts import FAILED, Arm, Rollouts, Spec, measured
 from mlx_serving.types import Usage
@@ -145,8 +146,31 @@ def test_what_an_answer_says():
     figures = measured(finished(outcome="length", empty=True))
     assert figures is not None
     assert figures["error"] == 0 and figures["capped"] == 1 and figures["empty"] == 1
-    assert figures["tokens_per_s"] == pytest.approx(4.519, abs=1e-3)  # log of 11 tokens in 120 ms
+    assert figures["tokens_per_s@0"] == pytest.approx(4.519, abs=1e-3)  # log of 11 tokens in 120 ms
     assert measured(finished(outcome="worker_died")) == FAILED
     assert measured(finished(outcome="cancelled")) is None
     assert measured(finished(reused="shared")) is None
-    assert "tpot" not in (measured(finished(tpot_ms=None)) or {})
+    assert not any("tpot" in name for name in measured(finished(tpot_ms=None)) or {})
+
+
+def test_what_other_models_took_is_not_the_answer_s():
+    company = Company(Met(others_ms=5.0, sequences=1.0), Met(others_ms=60.0, sequences=2.0))
+    figures = measured(finished(company=company))
+    assert figures is not None
+    assert figures["ttft@0"] == pytest.approx(math.log(15.0))
+    assert figures["tpot@3"] == pytest.approx(math.log(4.0))
+    assert figures["tokens_per_s@2"] == pytest.approx(math.log(11 / 0.055))
+    more = measured(finished(company=Company(Met(30.0, 1.0), Met(0.0, 1.0))))
+    assert more is not None and more["ttft@0"] == pytest.approx(math.log(0.2))
+
+
+def test_figures_of_earlier_versions_are_read(tmp_path):
+    """Without strata of company: as one of their own."""
+    rollouts = Rollouts(tmp_path / "r.json")
+    rollouts.start(spec())
+    feed(rollouts, 25, old={**OK, "tpot": 2.0}, new={**OK, "tpot": 2.0})
+    rollouts.save()
+    again = Rollouts(tmp_path / "r.json")
+    feed(again, 3, old={**OK, "tpot@0": 2.0}, new={**OK, "tpot@0": 2.0})
+    found = next(m for m in again.report("c").metrics if m.metric == "tpot")
+    assert found.n == (28, 28)

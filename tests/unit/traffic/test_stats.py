@@ -34,7 +34,7 @@ def test_welch_is_scipy_s():
     for _ in range(200):
         a = [rng.gauss(0, 1) for _ in range(rng.randint(2, 60))]
         b = [rng.gauss(0.4, 3) for _ in range(rng.randint(2, 60))]
-        ours = welch(moments(a), moments(b))
+        ours = welch([(moments(a), moments(b))])
         theirs = scipy_stats.ttest_ind(b, a, equal_var=False)
         interval = theirs.confidence_interval(0.95)
         assert ours is not None
@@ -45,14 +45,31 @@ def test_welch_is_scipy_s():
 
 
 def test_cohen_s_d_is_the_difference_in_pooled_deviations():
-    found = welch(moments([1, 2, 3, 4, 5]), moments([3, 4, 5, 6, 7]))
+    found = welch([(moments([1, 2, 3, 4, 5]), moments([3, 4, 5, 6, 7]))])
     assert found is not None
     assert found.d == pytest.approx(2 / math.sqrt(2.5))
 
 
 @pytest.mark.parametrize("a, b", [([1.0], [1.0, 2.0]), ([1.0, 2.0], []), ([3.0, 3.0], [4.0, 4.0])])
 def test_nothing_to_compare(a, b):
-    assert welch(moments(a), moments(b)) is None
+    assert welch([(moments(a), moments(b))]) is None
+
+
+def test_strata_with_different_means_are_compared_each_with_itself():
+    """Of numbers that only differ between strata, nothing is left; alike ones add up."""
+    rng = random.Random(6)
+    a = [rng.gauss(0, 1) for _ in range(40)]
+    shifted = [x + 50 for x in a]
+    found = welch([(moments(a), moments(a[:20])), (moments(shifted[:20]), moments(shifted))])
+    assert found is not None
+    assert abs(found.difference) < 0.5 and found.p > 0.05
+    apart = [(moments([x + s for x in a]), moments([x + s + 1 for x in a])) for s in (0, 50)]
+    one, both = welch(apart[:1]), welch(apart)
+    assert one is not None and both is not None
+    assert both.difference == pytest.approx(1) == pytest.approx(one.difference)
+    assert both.t == pytest.approx(math.sqrt(2) * one.t)
+    assert both.df == pytest.approx(2 * one.df)
+    assert both.d == pytest.approx(one.d)
 
 
 @given(st.floats(0.5, 0.9999), st.floats(1, 500))
