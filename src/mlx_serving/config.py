@@ -162,6 +162,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Sequences that decode at once."""
     usual_num_seqs: Annotated[int, Meta(ge=1)] | None = None
     """Sequences that decode at once unless a remedy (raise_ceiling) finds room for more; default: max-num-seqs."""
+    find_knee: bool = False
+    """Find out how many sequences at once are worth it, and decode no more: up to max-num-seqs, within tpot levels of slo."""
     concurrency_limit: Annotated[int, Meta(ge=1)] | None = None
     """Sequences that decode at once, fixed by hand: no guard and no remedy changes it."""
     step_limit_ms: Annotated[float, Meta(ge=0)] = 0.0

@@ -33,7 +33,7 @@ from mlx_serving.telemetry.events import EventBus, ModelLoaded, RequestFinished,
 from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.telemetry.tally import count
 from mlx_serving.traffic.admission import Admission, class_bounds
-from mlx_serving.traffic.ceilings import Ceilings
+from mlx_serving.traffic.ceilings import CEILING_SETTINGS, Ceilings
 from mlx_serving.traffic.company import Companies
 from mlx_serving.traffic.deadlines import TimeLimits, within
 from mlx_serving.traffic.response_cache import ResponseCache, bounds, moved, open_cache
@@ -128,7 +128,7 @@ class Gateway:
                 slot.keep_alive_s = wanted.of(entry).keep_alive_s
             if old.log_level != wanted.log_level:
                 logging.getLogger("mlx_serving").setLevel(wanted.log_level.upper())
-            if differ(old, wanted, "concurrency_limit", "usual_num_seqs", "step_limit_ms"):
+            if differ(old, wanted, "slo", *CEILING_SETTINGS):
                 self.ceilings.configure(wanted)
             await self._reuse.change(wanted.coalesce, wanted.coalesce_subscribers, cache)
             if cache is not None:

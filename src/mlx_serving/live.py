@@ -29,6 +29,7 @@ LIVE = frozenset(
         "coalesce",
         "coalesce_subscribers",
         "concurrency_limit",
+        "find_knee",
         "first_token_timeout_s",
         "keep_alive_s",
         "log_level",

@@ -4,6 +4,7 @@ import pytest
 
 from mlx_serving.config import Config
 from mlx_serving.telemetry.metrics import Metrics
+from mlx_serving.traffic import knee
 from mlx_serving.traffic.ceilings import Ceilings, Wishes, tuning
 from mlx_serving.traffic.step_guard import WINDOW_STEPS, Bypassed, Degraded, Enabled
 from mlx_serving.types import ModelInfo
@@ -128,3 +129,64 @@ def test_what_decodes_nothing_is_left_alone():
     )
     made.loaded(encoder)
     assert len(worker.told) == 1
+
+
+def full(made: Ceilings, rows: int, own_ms: float, steps: int = WINDOW_STEPS) -> None:
+    for _ in range(steps):
+        made.observe(
+            StepStats("m", decode_rows=rows, running=rows, step_ms=9 * own_ms, own_ms=own_ms)
+        )
+
+
+def searching(**settings) -> tuple[Ceilings, Worker, list[float]]:
+    """Its clock is the list's only item."""
+    worker, now = Worker(), [0.0]
+    made = Ceilings(Config(find_knee=True, **settings), worker, Metrics(), now=lambda: now[0])
+    made.loaded(INFO)
+    return made, worker, now
+
+
+def test_the_knee_is_looked_for_where_it_is_asked_for():
+    made, worker, now = searching(usual_num_seqs=8)
+    assert worker.told == [tune(8)]
+    assert [row["knee"] for row in made.report()] == ["settled"]
+    full(
+        made, 8, 20.0, 2 * knee.WINDOW_STEPS
+    )  # with other models' steps in between, which do not count
+    assert worker.told == [tune(8), tune(12)]
+    assert [row["knee"] for row in made.report()] == ["trying"]
+    full(made, 8, 99.0, knee.WINDOW_STEPS)  # rows that still fill up
+    full(made, 12, 20.0, knee.WINDOW_STEPS)
+    assert worker.told[-1] == tune(12)
+    assert [row["knee"] for row in made.report()] == ["settled"]
+    now[0] += 1000.0
+    full(made, 12, 20.0, knee.WINDOW_STEPS)
+    full(made, 16, 30.0, knee.WINDOW_STEPS)
+    assert worker.told == [tune(8), tune(12), tune(), tune(12)]
+
+
+@pytest.mark.parametrize(
+    "slo", [("tpot p90 < 15ms",), ("tpot p90 < 15ms model=m", "ttft p90 < 1ms")]
+)
+def test_a_step_longer_than_a_service_level_takes_rows_away(slo):
+    made, worker, _ = searching(slo=slo)
+    full(made, 16, 20.0, knee.WINDOW_STEPS)
+    assert worker.told == [tune(10)]
+
+
+def test_others_service_levels_do_not_count():
+    made, worker, _ = searching(slo=("tpot p90 < 15ms model=other",))
+    full(made, 16, 20.0, knee.WINDOW_STEPS)
+    assert worker.told == []
+
+
+def test_while_remedies_have_a_say_nothing_is_tried():
+    made, worker, _ = searching()
+    made.tune(0, -1)
+    full(made, 12, 20.0, 4 * knee.WINDOW_STEPS)
+    made.configure(Config(find_knee=True, concurrency_limit=4))
+    full(made, 4, 20.0, 4 * knee.WINDOW_STEPS)
+    assert worker.told == [tune(12), tune(4)]
+    made.configure(Config())
+    assert worker.told[-1] == tune(12)
+    assert "knee" not in made.report()[0]
