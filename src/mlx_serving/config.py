@@ -21,7 +21,7 @@ from mlx_serving.contradictions import contradictions
 from mlx_serving.errors import ConfigError
 from mlx_serving.model_entry import ENTRY_FIELDS, PER_MODEL, ModelEntry
 from mlx_serving.secret import hashed
-from mlx_serving.types import KVBits
+from mlx_serving.types import JumpForward, KVBits
 
 DEFAULT_MODEL = "smollm2-135m"
 ENV_PREFIX = "MLX_SERVING_"
@@ -228,6 +228,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Confidence from which the model that usually comes next is read into the page cache; 0: never."""
     exact_batch: bool = False
     """Always decode max-num-seqs rows, so that logits are bit-equal whatever the batch."""
+    jump_forward: JumpForward = "auto"
+    """Compute tokens that a grammar forces several at once; auto: where that never costs."""
     json_digit_tokens: Annotated[int, Meta(ge=0)] = 40
     """Tokens of digits after which a number of constrained JSON ends, if its schema lets it; 0: never."""
     json_string_tokens: Annotated[int, Meta(ge=0)] = 16_384

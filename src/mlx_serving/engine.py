@@ -311,6 +311,8 @@ class Engine:
             m.batch_occupancy.labels(model).observe(stats.decode_rows)
         if stats.prefill_tokens:
             m.prefill_tokens.labels(model).inc(stats.prefill_tokens)
+        if stats.forced_tokens:
+            m.forced_tokens.labels(model).inc(stats.forced_tokens)
         m.step_time.labels(model).observe(stats.step_ms / 1e3)
         m.running.labels(model).set(stats.running)
         m.waiting.labels(model).set(stats.waiting)

@@ -36,6 +36,7 @@ PER_MODEL = frozenset(
         "kv_disk_bytes",
         "keep_alive_s",
         "exact_batch",
+        "jump_forward",
         "json_digit_tokens",
         "json_string_tokens",
         "json_white_space",

@@ -200,6 +200,7 @@ def _options(entry: ModelEntry, config: Config, tokenizer_path: Path) -> ModelOp
         prefix_cache_bytes=c.prefix_cache_bytes,
         max_wait_s=c.max_wait_s or math.inf,
         short_jobs_first=c.short_jobs_first,
+        jump_forward=c.jump_forward,
         json_digit_tokens=c.json_digit_tokens,
         json_string_tokens=c.json_string_tokens,
         json_white_space=c.json_white_space,

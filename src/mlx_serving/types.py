@@ -410,6 +410,8 @@ ENCODERS = ("bert", "roberta", "xlm-roberta")
 KVBits = Literal["off", "8", "4", "k8v4"]
 """Of each number that attention layers keep; `k8v4`: 8 of keys, 4 of values; `off`: as computed."""
 
+JumpForward = Literal["auto", "on", "off"]
+
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the worker says of a model that it has loaded."""

@@ -13,7 +13,7 @@ from mlx_serving.runtime.backend.kv import KVLayer, MakeKVLayer
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.backend.sampler import Sampler
 from mlx_serving.runtime.core.plan import Constraint, Limits, PendingStep, Runner, StepPlan
-from mlx_serving.runtime.core.scheduler import Scheduler
+from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
 from mlx_serving.runtime.core.sequence import Sequence
 from mlx_serving.types import FinishReason, SamplingParams, TokenLogprob
 
@@ -28,6 +28,8 @@ def make_runner(
     exact_batch: bool = False,
     eos: tuple[int, ...] = (),
     attention: MakeKVLayer = KVLayer,
+    in_place: bool = False,
+    foresight: bool = False,
 ) -> MLXRunner:
     """A runner with small buckets, so that short sequences make slabs grow."""
     store = make_store(
@@ -37,6 +39,7 @@ def make_runner(
         bucket=BUCKET,
         exact_batch=exact_batch,
         attention=attention,
+        in_place=in_place,
     )
     return MLXRunner(
         model,
@@ -45,6 +48,7 @@ def make_runner(
         max_rows=rows,
         backbone=head_on_last(model),
         exact_batch=exact_batch,
+        foresight=foresight,
     )
 
 
@@ -78,6 +82,17 @@ class Run:
     def moves(self) -> int:
         return sum(len(plan.moves) for plan in self.plans)
 
+    def forced(self) -> int:
+        return sum(plan.forced_tokens for plan in self.plans)
+
+    def take(self, emitted: Iterable[Emitted]) -> None:
+        for one in emitted:
+            outcome = self.outcomes[one.seq_id]
+            outcome.tokens += one.token_ids
+            outcome.logprobs += one.logprobs or []
+            outcome.reason = one.finish_reason
+            outcome.error = one.error
+
 
 def run(
     runner: Runner,
@@ -105,17 +120,15 @@ def run(
     for step in range(2000):
         for key, job in jobs.items():
             _wishes(scheduler, key, job, step)
-        plan = scheduler.schedule(float(step)) if len(pending) < depth else None
+        plan = None
+        if len(pending) < depth:
+            done.take(scheduler.foresee(runner.foresee()))
+            plan = scheduler.schedule(float(step))
         if plan is not None:
             done.plans.append(plan)
             pending.append(runner.launch(plan))
         if pending and (len(pending) >= depth or plan is None):
-            for emitted in scheduler.apply(pending.popleft().wait()):
-                outcome = done.outcomes[emitted.seq_id]
-                outcome.tokens += emitted.token_ids
-                outcome.logprobs += emitted.logprobs or []
-                outcome.reason = emitted.finish_reason
-                outcome.error = emitted.error
+            done.take(scheduler.apply(pending.popleft().wait()))
         started = all(job.joins <= step for job in jobs.values())
         if started and not pending and not scheduler.has_work and not scheduler.sequences:
             return done

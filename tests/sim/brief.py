@@ -22,7 +22,10 @@ def brief(plan: StepPlan) -> str:
             + " ".join(f"{c.seq_id}[{c.start}:+{len(c.token_ids)}]" for c in plan.prefill)
         )
     if plan.decode:
-        parts.append("decode " + " ".join(f"{d.seq_id}[{d.position}]" for d in plan.decode))
+        parts.append(
+            "decode "
+            + " ".join(f"{d.seq_id}[{d.position}:+{1 + len(d.forced)}]" for d in plan.decode)
+        )
     if plan.publish:
         parts.append(
             "publish " + " ".join(f"{p.seq_id}[{p.start}:]>{list(p.blocks)}" for p in plan.publish)

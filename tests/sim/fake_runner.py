@@ -12,7 +12,9 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from mlx_serving.runtime.core.plan import (
+    MAX_FORCED,
     DecodeRow,
+    Forced,
     Limits,
     PrefillChunk,
     Publish,
@@ -42,6 +44,15 @@ def next_token(
     return token, TokenLogprob(-(digest % 1009) / 100)
 
 
+def is_forced(prefix: Tokens[int], sampling: SamplingParams) -> bool:
+    """Whether a grammar would leave no choice after `prefix`: for some sequences every third time or
+    almost always, for others never. One with log-probabilities has to be sampled."""
+    if sampling.logprobs is not None:
+        return False
+    often = (0, 0, 1, 3)[sampling.seed % 4]
+    return (hash((tuple(prefix), sampling.choice)) >> 7) % 10 < 3 * often
+
+
 @dataclass(slots=True)
 class _Row:
     start: RowStart
@@ -49,6 +60,8 @@ class _Row:
     last_sampled: int | None = None
     whole_chunk: bool = False
     """What it computed last was one whole prefill chunk."""
+    foreseen: list[int] = field(default_factory=list)
+    """What was told of it: the next decode row computes all of that."""
 
 
 @dataclass(slots=True)
@@ -80,15 +93,37 @@ class FakeRunner:
         self.blocks: dict[int, tuple[str | None, tuple[int, ...]]] = {}
         """Salt and whole prefix: KV depends on every token before it."""
         self._rng = rng or random.Random(0)
+        self._newest: list[_Row] = []
+        """Those that the newest step samples."""
         self._salts = salts or {}
 
+    def foresee(self) -> list[Forced]:
+        """What is forced after what the newest step samples, or that and what is forced after it; and
+        a few tokens before, which the host may not know yet."""
+        newest, self._newest = self._newest, []
+        told = []
+        for row in newest:
+            assert row.last_sampled is not None
+            prompt_len, sampling = row.start.prompt_len, row.start.sampling
+            run = [row.last_sampled]
+            while len(run) < MAX_FORCED and is_forced(prefix := [*row.kv, *run], sampling):
+                run.append(next_token(prefix, prompt_len, sampling, self.limits.eos_token_ids)[0])
+            if len(run) > 1:
+                row.foreseen = run
+                at = max(prompt_len, len(row.kv) - self._rng.randint(2, 4))
+                told.append(Forced(row.start.seq_id, at, (*row.kv[at:], *run)))
+        self._rng.shuffle(told)
+        return told
+
     def reset(self) -> None:
+        self._newest.clear()
         self.rows.clear()
         self.blocks.clear()
 
     def launch(self, plan: StepPlan) -> _Done:
         if plan.keep_blocks is not None:
             self.blocks = {i: self.blocks[old] for i, old in enumerate(plan.keep_blocks)}
+        self._newest.clear()
         self._arrange(plan)
         result = StepResult(plan.step_id)
         assert plan.prefill_tokens <= self.limits.prefill_step_size
@@ -174,7 +209,11 @@ class FakeRunner:
             on_device = known[-1]
             assert decode.token_id is not None
         assert decode.token_id in (None, on_device), "the host has another token than the device"
-        row.kv.append(on_device)
+        known = [on_device, *decode.forced]
+        assert not decode.forced or decode.token_id is not None
+        assert known == (row.foreseen or [on_device]), "it does not compute what was foreseen"
+        row.foreseen = []
+        row.kv += known
         row.whole_chunk = False
         self._sample(row, result)
 
@@ -184,5 +223,6 @@ class FakeRunner:
         assert len(row.kv) < end, "sampled past max_tokens or the context"
         token, logprob = next_token(row.kv, start.prompt_len, sampling, self.limits.eos_token_ids)
         row.last_sampled = token
+        self._newest.append(row)
         logprobs = None if sampling.logprobs is None else [logprob]
         result.sampled.append(Sampled(start.seq_id, [token], logprobs))

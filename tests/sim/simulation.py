@@ -271,6 +271,10 @@ class Report:
     published: int = 0
     dropped: int = 0
     """Prefix blocks evicted."""
+    foreseen: int = 0
+    """Tokens told before they were sampled."""
+    forced: int = 0
+    """Tokens computed beside others of their row."""
     awaited: int = 0
     """Steps in which a sequence waited for a prefix that another computed."""
     work: int = 0
@@ -350,6 +354,9 @@ class Simulation:
         before = list(scheduler.rows)
         self._orders = {seq: seq.order for seq in before}
         pool_bytes = scheduler.sharing.held_bytes
+        for one in scheduler.foresee(self._runner.foresee()):
+            self.report.foreseen += len(one.token_ids)
+            self._receive(one)
         plan = scheduler.schedule(self._now_s)
         if plan is not None:
             self._observe(plan, before)
@@ -380,7 +387,7 @@ class Simulation:
         report.disturbances += bool(outranked)
         report.promoted += sum(starter.promoted for starter in starters)
         if grown:
-            since = report.steps - self._last_admission
+            since = report.steps + report.foreseen - self._last_admission
             assert since > self.limits.kv_bucket_tokens, f"thrash: {since} steps after admission"
             stayed = [q for q in before if q.status is Status.RUNNING and q not in starters]
             assert all(self._orders[q] < self._orders[seq] for q in stayed for seq in grown)
@@ -389,9 +396,10 @@ class Simulation:
         assert worked.issuperset(s.seq_id for s in plan.starts), "a row is taken to stay idle"
         self._observe_sharing(plan)
         if plan.starts:
-            self._last_admission = report.steps
+            self._last_admission = report.steps + report.foreseen
             self._check_order([seq for seq in starters if not seq.promoted])
         report.steps += bool(plan.prefill or plan.decode or plan.frees)
+        report.forced += plan.forced_tokens
 
     def _check_order(self, admitted: list[Sequence]) -> None:
         """By class and, where no client or length is preferred, by arrival."""

@@ -50,6 +50,8 @@ def test_a_few_seeds_and_everything_is_injected() -> None:
         "published",
         "dropped",
         "awaited",
+        "foreseen",
+        "forced",
     ):
         assert sum(getattr(report, what) for report in reports) > 0, f"no seed shows {what}"
     assert {report.deepest for report in reports} >= {1, 2, 3}

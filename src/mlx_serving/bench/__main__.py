@@ -12,7 +12,7 @@ from mlx_serving.bench import compare, gaps, overhead, prefix, report, schema
 from mlx_serving.catalog.ensure import ensure
 from mlx_serving.config import DEFAULT_MODEL, Config
 
-PARTS = ("overhead", "depth", "schema", "bare", "compare", "prefix", "gaps")
+PARTS = ("overhead", "depth", "schema", "jump", "bare", "compare", "prefix", "gaps")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,6 +60,10 @@ async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> 
         print("the cost of a schema …", file=sys.stderr, flush=True)
         cost = await schema.measure(folder, max_tokens=2 * args.max_tokens, rounds=3 * args.rounds)
         sections.append(report.schema(cost))
+    if "jump" in parts:
+        print("forced tokens, one by one and several at once …", file=sys.stderr, flush=True)
+        rounds = 3 * args.rounds
+        sections.append(report.jumps([await schema.jumps(stored, n, rounds) for n in (1, 8)]))
     for kernels in args.kernels:
         extra = ("--kernels", kernels)
         if "bare" in parts:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 import statistics
 import tempfile
 import time
@@ -61,12 +60,6 @@ async def _ttft_s(server: servers.Server, prompt: Sequence[int]) -> float:
     return timing.ttft_s or timing.end_s
 
 
-async def _metric(server: servers.Server, name: str, label: str = "") -> float:
-    _, text = await client.get(server.host, server.port, "/metrics")
-    lines = re.findall(rf"^{name}\{{(.*)\}} (\S+)$", text.decode(), re.MULTILINE)
-    return sum(float(value) for labels, value in lines if label in labels)
-
-
 async def reuse(folder: Path, *, rounds: int = 3) -> Reuse:
     """Each round: a prefix nobody knows, again from memory, and from disk after a restart."""
     times: list[tuple[float, float, float]] = []
@@ -99,18 +92,18 @@ async def reuse(folder: Path, *, rounds: int = 3) -> Reuse:
 async def _arrivals(server: servers.Server) -> float:
     rng = random.Random(99)
     shared = _tokens(rng, SHARED_TOKENS)
-    before = await _metric(server, "mlx_serving_prefill_tokens_total")
+    before = await servers.metric(server, "mlx_serving_prefill_tokens_total")
     prompts = [shared + _tokens(rng, TAIL_TOKENS) for _ in range(ARRIVALS)]
     await asyncio.gather(*(_ttft_s(server, prompt) for prompt in prompts))
-    computed = await _metric(server, "mlx_serving_prefill_tokens_total") - before
+    computed = await servers.metric(server, "mlx_serving_prefill_tokens_total") - before
     return computed / (SHARED_TOKENS + ARRIVALS * TAIL_TOKENS)
 
 
 async def _written(server: servers.Server) -> None:
     """Until the disk holds what memory does, or for ten seconds."""
     for _ in range(100):
-        held = await _metric(server, "mlx_serving_prefix_cache_blocks", 'tier="memory"')
-        kept = await _metric(server, "mlx_serving_prefix_cache_blocks", 'tier="disk"')
+        held = await servers.metric(server, "mlx_serving_prefix_cache_blocks", 'tier="memory"')
+        kept = await servers.metric(server, "mlx_serving_prefix_cache_blocks", 'tier="disk"')
         if held and kept >= held:
             return
         await asyncio.sleep(0.1)

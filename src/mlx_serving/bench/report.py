@@ -13,7 +13,7 @@ from mlx_serving.bench.compare import Comparison
 from mlx_serving.bench.gaps import Gaps
 from mlx_serving.bench.overhead import Overhead
 from mlx_serving.bench.prefix import Replay, Reuse
-from mlx_serving.bench.schema import SchemaCost
+from mlx_serving.bench.schema import Jumps, SchemaCost
 
 
 def machine(model: str) -> str:
@@ -105,6 +105,27 @@ def schema(cost: SchemaCost) -> str:
             ("TPOT", *_pair(cost.tpot_ms, cost.tpot_ratio), "≤ 1.05"),
         ],
     )
+
+
+def jumps(found: Sequence[Jumps]) -> str:
+    rows = [
+        (
+            str(one.streams),
+            f"{one.tokens_per_s[0]:.1f}",
+            f"{one.tokens_per_s[1]:.1f}",
+            f"{one.ratio:.3f}",
+            f"{one.forced_share:.0%}",
+        )
+        for one in found
+    ]
+    head = (
+        "streams",
+        "off, tokens/s",
+        "auto, tokens/s",
+        "ratio",
+        "tokens without a step of their own",
+    )
+    return _table("## `--jump-forward`, answers held to a schema (kernels: auto)", head, rows)
 
 
 def _pair(ms: tuple[float, float], ratio: float) -> tuple[str, str, str]:

@@ -1,4 +1,5 @@
-"""What a JSON schema costs: the same server and load with and without one, in turn.
+"""What a JSON schema costs: the same server and load with and without one, in turn; and what is gained
+where its forced tokens are computed several at once.
 
 Both ask for as many tokens: without a schema the end of sequence is ignored, with it the schema asks
 for more items than there is room for. Every round's schema is one that the server has not compiled.
@@ -8,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_serving.bench import client, servers, workloads
+
+FORCED_METRIC = "mlx_serving_forced_tokens_total"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,39 @@ class SchemaCost:
     tpot_ms: tuple[float, float]
     ttft_ratio: float
     tpot_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class Jumps:
+    """What `--jump-forward auto` gains over `off`: medians over the rounds, the ratio round by round."""
+
+    streams: int
+    tokens_per_s: tuple[float, float]
+    """Without and with it, over all streams."""
+    ratio: float
+    forced_share: float
+    """Of the tokens."""
+
+
+PET: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "species": {"enum": ["cat", "dog", "guinea pig"]},
+        "age_in_years": {"type": "integer", "minimum": 0, "maximum": 30},
+        "owner": {
+            "type": "object",
+            "properties": {
+                "first_name": {"type": "string", "maxLength": 12},
+                "telephone_number": {"type": "string", "pattern": "^[0-9]{3}-[0-9]{4}$"},
+            },
+            "required": ["first_name", "telephone_number"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["name", "species", "age_in_years", "owner"],
+    "additionalProperties": False,
+}
 
 
 def wish(turn: int) -> dict[str, Any]:
@@ -62,6 +99,50 @@ async def measure(
                 if turn >= 0:  # the first round warms up
                     figures.append(told)
     return _summary(streams, plain, bound)
+
+
+async def jumps(folder: Path, streams: int, rounds: int) -> Jumps:
+    """Two servers get the same requests in turn. Raises AssertionError if an answer differs."""
+    rates: tuple[list[float], list[float]] = [], []
+    async with (
+        servers.serving(folder, "--jump-forward", "off") as off,
+        servers.serving(folder, "--jump-forward", "auto") as auto,
+    ):
+        forced = made = 0.0
+        for turn in range(-1, rounds):
+            answers: dict[int, list[str]] = {}
+            for which in (0, 1) if turn % 2 else (1, 0):
+                before = await servers.metric(auto, FORCED_METRIC)
+                began_s = time.perf_counter()
+                timings = await _pets((off, auto)[which], streams, turn)
+                tokens = sum(t.completion_tokens for t in timings)
+                answers[which] = [t.text for t in timings]
+                if turn >= 0:  # the first round warms up
+                    rates[which].append(tokens / (time.perf_counter() - began_s))
+                    forced += await servers.metric(auto, FORCED_METRIC) - before
+                    made += tokens * which
+            assert answers[0] == answers[1], "an answer depends on --jump-forward"
+    ratio = statistics.median(b / a for a, b in zip(*rates, strict=True))
+    medians = statistics.median(rates[0]), statistics.median(rates[1])
+    return Jumps(streams, medians, ratio, forced / made)
+
+
+async def _pets(server: servers.Server, streams: int, turn: int) -> list[client.Timing]:
+    bodies = [
+        {
+            "model": "bench",
+            "messages": [{"role": "user", "content": f"Describe pet {8 * turn + i} as JSON."}],
+            "structured_outputs": {"json": PET, "disable_any_whitespace": True},
+            "temperature": 0.8,
+            "seed": 1000 + 100 * turn + i,
+            "max_tokens": 160,
+        }
+        for i in range(streams)
+    ]
+    path = "/v1/chat/completions"
+    return await asyncio.gather(
+        *(client.stream(server.host, server.port, path, body) for body in bodies)
+    )
 
 
 async def _round(

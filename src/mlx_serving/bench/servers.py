@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -38,6 +39,13 @@ class Server:
             if line.startswith("VmRSS"):
                 return int(line.split()[1]) * 1024
         return 0
+
+
+async def metric(server: Server, name: str, label: str = "") -> float:
+    """The sum over a metric's series that have `label`."""
+    _, text = await client.get(server.host, server.port, "/metrics")
+    lines = re.findall(rf"^{name}\{{(.*)\}} (\S+)$", text.decode(), re.MULTILINE)
+    return sum(float(value) for labels, value in lines if label in labels)
 
 
 def free_port() -> int:

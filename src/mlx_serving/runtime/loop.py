@@ -76,6 +76,8 @@ class Model:
         self._now = now
         self._last_done_s = 0.0
         self._cache_told: CacheStats | None = None
+        self._early: list[wire.TokenRow] = []
+        """Rows that no step had to be waited for."""
 
     def submit(self, request: wire.Submit) -> None:
         """Raises what the scheduler raises for a sequence that cannot ever run, and InvalidRequest
@@ -127,6 +129,7 @@ class Model:
         """
         try:
             while len(self._in_flight) < self._depth:
+                self._early += self._rows(self._scheduler.foresee(self._runner.foresee()))
                 plan = self._scheduler.schedule(self._now())
                 if plan is None:
                     break
@@ -135,21 +138,22 @@ class Model:
                     self._started.update(starts)
                     self._on_start(starts)
                 self._in_flight.append(self._line.join(plan, self._runner.launch(plan)))
-            refused = self._take_refused()
+            early = self._take_early()
             if not self._in_flight:
-                return wire.Step(refused) if refused else None
+                return wire.Step(early) if early else None
             oldest = self._in_flight.popleft()
             emitted = self._scheduler.apply(self._line.wait(oldest))
             stats = self._stats(oldest)
             self._scheduler.observe(oldest.plan, stats.step_ms / 1e3)
-            return wire.Step(refused + self._rows(emitted), stats)
+            return wire.Step(early + self._rows(emitted), stats)
         except Exception as error:
             log.exception("%s: step failed", self.info.model_id)
             return self._fail_started(error)
 
-    def _take_refused(self) -> list[wire.TokenRow]:
+    def _take_early(self) -> list[wire.TokenRow]:
+        early, self._early = self._early, []
         refused, self._scheduler.refused = self._scheduler.refused, []
-        return self._rows(refused)
+        return early + self._rows(refused)
 
     def end_all(self, code: str, message: str) -> wire.Step:
         """Error rows for every sequence; the model is not stepped again."""
@@ -191,6 +195,7 @@ class Model:
             model_id=self.info.model_id,
             decode_rows=len(plan.decode),
             prefill_tokens=plan.prefill_tokens,
+            forced_tokens=plan.forced_tokens,
             running=self._scheduler.running,
             waiting=self._scheduler.waiting,
             step_ms=(now - began_s) * 1e3,
@@ -214,7 +219,7 @@ class Model:
     def _fail_started(self, error: Exception) -> wire.Step:
         """Nothing that the failed step or those behind it have computed is kept."""
         code, message, _ = _reason(error, "step_failed")
-        rows = []
+        rows = self._take_early()
         for seq_id in sorted(self._started):
             self._scheduler.cancel(seq_id)
             rows.append(self._error_row(seq_id, code, message))

@@ -115,6 +115,12 @@ class Metrics:
             ["model"],
             registry=r,
         )
+        self.forced_tokens = Counter(
+            "mlx_serving_forced_tokens",
+            "Tokens that took no step of their own, since a grammar left no choice",
+            ["model"],
+            registry=r,
+        )
         self.running = Gauge(
             "mlx_serving_running_sequences", "Sequences that hold a row", ["model"], registry=r
         )

@@ -24,6 +24,7 @@ from mlx_serving.types import (
     CacheStats,
     FinishReason,
     Grammar,
+    JumpForward,
     KVBits,
     ModelInfo,
     Priority,
@@ -64,6 +65,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """How attention layers keep keys and values."""
     prefix_cache_bytes: int | None = None
     """Memory for prefix blocks; 0: none are kept; None: a share of what KV may take."""
+    jump_forward: JumpForward = "auto"
+    """Whether tokens that a grammar forces are computed several at once."""
     json_digit_tokens: int = 40
     json_string_tokens: int = 16_384
     json_white_space: int = 20
@@ -251,6 +254,8 @@ class StepStats(msgspec.Struct, frozen=True, array_like=True):
     """None: as it was."""
     own_ms: float = 0.0
     """What of `step_ms` the device spent on this step, and not on other models' steps."""
+    forced_tokens: int = 0
+    """Computed beside others of their sequence, since a grammar left no choice."""
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):

@@ -68,6 +68,9 @@ class Runner:
             pending.result.sampled.append(sampled)
         return pending
 
+    def foresee(self) -> tuple[()]:
+        return ()
+
     def reset(self) -> None:
         self.log.append("reset")
         self.in_flight = 0

@@ -52,6 +52,9 @@ class CountingRunner:
         self.last[seq_id] += 1
         return Sampled(seq_id, [self.last[seq_id]])
 
+    def foresee(self) -> tuple[()]:
+        return ()
+
     def reset(self) -> None:
         self.last.clear()
 

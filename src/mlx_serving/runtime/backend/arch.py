@@ -7,7 +7,8 @@ apply the vocabulary head to the last position only, and how to have the hidden 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +62,10 @@ def make_store(
     bucket: int,
     exact_batch: bool,
     attention: MakeKVLayer = KVLayer,
+    in_place: bool = False,
 ) -> KVStore:
-    """The model's KV store: row slots, or separate rows where the architecture allows no other."""
+    """The model's KV store: row slots, or separate rows where the architecture allows no other.
+    `in_place`: kernels read the attention layers' KV where it lies."""
     quirk = QUIRKS.get(model_type, Quirk())
     if quirk.separate:
         return SeparateRows(model, max_rows)
@@ -74,6 +77,7 @@ def make_store(
             min_slots=max_rows if exact_batch else 1,
             mask_rank=quirk.mask_rank,
             attention=attention,
+            in_place=in_place,
         )
     except UnsupportedCache:
         return SeparateRows(model, max_rows)
@@ -104,11 +108,26 @@ def head_on_last(model: Module) -> Module | None:
         owner = backbone
 
 
+_LINES = "_lines_wanted"
+
+
+@contextmanager
+def first_lines(backbone: Module | None, lines: int | None) -> Iterator[None]:
+    """Meanwhile the model's logits are those of its first lines only."""
+    if backbone is not None:
+        object.__setattr__(backbone, _LINES, lines)
+    try:
+        yield
+    finally:
+        if backbone is not None:
+            object.__setattr__(backbone, _LINES, None)
+
+
 def _last_position(cls: type[Module]) -> type[Module]:
     def call(self: Module, *args: Any, **kwargs: Any) -> Any:
         hidden = cls.__call__(self, *args, **kwargs)
         is_hidden = isinstance(hidden, mx.array) and hidden.ndim == 3
-        return hidden[:, -1:] if is_hidden else hidden
+        return hidden[: getattr(self, _LINES, None), -1:] if is_hidden else hidden
 
     space = {"__call__": call, "hidden": cls.__call__, "__module__": cls.__module__}
     return type(cls.__name__, (cls,), space)

@@ -98,6 +98,9 @@ class EncoderRunner:
         mx.async_eval(list(vectors.values()))
         return EncoderStep(plan.step_id, vectors)
 
+    def foresee(self) -> tuple[()]:
+        return ()
+
     def reset(self) -> None:
         pass
 

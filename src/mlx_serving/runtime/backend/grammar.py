@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mlx_serving.errors import InvalidRequest, UnsupportedParameter
+from mlx_serving.errors import InvalidRequest, MLXServingError, UnsupportedParameter
 from mlx_serving.runtime.backend.runaway import Bounds, Runs, Vocabulary
 from mlx_serving.types import Grammar
 from mlx_serving.worker.wire import ModelOptions
@@ -178,17 +178,44 @@ class GrammarMatcher:
         self._runs = runs
         self._accepted: list[int] = []
         """Not yet told to the matcher."""
+        self._next: bytes | None = None
+        """The mask, once it is computed."""
+        self._error: MLXServingError | None = None
         self._ended = False
 
     def accept(self, token_id: int) -> None:
+        self._next = None
         self._ended = self._ended or token_id in self._eos
         self._accepted.append(token_id)
         if self._runs is not None:
             self._runs.accept(token_id)
 
+    def forced(self, most: int) -> list[int]:
+        run: list[int] = []
+        while len(run) < most and (token_id := self._only()) is not None:
+            self.accept(token_id)
+            run.append(token_id)
+        return run
+
     def mask(self) -> bytes | None:
-        if self._ended:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        if self._next is None and not self._ended:
+            self._next = self._compute()
+        return self._next
+
+    def _only(self) -> int | None:
+        """The one token that may come next; None: there are several, or none that could be known."""
+        try:
+            mask = self.mask()
+        except MLXServingError as error:
+            # Of the token after the run: whoever asks for its mask hears of it.
+            self._error = error
             return None
+        return None if mask is None else only_bit(mask)
+
+    def _compute(self) -> bytes:
         if self._accepted:
             self._matcher.consume_tokens(self._accepted)
             self._accepted.clear()
@@ -200,6 +227,14 @@ class GrammarMatcher:
                 param=self._param,
             )
         return bits if self._runs is None else self._runs.bounded(bits)
+
+
+def only_bit(mask: bytes) -> int | None:
+    """The number of the one bit that is set; None: none or several are."""
+    if mask.count(0) != len(mask) - 1:
+        return None
+    ((at, byte),) = [(at, byte) for at, byte in enumerate(mask) if byte]
+    return None if byte & (byte - 1) else 8 * at + byte.bit_length() - 1
 
 
 def _definition(grammar: Grammar) -> str:

@@ -32,6 +32,8 @@ class Kernels:
     """As in `ModelInfo.kernels`."""
     attention: MakeKVLayer = KVLayer
     sampler: type[Sampler] = Sampler
+    in_place: bool = False
+    """Attention reads KV where it lies, by row and position."""
     invariant: bool = False
     """A row's result is the same bits beside any others, and wherever its prompt was cut."""
     packed_bytes: int = 0
@@ -67,7 +69,11 @@ def decoder_kernels(
     sampler = importlib.import_module(_SAMPLER).NativeSampler
     if report.is_fused and form is None:
         return Kernels(
-            report.mode, sampler=sampler, invariant=True, packed_bytes=report.packed_bytes
+            report.mode,
+            sampler=sampler,
+            in_place=True,
+            invariant=True,
+            packed_bytes=report.packed_bytes,
         )
     module = importlib.import_module(_IN_PLACE)
     in_place: MakeKVLayer = module.InPlaceLayer
@@ -86,5 +92,12 @@ def decoder_kernels(
         )
 
     if report.row_mask and module.attends_in_place(model, trial_store, *tried):
-        return Kernels(report.mode, in_place, sampler, report.every_product, report.packed_bytes)
+        return Kernels(
+            report.mode,
+            in_place,
+            sampler,
+            in_place=form is None,
+            invariant=report.every_product,
+            packed_bytes=report.packed_bytes,
+        )
     return Kernels(report.mode, plain, sampler, packed_bytes=report.packed_bytes)

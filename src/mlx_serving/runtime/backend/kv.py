@@ -18,7 +18,8 @@ takes `native_view`, `native_slabs` and `native_store` instead (`runtime.native.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -271,6 +272,8 @@ class KVStore(Protocol):
 
     batched: bool
     """`batch_view` works; otherwise each row needs a forward pass of its own."""
+    ragged: bool
+    """`batch_view` takes more than one position of a row."""
     prefix_reuse: PrefixReuse
     """`none`: `open_pool` and what follows from it never happen."""
 
@@ -281,7 +284,9 @@ class KVStore(Protocol):
     def snapshot(self, row: int) -> Any: ...
     def restore(self, row: int, state: Any) -> None: ...
     def row_view(self, row: int, start: int, count: int) -> list[Any]: ...
-    def batch_view(self, positions: dict[int, int], rows: int, /) -> list[Any]: ...
+    def batch_view(
+        self, positions: dict[int, int], rows: int, ahead: Mapping[int, int] = ..., /
+    ) -> list[Any]: ...
     def length(self, row: int) -> int: ...
     def arrays(self) -> list[mx.array]: ...
     def bytes_per_token(self) -> int: ...
@@ -302,7 +307,7 @@ class RowSlots:
 
     `min_slots` rows are allocated from the start; `mask_rank` 5 is for models whose attention
     scores are `[rows, kv_heads, repeats, queries, keys]`. `attention` is what attention layers keep
-    their KV in.
+    their KV in; `in_place`: kernels read it where it lies.
     """
 
     batched = True
@@ -316,6 +321,7 @@ class RowSlots:
         min_slots: int = 1,
         mask_rank: int = 4,
         attention: MakeKVLayer = KVLayer,
+        in_place: bool = False,
     ) -> None:
         self.rows = Rows(max_rows, bucket, min_slots)
         self.caches = [
@@ -324,6 +330,7 @@ class RowSlots:
         self.layers = _flatten(self.caches)
         recurrent = any(isinstance(layer, StateLayer) for layer in self.layers)
         self.prefix_reuse: PrefixReuse = "snapshots" if recurrent else "blocks"
+        self.ragged = in_place and not recurrent
         self.pool = BlockPool(self.layers, 0, 1)
         self._mask_rank = mask_rank
 
@@ -375,15 +382,25 @@ class RowSlots:
         self.rows.view = RowView(row, start, count)
         return self.caches
 
-    def batch_view(self, positions: dict[int, int], rows: int) -> list[Any]:
-        """Caches for a forward pass `[rows, 1]` that lengthens the rows in `positions` by one."""
+    def batch_view(
+        self, positions: dict[int, int], rows: int, ahead: Mapping[int, int] = MappingProxyType({})
+    ) -> list[Any]:
+        """Caches for a forward pass `[rows, 1]` that lengthens the rows in `positions` by one.
+
+        A row in `ahead` is lengthened by so many more: its line is that of the last position, and
+        `[rows + the others, 1]` have them behind, in the order of `ahead` (if the store is `ragged`).
+        """
+        assert self.ragged or not ahead
         lengths = self.rows.lengths
         assert all(lengths[row] == p for row, p in positions.items()), (positions, lengths)
+        more = [(row, lengths[row] + i) for row, count in ahead.items() for i in range(count)]
+        for row, count in ahead.items():
+            lengths[row] += count
         # An idle row's garbage needs a place beyond its length too.
         self.rows.fit(rows - 1, max(lengths[:rows]) + 1)
         active = [row in positions for row in range(rows)]
         self.rows.view = BatchView(
-            lengths[:rows], active, self.rows.capacity, mask_rank=self._mask_rank
+            lengths[:rows], active, self.rows.capacity, mask_rank=self._mask_rank, more=more
         )
         for row in positions:
             lengths[row] += 1
@@ -478,7 +495,7 @@ class SeparateRows:
     """mlx-lm's own caches, a list a row: for models whose caches have no slab form. Decoding then
     costs a forward pass a row."""
 
-    batched = False
+    batched = ragged = False
     prefix_reuse: PrefixReuse = "none"
 
     def __init__(self, model: Module, max_rows: int) -> None:
@@ -523,7 +540,12 @@ class SeparateRows:
         assert caches is not None
         return caches
 
-    def batch_view(self, _positions: dict[int, int], _rows: int) -> list[Any]:
+    def batch_view(
+        self,
+        _positions: dict[int, int],
+        _rows: int,
+        _ahead: Mapping[int, int] = MappingProxyType({}),
+    ) -> list[Any]:
         raise UnsupportedCache("no batch over separate rows")
 
     def length(self, row: int) -> int:

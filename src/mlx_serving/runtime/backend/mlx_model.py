@@ -15,7 +15,7 @@ from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime.backend.arch import head_on_last, make_store
 from mlx_serving.runtime.backend.embedder import check_decoder, decoder_classes
 from mlx_serving.runtime.backend.grammar import Grammars, tokenizer_file
-from mlx_serving.runtime.backend.kernels import decoder_kernels
+from mlx_serving.runtime.backend.kernels import Kernels, decoder_kernels
 from mlx_serving.runtime.backend.kv import KVStore
 from mlx_serving.runtime.backend.loader import read_json
 from mlx_serving.runtime.backend.memory import MLXMemory, budget_bytes
@@ -81,6 +81,7 @@ def load(
         bucket=KV_BUCKET,
         exact_batch=options.exact_batch,
         attention=kernels.attention,
+        in_place=kernels.in_place,
     )
     if form is not None:
         _refuse(check(store))
@@ -96,6 +97,7 @@ def load(
         backbone=backbone,
         exact_batch=options.exact_batch,
         pooler=RowPooler(pooling),
+        foresight=_jumps(options, kernels, store),
     )
     grammars = Grammars(tokenizer_file(path, options), vocab_size, eos, Bounds.of(options))
     grammars.warm()
@@ -175,6 +177,14 @@ def load(
         append_eos=is_embedder(path) and pooling.mode == "last",
     )
     return LoadedModel(info, runner, limits, grammars, on_disk, runner.close, device)
+
+
+def _jumps(options: ModelOptions, kernels: Kernels, store: KVStore) -> bool:
+    """Of itself only where a run is a few lines more in the rows' own forward pass, and the same bits:
+    elsewhere it has a forward pass to itself, which costs where there are many rows."""
+    if options.jump_forward == "auto":
+        return kernels.invariant and store.ragged and not options.exact_batch
+    return options.jump_forward == "on"
 
 
 def _load_weights(

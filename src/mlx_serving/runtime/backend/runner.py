@@ -12,6 +12,7 @@ from one thread.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,13 +23,16 @@ import numpy as np
 from mlx.nn.layers.base import Module
 
 from mlx_serving.errors import MLXServingError
+from mlx_serving.runtime.backend.arch import first_lines
 from mlx_serving.runtime.backend.kv import KVStore
 from mlx_serving.runtime.backend.pooling import RowPooler, to_bytes
 from mlx_serving.runtime.backend.sampler import Draw, Sampler
 from mlx_serving.runtime.backend.tier import Copies, Tier
 from mlx_serving.runtime.core.disk import DiskEvent
 from mlx_serving.runtime.core.plan import (
+    MAX_FORCED,
     DecodeRow,
+    Forced,
     Matcher,
     PrefillChunk,
     RowStart,
@@ -36,6 +40,9 @@ from mlx_serving.runtime.core.plan import (
     StepPlan,
     StepResult,
 )
+
+MAX_DEPTH = 3
+"""Steps in flight, at most."""
 
 
 @dataclass(slots=True)
@@ -53,6 +60,8 @@ class _Forward:
     draw: Draw | None = None
     errors: dict[int, MLXServingError] = field(default_factory=dict)
     """By line: why the sequence cannot go on."""
+    foreseen: set[int] = field(default_factory=set)
+    """Lines whose token was known before it was drawn."""
     host_tokens: list[int] | None = None
 
     def tokens(self) -> list[int]:
@@ -117,15 +126,33 @@ class _Constrained:
     """A row with a grammar: its matcher, and where the token is that it has not seen yet."""
 
     matcher: Matcher
+    foreseeable: bool = False
     drawn: tuple[_Forward, int] | None = None
     """(forward, line): the token may still be on the device."""
+    recent: deque[int] = field(default_factory=partial(deque, maxlen=MAX_DEPTH))
+    """The last tokens that it has seen: the host may know fewer."""
 
     def mask(self) -> bytes | None:
         if self.drawn is not None:
             forward, line = self.drawn
-            self.matcher.accept(forward.tokens()[line])
+            token = forward.tokens()[line]
+            self.matcher.accept(token)
+            self.recent.append(token)
             self.drawn = None
         return self.matcher.mask()
+
+    def foresee(self, forward: _Forward, line: int) -> Forced | None:
+        """What follows the token that the forward pass will draw, and that token. It is accepted."""
+        run = self.matcher.forced(MAX_FORCED) if self.foreseeable else []
+        if not run:
+            return None
+        forward.foreseen.add(line)
+        before = tuple(self.recent)
+        self.recent.extend(run)
+        seq_id = forward.seq_ids[line]
+        if len(run) == 1 or seq_id is None:
+            return None
+        return Forced(seq_id, forward.positions[line] - len(before), (*before, *run))
 
 
 class MLXRunner:
@@ -134,6 +161,9 @@ class MLXRunner:
     A row with a grammar needs a mask to draw its token, and the mask needs the token before it. So
     its draw (and that of the rows beside it in the forward) is put off until the next launch or
     this step's wait: the forward runs while the masks are computed, and steps overlap as ever.
+
+    Where a mask leaves one token, the next masks are computed too, as long as that is so: `foresee`
+    tells the scheduler, and the run is computed in one forward pass (`foresight`: whether it may).
 
     `backbone`: what `arch.head_on_last` returned for the model. `exact_batch`: decode always with
     `max_rows` rows, so that a row's arithmetic never depends on how many others there are. `pooler`:
@@ -150,6 +180,7 @@ class MLXRunner:
         backbone: Module | None,
         exact_batch: bool = False,
         pooler: RowPooler | None = None,
+        foresight: bool = False,
     ) -> None:
         self._model = model
         self._backbone = backbone
@@ -165,6 +196,15 @@ class MLXRunner:
         """By row."""
         self._undrawn: list[_Forward] = []
         """Of the newest step."""
+        self._foresight = foresight
+        self._foreseen: list[Forced] = []
+        """Not yet told."""
+
+    def foresee(self) -> list[Forced]:
+        """Makes the draws that wait for a mask, and tells what the masks said of later ones."""
+        self._settle()
+        told, self._foreseen = self._foreseen, []
+        return told
 
     def launch(self, plan: StepPlan) -> MLXPendingStep:
         self._settle()
@@ -236,6 +276,8 @@ class MLXRunner:
                 else:
                     if mask is not None:
                         masks[line] = mask
+                        if (forced := constrained.foresee(forward, line)) is not None:
+                            self._foreseen.append(forced)
         return masks
 
     def _draw(self, forward: _Forward, masks: dict[int, bytes] | None = None) -> None:
@@ -244,7 +286,7 @@ class MLXRunner:
         draw = forward.draw = self.sampler.sample(logits, forward.rows, forward.positions, masks)
         self._keep(draw.tokens, forward.rows)
         for line, row in enumerate(forward.rows) if self._constrained else ():
-            if row in self._constrained:
+            if row in self._constrained and line not in forward.foreseen:
                 self._constrained[row].drawn = forward, line
 
     def _sampled(self, forward: _Forward) -> _Forward:
@@ -269,6 +311,7 @@ class MLXRunner:
         self.sampler.reset()
         self._constrained.clear()
         self._undrawn.clear()
+        self._foreseen.clear()
         self._pooler.reset()
         self._last = mx.zeros((self._max_rows,), mx.int32)
 
@@ -291,7 +334,9 @@ class MLXRunner:
         self.sampler.start(start)
         if start.constraint is not None:
             output = start.token_ids[start.prompt_len :]
-            self._constrained[start.row] = _Constrained(start.constraint.matcher(output))
+            matcher = start.constraint.matcher(output)
+            foreseeable = self._foresight and start.foreseeable
+            self._constrained[start.row] = _Constrained(matcher, foreseeable)
 
     def _move(self, source: int, target: int) -> None:
         self.store.move(source, target)
@@ -322,10 +367,15 @@ class MLXRunner:
         return {chunk.seq_id: state} if chunk.samples else {}
 
     def _decode(self, rows: Sequence[DecodeRow]) -> list[_Forward]:
+        for row in rows:
+            self.sampler.count(row.row, row.forced)
         # A first position has no state to batch with: its recurrent state begins here.
         first = [row for row in rows if row.position == 0]
         rest = [row for row in rows if row.position > 0]
         forwards = [f for row in first for f in self._decode_first(row)]
+        if not self.store.ragged or self._exact_rows:
+            forwards += [self._decode_alone(row) for row in rest if row.forced]
+            rest = [row for row in rest if not row.forced]
         if not rest:
             return forwards
         if not self._exact_rows and (len(rest) == 1 or not self.store.batched):
@@ -341,31 +391,37 @@ class MLXRunner:
         if row.token_id is None:
             token = self._last[row.row : row.row + 1]
         else:
-            token = mx.array([row.token_id], dtype=mx.int32)
+            token = mx.array([row.token_id, *row.forced], dtype=mx.int32)
         logits = self.forward_row(row.row, token[None], row.position)
-        return self._sampled(_Forward(logits, [row.row], [row.seq_id], [row.position + 1]))
+        return self._sampled(_Forward(logits, [row.row], [row.seq_id], [row.last + 1]))
 
     def _decode_batch(self, rows: Sequence[DecodeRow]) -> _Forward:
         lines = max(self._exact_rows, rows[-1].row + 1)
         assert all(a.row < b.row for a, b in itertools.pairwise(rows)), rows
         tokens = self._inputs(rows, lines)
-        caches = self.store.batch_view({row.row: row.position for row in rows}, lines)
-        logits = self._forward(tokens[:, None], caches)
+        ahead = {row.row: len(row.forced) for row in rows if row.forced}
+        caches = self.store.batch_view({row.row: row.position for row in rows}, lines, ahead)
+        with first_lines(self._backbone, lines if ahead else None):
+            logits = self._forward(tokens[:, None], caches)[:lines]
         at: list[int | None] = [None] * lines
         seq_ids: list[int | None] = [None] * lines
         positions = [0] * lines
         for row in rows:
             at[row.row] = row.row
             seq_ids[row.row] = row.seq_id
-            positions[row.row] = row.position + 1
+            positions[row.row] = row.last + 1
         return self._sampled(_Forward(logits, at, seq_ids, positions))
 
     def _inputs(self, rows: Sequence[DecodeRow], lines: int) -> mx.array:
+        """The last token of each line's row and, behind them, those before it that are computed too."""
         tokens = self._last[:lines]
-        given = {row.row: row.token_id for row in rows if row.token_id is not None}
-        if given:
-            index = mx.array(list(given), dtype=mx.int32)
-            tokens[index] = mx.array(list(given.values()), dtype=mx.int32)
+        known = {row.row: (row.token_id, *row.forced) for row in rows if row.token_id is not None}
+        if known:
+            index = mx.array(list(known), dtype=mx.int32)
+            tokens[index] = mx.array([run[-1] for run in known.values()], dtype=mx.int32)
+        before = [token for run in known.values() for token in run[:-1]]
+        if before:
+            tokens = mx.concatenate([tokens, mx.array(before, dtype=mx.int32)])
         return tokens
 
     def _keep(self, tokens: mx.array, rows: Sequence[int | None]) -> None:

@@ -163,6 +163,13 @@ class Sampler:
             count_slot=slot,
         )
 
+    def count(self, row: int, token_ids: Sequence[int]) -> None:
+        """The row's sequence has got these without a draw."""
+        state = self._rows[row]
+        if token_ids and state is not None and state.count_slot is not None:
+            slots = _ints([state.count_slot] * len(token_ids))
+            self._counts.add(slots, _ints(token_ids))
+
     def free(self, row: int) -> None:
         state, self._rows[row] = self._rows[row], None
         if state is not None and state.count_slot is not None:

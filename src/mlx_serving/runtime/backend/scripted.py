@@ -45,7 +45,9 @@ from mlx_serving.runtime.backend.grammar import Grammars, tokenizer_file
 from mlx_serving.runtime.backend.model import LoadedModel
 from mlx_serving.runtime.backend.runaway import Bounds
 from mlx_serving.runtime.core.plan import (
+    MAX_FORCED,
     DecodeRow,
+    Forced,
     Limits,
     Matcher,
     PrefillChunk,
@@ -64,6 +66,7 @@ _PREFILL_STEP = 512
 _KV_BUCKET = 256
 PREFIX_BLOCK = 16
 _PREFIX_BLOCKS = 1024
+_MAX_DEPTH = 3
 
 
 class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -108,6 +111,7 @@ class _Row:
     last: int | None = None
     tokens: list[int] = field(default_factory=list)
     """Those computed."""
+    foreseeable: bool = False
 
     @property
     def outputs(self) -> int:
@@ -135,9 +139,16 @@ class ScriptedStep:
 
 
 class ScriptedRunner:
-    """Implements `core.plan.Runner`. `die` replaces the way out of the process, in its own tests."""
+    """Implements `core.plan.Runner`. `die` replaces the way out of the process, in its own tests.
+    `foresight`: what a grammar forces is told before it is sampled."""
 
-    def __init__(self, config: ScriptedConfig, die: Callable[[], None] = os.abort) -> None:
+    def __init__(
+        self,
+        config: ScriptedConfig,
+        die: Callable[[], None] = os.abort,
+        *,
+        foresight: bool = True,
+    ) -> None:
         self._config = config
         self._script = config.script
         self._die = die
@@ -145,6 +156,8 @@ class ScriptedRunner:
         self._blocks: dict[int, list[int]] = {}
         """Each prefix block's tokens."""
         self._free_at = 0.0
+        self._foresight = foresight
+        self._foreseen: list[Forced] = []
 
     def launch(self, plan: StepPlan) -> ScriptedStep:
         if plan.keep_blocks is not None:
@@ -161,7 +174,12 @@ class ScriptedRunner:
         self._free_at = max(self._free_at, monotonic()) + self._script.step_delay_ms / 1000
         return ScriptedStep(StepResult(plan.step_id, sampled), self._free_at, hangs)
 
+    def foresee(self) -> list[Forced]:
+        told, self._foreseen = self._foreseen, []
+        return told
+
     def reset(self) -> None:
+        self._foreseen.clear()
         self._rows.clear()
         self._blocks.clear()
 
@@ -176,6 +194,7 @@ class ScriptedRunner:
         salt = _mix(params.seed ^ _mix(params.choice)) if params.temperature > 0 else 0
         matcher = None if start.constraint is None else start.constraint.matcher(output)
         row = self._rows[start.row] = _Row(params, prompt, salt, matcher)
+        row.foreseeable = self._foresight and start.foreseeable
         for block in start.blocks:
             for token in self._blocks[block]:
                 row.feed(token)
@@ -209,7 +228,8 @@ class ScriptedRunner:
         assert row.length == decode.position, (row.length, decode)
         token = row.last if decode.token_id is None else decode.token_id
         assert token is not None, decode
-        row.feed(token)
+        for one in (token, *decode.forced):
+            row.feed(one)
         return self._sample(row, decode.seq_id)
 
     def _sample(self, row: _Row, seq_id: int) -> Sampled:
@@ -219,11 +239,22 @@ class ScriptedRunner:
             row.last = 0
             return Sampled(seq_id, [0], error=error)
         k = row.params.logprobs
+        if row.foreseeable and row.matcher is not None:
+            self._foresee(row, seq_id, token, row.matcher)
         if k is None:
             return Sampled(seq_id, [token])
         ids = tuple((token + i) % self._config.vocab_size for i in range(k))
         values = tuple(self._script.logprob - i for i in range(k))
         return Sampled(seq_id, [token], [TokenLogprob(self._script.logprob, ids, values)])
+
+    def _foresee(self, row: _Row, seq_id: int, sampled: int, matcher: Matcher) -> None:
+        run = matcher.forced(MAX_FORCED - 1)
+        if run:
+            # The host may not know the tokens of the steps in flight yet.
+            start = max(row.length - _MAX_DEPTH, len(row.prompt))
+            self._foreseen.append(
+                Forced(seq_id, start, (*row.tokens[start:], sampled, *run)),
+            )
 
     def _follow(self, row: _Row, token: int) -> int:
         """The token, or where the row's grammar does not allow it, one that the row's hash picks."""
@@ -306,7 +337,8 @@ def load(
     )
     bounds = Bounds.of(options)
     grammars = Grammars(tokenizer_file(path, options), parsed.vocab_size, parsed.eos, bounds)
-    return LoadedModel(info, ScriptedRunner(parsed), limits, grammars, device=device)
+    runner = ScriptedRunner(parsed, foresight=options.jump_forward != "off")
+    return LoadedModel(info, runner, limits, grammars, device=device)
 
 
 class ScriptedMemory:

@@ -82,7 +82,8 @@ class RowView:
 class BatchView:
     """`count` new positions of each of the rows 0 … len(positions) - 1.
 
-    Rows whose `active` is False compute garbage: it lands beyond their length, where their own
+    `more` are lines behind those: single positions of rows, before the row's own in `positions`. Only
+    kernels that read slabs in place, by `indices`, know what to do with them. Rows whose `active` is False compute garbage: it lands beyond their length, where their own
     next token overwrites it, and their recurrent state stays.
     """
 
@@ -94,15 +95,17 @@ class BatchView:
         *,
         count: int = 1,
         mask_rank: int = 4,
+        more: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.rows = (0, len(positions))
         self.count = count
-        self.offset = _int32(positions)
+        self.offset = _int32([*positions, *(position for _, position in more)])
         longest = max((p for p, a in zip(positions, active, strict=True) if a), default=0)
         self.fetch = min(capacity, round_up(longest + count, FETCH_TOKENS))
         self.fresh = False
         self._index = self.offset[:, None] + mx.arange(count, dtype=mx.int32)[None]
-        self._row_index = mx.arange(len(positions), dtype=mx.int32)[:, None]
+        self._lines = _int32([*range(len(positions)), *(row for row, _ in more)])
+        self._row_index = self._lines[:, None]
         self._active = None if all(active) else mx.array(list(active))
         self._mask_rank = mask_rank
         self._masks: dict[int | None, mx.array] = {}
@@ -126,8 +129,8 @@ class BatchView:
 
     @cached_property
     def indices(self) -> tuple[mx.array, mx.array]:
-        """Rows and offsets, int32 `[rows]` each, for kernels that read slabs in place."""
-        return self._row_index[:, 0], self.offset
+        """Rows and offsets, int32 `[lines]` each, for kernels that read slabs in place."""
+        return self._lines, self.offset
 
     def get_state(self, slab: mx.array | None) -> mx.array | None:
         if slab is None or slab.shape[0] == self.rows[1]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from mlx_serving.runtime.core.memory import Room
+from mlx_serving.runtime.core.plan import MAX_FORCED
 from mlx_serving.runtime.core.scheduler import Scheduler
 from mlx_serving.runtime.core.sequence import Sequence, Status
 
@@ -18,7 +19,7 @@ def check(scheduler: Scheduler) -> None:
     for seq_id, seq in scheduler.sequences.items():
         assert seq.seq_id == seq_id
         _check_quantity(seq, scheduler)
-    inflight = sum(seq.inflight for seq in scheduler.sequences.values())
+    inflight = sum(seq.inflight + seq.foreseen for seq in scheduler.sequences.values())
     sampled = sum(samples for _, samples in scheduler.launched)
     assert inflight <= sampled, "more tokens in flight than launched steps sample"
 
@@ -106,10 +107,13 @@ def _check_quantity(seq: Sequence, scheduler: Scheduler) -> None:
     assert seq.status is not Status.FINISHED, f"{name} has ended and is kept"
     assert (seq.status is Status.RUNNING) == (seq.row is not None), f"{name} runs without a row"
     assert 0 < seq.prompt_len <= len(seq.tokens) < seq.limit <= scheduler.context_length, name
-    assert 0 <= seq.inflight <= len(scheduler.launched), f"{name}: {seq.inflight} in flight"
+    inflight = seq.inflight + seq.foreseen
+    assert min(seq.inflight, seq.foreseen) >= 0 and inflight <= len(scheduler.launched), name
     assert behind >= 1 and seq.wanted <= seq.limit, f"{name} computed more than is wanted"
     if seq.row is None:
         assert seq.computed == 0 and seq.status is not Status.RUNNING, name
+    elif behind > 1 and not seq.prefills:
+        assert seq.inflight == 0 and behind <= MAX_FORCED, f"{name} was forced too far ahead"
     elif behind > 1:
         assert seq.inflight == 0, f"{name} samples before its prefill is complete"
         limits = scheduler.limits

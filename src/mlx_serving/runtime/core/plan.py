@@ -37,6 +37,11 @@ class Matcher(Protocol):
         than its bounds allow."""
         ...
 
+    def forced(self, most: int) -> list[int]:
+        """The tokens that have to come next, accepted one after the other: up to `most`, the first
+        choice, or the end."""
+        ...
+
 
 class Constraint(Protocol):
     """A compiled grammar, shared by the sequences that follow it."""
@@ -64,6 +69,12 @@ class RowStart:
     second_at: int | None = None
     """Of a pair of texts: where the second one begins."""
 
+    @property
+    def foreseeable(self) -> bool:
+        """Tokens that its grammar forces may be told before a step has sampled them. A
+        log-probability needs the step."""
+        return self.constraint is not None and self.sampling.logprobs is None
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
@@ -80,13 +91,21 @@ class PrefillChunk:
 
 
 class DecodeRow(msgspec.Struct, frozen=True, gc=False):
-    """Compute one position of one row in the batched forward, and sample the next token."""
+    """Compute one position of one row in the batched forward, and those of tokens that are known to
+    follow; sample the token after them."""
 
     row: int
     seq_id: int
     position: int
     token_id: int | None
     """None: the token that the row sampled last, which is still on the device."""
+    forced: tuple[int, ...] = ()
+    """What follows `token_id`, which then is not None."""
+
+    @property
+    def last(self) -> int:
+        """The last position that it computes."""
+        return self.position + len(self.forced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +141,21 @@ class StepPlan:
     def prefill_tokens(self) -> int:
         return sum(len(chunk.token_ids) for chunk in self.prefill)
 
+    @property
+    def forced_tokens(self) -> int:
+        """Those that take no step of their own."""
+        return sum(len(row.forced) for row in self.decode)
+
+
+@dataclass(frozen=True, slots=True)
+class Forced:
+    """Tokens of one sequence from position `start` on, known before they were sampled, because its
+    grammar leaves no choice. They begin with what launched steps still sample, if anything."""
+
+    seq_id: int
+    start: int
+    token_ids: tuple[int, ...]
+
 
 @dataclass(slots=True)
 class Sampled:
@@ -144,6 +178,10 @@ class StepResult:
     """What the disk has done since the last result, in order."""
 
 
+MAX_FORCED = 16
+"""Tokens that a grammar forces, told at once: they share one step with the other rows."""
+
+
 class PendingStep(Protocol):
     def wait(self) -> StepResult:
         """Block until the step's tokens are on the host."""
@@ -155,6 +193,11 @@ class Runner(Protocol):
 
     def launch(self, plan: StepPlan) -> PendingStep:
         """Enqueue a plan behind those already launched; return without waiting for it."""
+        ...
+
+    def foresee(self) -> Sequence[Forced]:
+        """What is known of the tokens that come next; asked before a step is planned. The next
+        decode row of a sequence that is named computes all of them."""
         ...
 
     def reset(self) -> None:

@@ -11,7 +11,7 @@ that wait cost nothing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -27,6 +27,7 @@ from mlx_serving.runtime.core.memory import Claim, Room
 from mlx_serving.runtime.core.pace import Pace
 from mlx_serving.runtime.core.plan import (
     DecodeRow,
+    Forced,
     Limits,
     PrefillChunk,
     Publish,
@@ -178,12 +179,23 @@ class Scheduler:
         self.rows.clear()
         self.launched.clear()
         for seq in self.sequences.values():
-            seq.inflight = 0
+            seq.inflight = seq.foreseen = 0
         for seq in running:
             self._requeue(seq)
         self.sharing.clear()
 
     # -- the step -------------------------------------------------------------------------
+
+    def foresee(self, known: Iterable[Forced]) -> list[Emitted]:
+        """Take tokens that no step needs to sample, before the next one is planned."""
+        emitted = []
+        for forced in known:
+            seq = self.sequences.get(forced.seq_id)
+            if seq is not None:
+                tokens, reason = seq.foresee(forced.start, forced.token_ids)
+                if tokens:
+                    emitted.append(self._emit(seq, tokens, None, reason))
+        return emitted
 
     def schedule(self, now_s: float) -> StepPlan | None:
         """The next step, or None if there is nothing to do before the next `apply` or client's wish."""
@@ -198,9 +210,8 @@ class Scheduler:
         decode = [
             seq
             for seq in self.rows
-            if seq.wanted - seq.computed == 1
-            and seq.wanted < seq.limit
-            and not (seq.paused or seq.pooled)
+            if seq.decodes
+            and not seq.paused
             and (seq in joined or not policy.stands_aside(seq, urgent, now_s, self.limits))
         ]
         chunks = tuple([_prefill(seq, length) for seq, length in prefill])
@@ -239,7 +250,11 @@ class Scheduler:
         emitted = []
         for sampled in result.sampled:
             seq = sequences.get(sampled.seq_id)
-            if seq is not None:
+            if seq is None:
+                continue
+            if seq.foreseen:
+                seq.foreseen -= 1
+            else:
                 emitted.append(self._absorb(seq, sampled))
         return emitted
 
@@ -282,16 +297,24 @@ class Scheduler:
             self._finish(seq)
             return Emitted(sampled.seq_id, [], finish_reason="stop", vector=sampled.vector)
         (token,) = sampled.token_ids
-        reason = seq.absorb(token)
+        return self._emit(seq, sampled.token_ids, sampled.logprobs, seq.absorb(token))
+
+    def _emit(
+        self,
+        seq: Sequence,
+        tokens: list[int],
+        logprobs: list[TokenLogprob] | None,
+        reason: FinishReason | None,
+    ) -> Emitted:
         if reason is not None:
             self._finish(seq)
         cached, written = seq.tell_reuse()
         return Emitted(
-            sampled.seq_id,
-            sampled.token_ids,
-            sampled.logprobs,
+            seq.seq_id,
+            tokens,
+            logprobs,
             reason,
-            token if reason == "stop" else None,
+            tokens[-1] if reason == "stop" else None,
             cached_tokens=cached,
             cache_write_tokens=written,
         )
@@ -436,6 +459,7 @@ class Scheduler:
         self.rows.join(seq)
         self.sharing.begin(seq, found)
         seq.status = Status.RUNNING
+        seq.began = len(seq.tokens)
         if seq.admitted_s is None:
             seq.admitted_s = now_s
             seq.cached = min(seq.reused, seq.prompt_len)
@@ -537,7 +561,9 @@ def _prefill(seq: Sequence, length: int) -> PrefillChunk:
 
 def _decode(seq: Sequence) -> DecodeRow:
     position = seq.computed
-    token = None if seq.inflight else seq.tokens[-1]
-    seq.computed += 1
+    seq.computed = seq.wanted
     seq.inflight += 1
-    return DecodeRow(_row(seq), seq.seq_id, position, token)
+    if seq.inflight > 1:
+        return DecodeRow(_row(seq), seq.seq_id, position, None)
+    token, *forced = seq.tokens[position:]
+    return DecodeRow(_row(seq), seq.seq_id, position, token, tuple(forced))

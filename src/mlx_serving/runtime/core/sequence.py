@@ -5,13 +5,15 @@
        └─────preempt──────┘   (tokens still in flight are absorbed while it waits, and may finish it)
 
 There are no phases: `computed` catches up with `wanted`. One position to go is a decode row,
-more are a prefill chunk; prompts, chunked prefill, preemption and resumption all follow.
+more are a prefill chunk (or, of tokens that a grammar forced, a longer decode row); prompts, chunked
+prefill, preemption and resumption all follow.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 from mlx_serving.runtime.core.plan import Constraint
@@ -61,6 +63,10 @@ class Sequence:
     """Positions whose KV is in its row once every launched step has run."""
     inflight: int = 0
     """Tokens that launched steps sample and whose values the host does not know yet."""
+    foreseen: int = 0
+    """Tokens that launched steps sample and whose values the host knew before: the oldest in flight."""
+    began: int = 0
+    """Tokens that it had when it took its row. What it got since is decoded, also several at once."""
     paused: bool = False
     queued: bool = False
     """It has an entry in the waiting queue."""
@@ -100,7 +106,14 @@ class Sequence:
     def prefills(self) -> bool:
         """Its gap is closed by a chunk. A gap of one is a decode row's, but where nothing is decoded."""
         gap = self.wanted - self.computed
-        return gap > 1 or (self.pooled and gap == 1 and not self.inflight)
+        if gap > 1:
+            return self.computed < self.began
+        return self.pooled and gap == 1 and not self.inflight
+
+    @property
+    def decodes(self) -> bool:
+        """A decode row closes its gap, and samples the next token."""
+        return not (self.prefills or self.pooled) and self.computed < self.wanted < self.limit
 
     @property
     def order(self) -> tuple[int, int]:
@@ -123,6 +136,24 @@ class Sequence:
         """Take the value of the oldest token in flight; say whether it ends the sequence."""
         assert self.inflight > 0
         self.inflight -= 1
+        return self._append(token)
+
+    def foresee(self, start: int, tokens: Items[int]) -> tuple[list[int], FinishReason | None]:
+        """Take tokens from position `start` on before they arrive; say which of them it had not, up to
+        its end, and whether that ends it."""
+        taken: list[int] = []
+        for token in tokens[len(self.tokens) - start :]:
+            if self.inflight:
+                self.inflight -= 1
+                self.foreseen += 1
+            taken.append(token)
+            reason = self._append(token)
+            if reason is not None:
+                return taken, reason
+        assert not (taken and self.inflight), "what is in flight comes before what is not"
+        return taken, None
+
+    def _append(self, token: int) -> FinishReason | None:
         self.tokens.append(token)
         if token in self.stops:
             return "stop"
