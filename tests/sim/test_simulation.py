@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from sim.simulation import Report, Simulation
+from sim.report import Report
+from sim.simulation import Simulation
 
 FAST = range(60)
 SLOW = range(1_000, 2_000)
