@@ -138,14 +138,14 @@ class Model:
                     self._started.update(starts)
                     self._on_start(starts)
                 self._in_flight.append(self._line.join(plan, self._runner.launch(plan)))
-            early = self._take_early()
             if not self._in_flight:
+                early = self._take_early()
                 return wire.Step(early) if early else None
             oldest = self._in_flight.popleft()
             emitted = self._scheduler.apply(self._line.wait(oldest))
             stats = self._stats(oldest)
             self._scheduler.observe(oldest.plan, stats.step_ms / 1e3)
-            return wire.Step(early + self._rows(emitted), stats)
+            return wire.Step(self._take_early() + self._rows(emitted), stats)
         except Exception as error:
             log.exception("%s: step failed", self.info.model_id)
             return self._fail_started(error)

@@ -12,13 +12,13 @@ import pytest
 from mlx_serving import errors
 from mlx_serving.runtime.backend.model import LoadedModel
 from mlx_serving.runtime.collector import Collector, NoCollector
-from mlx_serving.runtime.core.plan import Limits, Sampled, StepPlan, StepResult
+from mlx_serving.runtime.core.plan import Forced, Limits, Sampled, StepPlan, StepResult
 from mlx_serving.runtime.loop import Link, Loop
 from mlx_serving.types import Grammar, ModelInfo, SamplingParams
 from mlx_serving.worker import wire
 
 HELLO = wire.Hello(pid=1, device="cpu", mlx_version="", memory_bytes=0)
-FAIL_LAUNCH, FAIL_WAIT, GIVES_UP = 901, 902, 903
+FAIL_LAUNCH, FAIL_WAIT, GIVES_UP, FORCED = 901, 902, 903, 904
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Runner:
     most_in_flight: int = 0
     gate: threading.Event | None = None
     """Steps wait for it."""
+    foreseen: list[Forced] = field(default_factory=list)
 
     def launch(self, plan: StepPlan) -> Pending:
         self.log.append(f"launch {plan.step_id}")
@@ -57,6 +58,8 @@ class Runner:
             self.last[start.seq_id] = start.token_ids[-1]
             if start.token_ids[0] == FAIL_LAUNCH:
                 raise errors.ModelBroken("the kernels are not there")
+            if start.token_ids[0] == FORCED:
+                self.foreseen.append(Forced(start.seq_id, 1, (905, 906, 907, 908)))
             if start.token_ids[0] == FAIL_WAIT:
                 pending.error = MemoryError("no room")
         sampling = [c.seq_id for c in plan.prefill if c.samples] + [r.seq_id for r in plan.decode]
@@ -68,8 +71,9 @@ class Runner:
             pending.result.sampled.append(sampled)
         return pending
 
-    def foresee(self) -> tuple[()]:
-        return ()
+    def foresee(self) -> list[Forced]:
+        foreseen, self.foreseen = self.foreseen, []
+        return foreseen
 
     def reset(self) -> None:
         self.log.append("reset")
@@ -237,6 +241,13 @@ def test_a_failed_step_ends_those_who_began_and_spares_those_who_wait(parent, to
     assert rows[1].finish_reason == "error"
     assert rows[3].token_ids == [31, 32, 33, 34]
     assert parent.runners["m"].log.count("reset") == 1
+
+
+def test_what_was_known_before_a_step_failed_is_told(parent):
+    parent.send(load(), submit(1, FORCED), submit(2, FAIL_WAIT))
+    rows = parent.rows(2)
+    assert rows[1].token_ids == [905, 906, 907, 908] and rows[1].finish_reason == "length"
+    assert rows[2].error is not None
 
 
 def test_a_failed_model_leaves_the_others_alone(parent):
