@@ -145,6 +145,27 @@ def test_bits_do_not_depend_on_neighbours_or_cuts(name: str, bits: KVBits) -> No
 
 
 @needs_native
+@pytest.mark.parametrize("bits", ["8", "k8v4"])
+def test_fused_layers_give_the_bits_of_single_ones(bits: KVBits) -> None:
+    """And keep the same words."""
+    from mlx_serving.runtime.native.install import accelerate
+
+    single = zoo.build("llama", head_dim=HEAD)
+    assert not accelerate(single, fused=False).is_fused
+    kept, logits = [], []
+    for model in (_native_model("llama"), single):
+        runner = make_runner(model, zoo.VOCAB, attention=_native_layer(bits))
+        runner.store.start(0, 30)
+        chunk = runner.forward_row(0, mx.array([_tokens(7, 29)]), 0)
+        step = model(mx.array([[9]]), cache=runner.store.batch_view({0: 29}, 1))[0, -1:]
+        logits.append([np.array(chunk), np.array(step)])
+        kept.append([np.array(a[:, :, :30]) for a in runner.store.arrays()])
+        assert all(a.dtype == np.uint32 for a in kept[-1])
+    for ours, theirs in zip((logits[0], kept[0]), (logits[1], kept[1]), strict=True):
+        assert all((a == b).all() for a, b in zip(ours, theirs, strict=True))
+
+
+@needs_native
 def test_preempted_sequences_give_the_same_tokens() -> None:
     model, layer = _native_model("llama"), _native_layer("4")
     sampling = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)

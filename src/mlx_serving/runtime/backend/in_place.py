@@ -15,7 +15,8 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from mlx_serving.runtime.backend.kv import KVLayer, KVStore, MakeKVLayer
-from mlx_serving.runtime.backend.quantized_kv import QuantizedLayer
+from mlx_serving.runtime.backend.quantized_kv import AS_COMPUTED, Code, KVFormat, Unquantizable
+from mlx_serving.runtime.backend.views import Rows
 from mlx_serving.runtime.native import ops
 from mlx_serving.runtime.native.slab import RowMask
 
@@ -31,7 +32,8 @@ class InPlaceLayer(KVLayer):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         slabs = self.native_slabs(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
-        self.native_store(*ops.kv_write(*slabs, keys, values, *self.rows.view.indices))
+        indices = self.rows.view.indices
+        self.native_store(*ops.kv_write(*slabs, keys, values, *indices, *self.codes))
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
@@ -46,27 +48,23 @@ class InPlaceLayer(KVLayer):
         return RowMask(*self.rows.view.indices, window_size or self.window or 0)
 
 
-class QuantizedInPlaceLayer(QuantizedLayer):
-    """A `QuantizedLayer` whose rows, dequantised, the native kernels read."""
+class QuantizedInPlaceLayer(InPlaceLayer):
+    """An `InPlaceLayer` whose slabs hold words, which the kernels write and read as they are."""
 
-    def words(self) -> tuple[mx.array, mx.array]:
-        view = self.rows.view
-        assert self.keys is not None and self.values is not None
-        # From position 0 on, whatever the window: the kernel counts positions so.
-        return view.read(self.keys, None), view.read(self.values, None)
+    def __init__(self, rows: Rows, window: int | None = None, *, form: KVFormat) -> None:
+        super().__init__(rows, window)
+        self._form = form
 
-    def make_mask(  # type: ignore[override]
-        self, N: int, return_array: bool = False, window_size: int | None = None
-    ) -> RowMask:
-        del return_array
-        view = self.rows.view
-        assert view.count == N
-        rows, offsets = view.indices
-        # Rows are counted from the first that is read. An idle row may be longer than what is read
-        # for the others, and its result is thrown away.
-        last = mx.array(view.fetch - N, dtype=mx.int32)
-        window = window_size or self.window or 0
-        return RowMask(rows - view.rows[0], mx.minimum(offsets, last), window)
+    def native_slabs(
+        self, kv_heads: int, key_dim: int, value_dim: int, dtype: mx.Dtype
+    ) -> tuple[mx.array, mx.array]:
+        if self._form == AS_COMPUTED:
+            return super().native_slabs(kv_heads, key_dim, value_dim, dtype)
+        assert self._form.key_bits and self._form.value_bits
+        key = Code.of(self._form.key_bits, key_dim, dtype)
+        value = Code.of(self._form.value_bits, value_dim, dtype)
+        self.codes = key, value
+        return super().native_slabs(kv_heads, key.words, value.words, mx.uint32)
 
 
 def attends_in_place(
@@ -74,16 +72,22 @@ def attends_in_place(
     make: Callable[[MakeKVLayer], KVStore],
     plain_layer: MakeKVLayer = KVLayer,
     in_place_layer: MakeKVLayer = InPlaceLayer,
+    quantized_layer: MakeKVLayer | None = None,
 ) -> bool:
     """Whether the model's logits are the same over stores of either kind of layer, which `make`
     gives: two prompts and a step of both. Models that compute with masks themselves, or with keys that
-    they fetched, either raise or differ. A store of separate rows has no slabs to read."""
+    they fetched, either raise or differ. A store of separate rows has no slabs to read. Layers that
+    round are not compared; a model that hides them from its attention raises."""
     plain = make(plain_layer)
     if not plain.batched:
         return False
     want = _trial(model, plain)
     try:
         got = _trial(model, make(in_place_layer))
+        if quantized_layer is not None:
+            _trial(model, make(quantized_layer))
+    except Unquantizable:
+        raise
     except Exception as error:
         # A model file does to a mask what it likes.
         log.debug("attention does not read KV in place: %s: %s", type(error).__name__, error)

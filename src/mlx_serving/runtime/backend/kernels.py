@@ -67,23 +67,20 @@ def decoder_kernels(
     if report is None:
         return Kernels(attention=plain)
     sampler = importlib.import_module(_SAMPLER).NativeSampler
-    if report.is_fused and form is None:
-        return Kernels(
-            report.mode,
-            sampler=sampler,
-            in_place=True,
-            invariant=True,
-            packed_bytes=report.packed_bytes,
-        )
     module = importlib.import_module(_IN_PLACE)
     in_place: MakeKVLayer = module.InPlaceLayer
-    # Layers that are tried round nothing: of two roundings of almost the same number, one may go up.
-    tried: tuple[MakeKVLayer, MakeKVLayer] = plain, in_place
     if form is not None:
         in_place = partial(module.QuantizedInPlaceLayer, form=form)
+    if report.is_fused:
+        attention = KVLayer if form is None else in_place
+        return Kernels(report.mode, attention, sampler, True, True, report.packed_bytes)
+    tried: tuple[MakeKVLayer, ...] = plain, in_place
+    if form is not None:
+        # Layers that are compared round nothing: of two roundings of almost the same number, one may go up.
         tried = (
             partial(QuantizedLayer, form=AS_COMPUTED),
             partial(module.QuantizedInPlaceLayer, form=AS_COMPUTED),
+            in_place,
         )
 
     def trial_store(attention: MakeKVLayer) -> KVStore:
@@ -92,12 +89,6 @@ def decoder_kernels(
         )
 
     if report.row_mask and module.attends_in_place(model, trial_store, *tried):
-        return Kernels(
-            report.mode,
-            in_place,
-            sampler,
-            in_place=form is None,
-            invariant=report.every_product,
-            packed_bytes=report.packed_bytes,
-        )
+        every = report.every_product
+        return Kernels(report.mode, in_place, sampler, True, every, report.packed_bytes)
     return Kernels(report.mode, plain, sampler, packed_bytes=report.packed_bytes)

@@ -48,6 +48,9 @@ class KVLayer:
     Implements what model files use of mlx-lm's KVCache and RotatingKVCache.
     """
 
+    codes: tuple[Any, Any] = (None, None)
+    """How slabs of keys and values are quantised, as kernels are told (`native.slab.Codes`)."""
+
     def __init__(self, rows: Rows, window: int | None = None) -> None:
         self.rows = rows
         self.window = window

@@ -6,13 +6,14 @@ holds does not depend on where its prompt was cut or on who else is in the batch
 the quantised numbers, then scales and biases, as 32-bit words, so that rows are moved, cut into
 blocks and put on disk like any other.
 
-One layer's keys and values are dequantised at a time, for the rows and lengths that a forward pass sees.
+The native kernels read words (`in_place.QuantizedInPlaceLayer`). Where they do not run, one layer's
+keys and values are dequantised at a time, for the rows and lengths that a forward pass sees.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -82,9 +83,9 @@ class Plain:
         return kept
 
 
-@dataclass(frozen=True, slots=True)
-class Code:
-    """How one vector of `dim` numbers becomes words, and back."""
+class Code(NamedTuple):
+    """How one vector of `dim` numbers becomes words, and back. The native kernels take it as it is
+    (`native.ops.KVCode`) and write the same words."""
 
     bits: int
     group: int
@@ -92,13 +93,16 @@ class Code:
     dtype: mx.Dtype
 
     @classmethod
-    def of(cls, bits: int, vectors: mx.array) -> Code:
+    def of(cls, bits: int, dim: int, dtype: mx.Dtype) -> Code:
         """Raises Unquantizable where no group fits."""
-        dim = vectors.shape[-1]
         group = next((size for size in GROUPS[bits] if dim % size == 0), None)
         if group is None:
             raise Unquantizable(f"heads of {dim} numbers have no whole groups of 32")
-        return cls(bits, group, dim, vectors.dtype)
+        return cls(bits, group, dim, dtype)
+
+    @property
+    def words(self) -> int:
+        return (self.dim * self.bits + 2 * (self.dim // self.group) * 8 * self.dtype.size) // 32
 
     def encode(self, vectors: mx.array) -> mx.array:
         """`[…, dim]` as uint32 `[…, words]`."""
@@ -114,7 +118,7 @@ class Code:
 
 
 def _code(bits: int | None, vectors: mx.array) -> Plain | Code:
-    return Plain() if bits is None else Code.of(bits, vectors)
+    return Plain() if bits is None else Code.of(bits, vectors.shape[-1], vectors.dtype)
 
 
 class QuantizedLayer(KVLayer):
@@ -146,5 +150,5 @@ class QuantizedLayer(KVLayer):
         return self._plain_bytes
 
     def native_view(self) -> None:
-        """The fused decoder reads and writes slabs of plain numbers."""
+        """The fused decoder reads words only of layers that say how they are kept."""
         return

@@ -14,6 +14,11 @@ MLX_VERSION = "0.32.4"
 so it is compared before the module is loaded."""
 
 
+INTERFACE = 2
+"""What the module must be able to do, as in primitives.h: a module left from an earlier build has
+another number."""
+
+
 def _find() -> tuple[Any, str]:
     if platform.system() != "Linux":
         return None, "built on Linux only; elsewhere MLX has a faster backend"
@@ -38,6 +43,10 @@ def _find() -> tuple[Any, str]:
         return None, f"cannot be loaded: {error}"
     if module.mlx_version != MLX_VERSION:
         reason = f"built with MLX {module.mlx_version}, but {installed} is installed"
+        warnings.warn(f"native CPU kernels are off: {reason}", RuntimeWarning, stacklevel=2)
+        return None, reason
+    if getattr(module, "interface", 1) != INTERFACE:
+        reason = "the compiled module is of another version of this package; build it again"
         warnings.warn(f"native CPU kernels are off: {reason}", RuntimeWarning, stacklevel=2)
         return None, reason
     if module.isa() == "generic" and platform.machine() in ("x86_64", "AMD64"):

@@ -57,7 +57,7 @@ class FusedDecoder:
         slabs: list[mx.array] = []
         for cache in caches:
             slabs += cache.native_slabs(self.kv_heads, self.head_dim, self.head_dim, self.dtype)
-        out = _load.require().decoder_forward(self.handle, x, *view, slabs)
+        out = _load.require().decoder_forward(self.handle, x, *view, slabs, *caches[0].codes)
         for i, cache in enumerate(caches):
             cache.native_store(out[1 + 2 * i], out[2 + 2 * i])
         return out[0]

@@ -25,6 +25,10 @@ Packed = Any
 """A packed weight: `.n` outputs, `.k` inputs, `.bits`, `.group_size`, `.nbytes`, and
 `.slice(start, stop)`, outputs that share its memory (start a multiple of 16)."""
 
+KVCode = tuple[int, int, int, mx.Dtype]
+"""How a slab of uint32 keeps a vector: bits (8 or 4), group (32 or 64), numbers, and the type of scales
+and biases. Its words are mx.quantize's codes along the vector, then all scales, then all biases."""
+
 RopeTable = Any
 """Cosines and sines by position, extended as needed: `.dims`, `.traditional`."""
 
@@ -119,14 +123,19 @@ def kv_write(
     v: mx.array,
     rows: mx.array,
     offsets: mx.array,
+    key_code: KVCode | None = None,
+    value_code: KVCode | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Slabs `[slots, heads, capacity, dim]` with `[batch, heads, length, dim]` written at each row's offset.
+    """Slabs `[slots, heads, capacity, dim]` with `[batch, heads, length, dim]` written at each row's offset;
+    quantised for a slab of uint32 `[…, words]`, which has a code.
 
     The results take the slabs' memory, so the arrays passed in, and lazy views of them, must not be
     used again (copy what has to stay, and evaluate the copy first). `rows` and `offsets` are int32
     `[batch]`; a position beyond the capacity raises when the graph runs.
     """
-    keys, values = require().kv_write(keys, values, k, v, rows, offsets)
+    keys, values = require().kv_write(
+        keys, values, k, v, rows, offsets, key_code, value_code
+    )
     return keys, values
 
 
@@ -139,15 +148,19 @@ def attention(
     scale: float,
     window: int = 0,
     sinks: mx.array | None = None,
+    key_code: KVCode | None = None,
+    value_code: KVCode | None = None,
 ) -> mx.array:
-    """Causal attention over slabs read in place.
+    """Causal attention over slabs read in place, quantised ones included.
 
     Query `[b, h, i]` of `[batch, heads, length, dim]` stands at position `offsets[b] + i` of slab row
     `rows[b]` and sees that row's positions up to its own, the last `window` of them if window > 0.
     Dims are multiples of 16. `sinks` `[heads]` are logits of keys without a value. A position's
     output has the same bits whatever else the call computes.
     """
-    return require().attention(q, keys, values, rows, offsets, scale, window, sinks)
+    return require().attention(
+        q, keys, values, rows, offsets, scale, window, sinks, key_code, value_code
+    )
 
 
 def sample_lines(lines: Sequence[SampleLine]) -> SampleLines:

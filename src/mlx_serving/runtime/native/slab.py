@@ -31,9 +31,18 @@ class RowMask:
     """Keys that a query sees, itself included; 0 for all."""
 
 
+Codes = tuple[ops.KVCode | None, ops.KVCode | None]
+"""How slabs of keys and of values keep a vector; None: its numbers as they are."""
+
+PLAIN: Codes = (None, None)
+
+
 @runtime_checkable
 class SlabCache(Protocol):
     """One layer's cache, as the fused decoder takes it."""
+
+    codes: Codes
+    """Known once the slabs were handed over; the same for all layers."""
 
     def native_view(self) -> tuple[mx.array, mx.array] | None:
         """Rows and offsets of this forward pass (as in `RowMask`), the same arrays for all layers;
@@ -43,7 +52,7 @@ class SlabCache(Protocol):
     def native_slabs(
         self, kv_heads: int, key_dim: int, value_dim: int, dtype: mx.Dtype
     ) -> tuple[mx.array, mx.array]:
-        """The slabs `[slots, kv_heads, capacity, dim]`, allocated and large enough. They are handed over:
+        """The slabs `[slots, kv_heads, capacity, dim]` (words, if quantised), allocated and large enough. They are handed over:
         the decoder writes into their memory, and nothing may use these arrays afterwards."""
         ...
 
@@ -63,9 +72,9 @@ def scaled_dot_product_attention(
 ) -> mx.array:
     """mlx-lm's function of that name, with `RowMask` understood."""
     if isinstance(mask, RowMask):
-        return ops.attention(
-            queries, keys, values, mask.rows, mask.offsets, scale, mask.window, sinks
-        )
+        codes = getattr(cache, "codes", PLAIN)
+        where = mask.rows, mask.offsets
+        return ops.attention(queries, keys, values, *where, scale, mask.window, sinks, *codes)
     return base.scaled_dot_product_attention(
         queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
     )

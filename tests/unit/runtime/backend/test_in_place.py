@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -10,8 +11,13 @@ import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlx_serving.runtime import native
-from mlx_serving.runtime.backend.in_place import InPlaceLayer, attends_in_place
+from mlx_serving.runtime.backend.in_place import (
+    InPlaceLayer,
+    QuantizedInPlaceLayer,
+    attends_in_place,
+)
 from mlx_serving.runtime.backend.kv import KVLayer, RowSlots, SeparateRows
+from mlx_serving.runtime.backend.quantized_kv import AS_COMPUTED, KVFormat
 from mlx_serving.runtime.native.slab import RowMask, scaled_dot_product_attention
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why())
@@ -20,10 +26,10 @@ pytestmark = pytest.mark.skipif(not native.available(), reason=native.why())
 class Attention(nn.Module):
     """One head over the tokens' own embeddings; `spoil` is what a model file may do before it attends."""
 
-    def __init__(self, spoil: str = "", window: int = 0) -> None:
+    def __init__(self, spoil: str = "", window: int = 0, dim: int = 16) -> None:
         super().__init__()
-        self.embed = nn.Embedding(64, 16)
-        self.embed.weight = mx.random.normal((64, 16), key=mx.random.key(1))
+        self.embed = nn.Embedding(64, dim)
+        self.embed.weight = mx.random.normal((64, dim), key=mx.random.key(1))
         self._spoil, self._window = spoil, window
 
     def make_cache(self) -> list[Any]:
@@ -39,6 +45,8 @@ class Attention(nn.Module):
             mask = mask & True
         elif self._spoil == "shifts the keys":
             keys = mx.concatenate([keys[:, :, 1:], keys[:, :, :1]], axis=2)
+        if self._spoil == "hides the cache":
+            return scaled_dot_product_attention(x, keys, values, None, 0.1, mask)[:, 0]
         return scaled_dot_product_attention(x, keys, values, cache[0], 0.1, mask)[:, 0]
 
 
@@ -56,6 +64,16 @@ def test_a_plain_model_attends_in_place(window: int) -> None:
 def test_a_model_that_handles_masks_or_keys_does_not(spoil: str) -> None:
     model = Attention(spoil)
     assert not attends_in_place(model, _stores(model))
+
+
+@pytest.mark.parametrize("spoil", ["", "hides the cache"])
+def test_a_quantised_cache_must_reach_the_attention(spoil: str) -> None:
+    model = Attention(spoil, dim=32)
+    as_computed = partial(QuantizedInPlaceLayer, form=AS_COMPUTED)
+    quantised = partial(QuantizedInPlaceLayer, form=KVFormat(8, 4))
+    seen = attends_in_place(model, _stores(model), KVLayer, as_computed, quantised)
+    assert seen == (not spoil)
+    assert attends_in_place(model, _stores(model), KVLayer, as_computed)
 
 
 def test_separate_rows_have_nothing_in_place() -> None:

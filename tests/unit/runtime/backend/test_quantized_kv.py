@@ -188,9 +188,10 @@ def test_attention_sees_what_the_oracle_sees(bits: KVBits, window: int | None, l
 @pytest.mark.parametrize("dim", [32, 64, 96, 128])
 def test_words_are_what_mlx_quantises(bits: int, dtype: mx.Dtype, dim: int) -> None:
     x = mx.random.normal((2, 3, 5, dim), key=mx.random.key(dim)).astype(dtype)
-    code = Code.of(bits, x)
+    code = Code.of(bits, dim, dtype)
     words = code.encode(x)
     assert words.dtype == mx.uint32 and words.nbytes < x.nbytes
+    assert words.shape[-1] == code.words
     want = mx.dequantize(*mx.quantize(x, code.group, bits), code.group, bits)
     assert mx.array_equal(code.decode(words), want)
     part = code.encode(x[1:, :, 2:4])
@@ -199,7 +200,7 @@ def test_words_are_what_mlx_quantises(bits: int, dtype: mx.Dtype, dim: int) -> N
 
 def test_heads_without_whole_groups_are_refused() -> None:
     with pytest.raises(Unquantizable, match="heads of 80 numbers"):
-        Code.of(8, mx.zeros((1, 1, 1, 80)))
+        Code.of(8, 80, mx.float32)
 
 
 def test_what_has_no_quantised_form_says_why() -> None:

@@ -22,6 +22,21 @@ def slabs(slots: int, heads: int, capacity: int, d: int, dv: int, dtype=mx.float
     return k, v
 
 
+def kept(x: mx.array, bits: int, group: int) -> tuple[mx.array, ops.KVCode]:
+    """Vectors along the last axis as the words of a quantised slab."""
+    codes, *affine = mx.quantize(x, group, bits)
+    words = mx.concatenate([codes, mx.concatenate(affine, -1).view(mx.uint32)], -1)
+    mx.eval(words)
+    return words, (bits, group, x.shape[-1], x.dtype)
+
+
+def read_back(x: mx.array, bits: int, group: int) -> mx.array:
+    wide = [
+        a.astype(mx.float32) if a.dtype != mx.uint32 else a for a in mx.quantize(x, group, bits)
+    ]
+    return mx.dequantize(*wide, group, bits)
+
+
 @QUICK
 @given(data=st.data())
 def test_matches_the_reference(isa: str, data: st.DataObject) -> None:
@@ -40,6 +55,57 @@ def test_matches_the_reference(isa: str, data: st.DataObject) -> None:
     got = ops.attention(q, k, v, mx.array(rows), mx.array(offsets), d**-0.5, window, sinks)
     expected = reference.attention(q, k, v, rows, offsets, d**-0.5, window, sinks)
     assert np.abs(np.array(got) - expected).max() < 1e-5
+
+
+@QUICK
+@given(data=st.data())
+def test_quantised_slabs_match_the_reference(isa: str, data: st.DataObject) -> None:
+    kv_heads = data.draw(st.integers(1, 3))
+    heads = kv_heads * data.draw(st.integers(1, 5))
+    forms = [
+        (data.draw(st.sampled_from((8, 4))), data.draw(st.sampled_from((32, 64)))) for _ in "kv"
+    ]
+    d, dv = (group * data.draw(st.integers(1, 3)) for _, group in forms)
+    length = data.draw(st.sampled_from((1, 2, 5, 17, 33)))
+    offsets = data.draw(st.lists(st.integers(0, 400 - length), min_size=1, max_size=3))
+    window = data.draw(st.sampled_from((0, 0, 1, 7, 100)))
+    dtype = data.draw(st.sampled_from((mx.float32, mx.float16, mx.bfloat16)))
+    k, v = slabs(4, kv_heads, 400, d, dv, dtype)
+    (words_k, code_k), (words_v, code_v) = (kept(x, *f) for x, f in zip((k, v), forms, strict=True))
+    if data.draw(st.booleans()):  # keys alone are quantised
+        words_v, code_v, seen_v = v, None, v
+    else:
+        seen_v = read_back(v, *forms[1])
+    rows = [3, 0, 2][: len(offsets)]
+    q = mx.random.normal((len(offsets), length, heads, d), key=mx.random.key(3))
+    q = q.transpose(0, 2, 1, 3)
+    where = mx.array(rows), mx.array(offsets)
+    got = ops.attention(q, words_k, words_v, *where, d**-0.5, window, None, code_k, code_v)
+    seen_k = read_back(k, *forms[0])
+    expected = reference.attention(q, seen_k, seen_v, rows, offsets, d**-0.5, window)
+    assert np.abs(np.array(got) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("form", [(8, 64), (8, 32), (4, 32)])
+@pytest.mark.parametrize("window", [0, 90])
+def test_quantised_a_position_has_the_same_bits_decoded_or_in_any_chunk(
+    isa: str, form: tuple[int, int], window: int
+) -> None:
+    (k, code), (v, _) = (kept(x, *form) for x in slabs(2, 2, 640, 64, 64))
+    length = 600
+    q = mx.random.normal((1, 6, length, 64), key=mx.random.key(3))
+
+    def run(start: int, stop: int) -> np.ndarray:
+        where = mx.array([1]), mx.array([start])
+        part = q[:, :, start:stop]
+        out = ops.attention(part, k, v, *where, 0.2, window, None, code, code)
+        return np.array(out).view(np.uint32)
+
+    whole = run(0, length)
+    for start, stop in ((0, 7), (7, 64), (65, 330), (200, 300), (330, 600)):
+        assert (run(start, stop) == whole[:, :, start:stop]).all(), (start, stop)
+    for i in (0, 63, 64, 65, 255, 256, 257, 511, 512, 599):
+        assert (run(i, i + 1) == whole[:, :, i : i + 1]).all(), i
 
 
 @pytest.mark.parametrize("window", [0, 90])
@@ -111,6 +177,37 @@ def test_kv_write(isa: str, slab_type: mx.Dtype) -> None:
         assert (np.array(a.astype(mx.float32)) == b).all()
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("form", [(8, 64), (8, 32), (4, 32)])
+def test_kv_write_keeps_the_words_of_mlx(isa: str, form: tuple[int, int], dtype: mx.Dtype) -> None:
+    keys, code = kept(slabs(4, 2, 50, 64, 64, dtype)[0], *form)
+    # Ends of every sign, equal numbers, zeros, and what is far from zero or all alike.
+    k = mx.random.normal((2, 9, 2, 64), key=mx.random.key(5)).transpose(0, 2, 1, 3)
+    k = k * mx.array([1, 1e-9, 0, 1e6, 1, 1, 1e-3, 30, 1])[:, None]
+    k = (k + mx.array([0, 0, 0, 0, 5, -5, 1, 0, -1e-4])[:, None]).astype(dtype)
+    rows, offsets = [3, 1], [41, 0]
+    want = np.array(keys)
+    new = np.array(kept(k, *form)[0])
+    for b in range(2):
+        want[rows[b], :, offsets[b] : offsets[b] + 9] = new[b]
+    where = mx.array(rows), mx.array(offsets)
+    got, _ = ops.kv_write(keys, keys + 0, k, k, *where, code, code)
+    assert (np.array(got) == want).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_in_its_group(isa: str, bad: float) -> None:
+    x = np.random.default_rng(3).normal(size=(1, 1, 3, 64)).astype(np.float32)
+    x[0, 0, 1, 40] = bad
+    words, code = kept(mx.zeros((1, 1, 4, 64)), 8, 32)
+    where = mx.array([0]), mx.array([0])
+    words, _ = ops.kv_write(words, words + 0, mx.array(x), mx.array(x), *where, code, code)
+    affine = words[..., 16:].view(mx.float32)
+    read = np.array(mx.dequantize(words[..., :16], *mx.split(affine, 2, -1), 32, 8))[0, 0, :3]
+    assert np.isnan(read[1, 32:]).all()
+    assert np.isfinite(read[[0, 2]]).all() and np.isfinite(read[1, :32]).all()
+
+
 def test_kv_write_is_in_place_and_bounded() -> None:
     keys, values = slabs(2, 1, 8, 16, 16)
     new = mx.ones((1, 1, 1, 16))
@@ -131,5 +228,13 @@ def test_wrong_shapes_are_refused() -> None:
     q = mx.zeros((1, 3, 1, 16))
     with pytest.raises(ValueError, match="multiple of the KV heads"):
         ops.attention(q, keys, values, mx.array([0]), mx.array([0]), 1.0)
+    words, (_, *code) = kept(mx.zeros((2, 2, 8, 32)), 8, 32)
+    one = mx.array([0])
+    wide = mx.zeros((1, 2, 1, 32))
+    for bits, slab, message in ((4, words, "lines"), (5, words, "8 or 4"), (8, wide, "lines")):
+        with pytest.raises(ValueError, match=message):
+            ops.attention(wide, slab, slab, one, one, 1.0, 0, None, (bits, *code), (bits, *code))
+    with pytest.raises(ValueError, match="expected float32"):
+        ops.attention(wide, words, words, one, one, 1.0)
     with pytest.raises(ValueError, match="one offset"):
         ops.attention(q[:, :2], keys, values, mx.array([0]), mx.array([0, 1]), 1.0)

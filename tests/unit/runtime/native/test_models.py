@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_serving.runtime.native import ops
+from mlx_serving.runtime.native import ops, slab
 from mlx_serving.runtime.native.slab import RowMask
 
 COMMON: dict[str, Any] = {
@@ -60,6 +60,8 @@ class Shared:
 
 class Slab:
     """A minimal SlabCache, which also serves the layers one by one."""
+
+    codes = slab.PLAIN
 
     def __init__(self, window: int = 0) -> None:
         self.window = window

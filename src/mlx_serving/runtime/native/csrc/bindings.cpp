@@ -15,6 +15,7 @@ NB_MODULE(_native, m) {
   // For what waits for MLX: its thread may need the interpreter to let go of an array that Python owns.
   const nb::call_guard<nb::gil_scoped_release> unlocked;
   m.attr("mlx_version") = MS_MLX_VERSION;
+  m.attr("interface") = kInterface;
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("isas", [] { return std::string(isa_names()); });
   m.def("force_isa", [](const std::string& name) { return force_isa(name.c_str()); }, "name"_a);
@@ -44,11 +45,12 @@ NB_MODULE(_native, m) {
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a);
   m.def("rope", &rope, "x"_a, "offsets"_a, "table"_a);
   m.def("gated", &gated, "gate"_a, "up"_a, "act"_a);
-  m.def("kv_write", [](const mx::array& a, const mx::array& b, const mx::array& c, const mx::array& d, const mx::array& e, const mx::array& f) {
-    auto r = kv_write(a, b, c, d, e, f);
+  m.def("kv_write", [](const mx::array& a, const mx::array& b, const mx::array& c, const mx::array& d, const mx::array& e, const mx::array& f, const KvCode& g, const KvCode& h) {
+    auto r = kv_write(a, b, c, d, e, f, g, h);
     return nb::make_tuple(r[0], r[1]);
-  }, "keys"_a, "values"_a, "k"_a, "v"_a, "rows"_a, "offsets"_a);
-  m.def("attention", &attend, "q"_a, "keys"_a, "values"_a, "rows"_a, "offsets"_a, "scale"_a, "window"_a = 0, "sinks"_a.none() = nb::none());
+  }, "keys"_a, "values"_a, "k"_a, "v"_a, "rows"_a, "offsets"_a, "key_code"_a.none() = nb::none(), "value_code"_a.none() = nb::none());
+  m.def("attention", &attend, "q"_a, "keys"_a, "values"_a, "rows"_a, "offsets"_a, "scale"_a, "window"_a = 0, "sinks"_a.none() = nb::none(),
+        "key_code"_a.none() = nb::none(), "value_code"_a.none() = nb::none());
 
   struct LineList {
     std::shared_ptr<const std::vector<SampleLine>> lines;
@@ -77,5 +79,5 @@ NB_MODULE(_native, m) {
   m.def("decoder", [](int heads, int kv_heads, int head_dim, float eps, float scale, float embed_scale, const std::string& act, const std::string& mode, PackedPtr embedding, const mx::array& final_norm) {
     return std::make_shared<Decoder>(heads, kv_heads, head_dim, eps, scale, embed_scale, act, mode, embedding, final_norm);
   }, "heads"_a, "kv_heads"_a, "head_dim"_a, "eps"_a, "scale"_a, "embed_scale"_a, "act"_a, "mode"_a, "embedding"_a, "final_norm"_a, unlocked);
-  m.def("decoder_forward", &decoder_forward, "decoder"_a, "x"_a, "rows"_a, "offsets"_a, "slabs"_a);
+  m.def("decoder_forward", &decoder_forward, "decoder"_a, "x"_a, "rows"_a, "offsets"_a, "slabs"_a, "key_code"_a.none() = nb::none(), "value_code"_a.none() = nb::none());
 }

@@ -68,8 +68,8 @@ void decode(const DecoderSpec& d, float* x, const std::vector<Slab>& keys, const
         }
         memcpy(q + int64_t(i) * aw, p, size_t(aw) * 4);
         for (int j = 0; j < kv; j++) {
-          k.from_float(keys[li].type, p + (h + j) * hd, keys[li].at(row, j, pos), hd);
-          k.from_float(values[li].type, p + (h + kv + j) * hd, values[li].at(row, j, pos), hd);
+          k.encode_line(keys[li].line, p + (h + j) * hd, keys[li].at(row, j, pos));
+          k.encode_line(values[li].line, p + (h + kv + j) * hd, values[li].at(row, j, pos));
         }
       }
     });

@@ -7,6 +7,7 @@
 // same additions in the same order, so a position's output has the same bits
 // computed by decoding and by any prefill chunk.
 #pragma once
+#include "kernel_line.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -125,18 +126,32 @@ static inline float softmax_step(float* s, int lo, int hi, float& m, float& l) {
   return alpha;
 }
 
+// Vectors of n positions as floats: where they lie, or decoded into `buffer`.
+struct Floats {
+  const float* p;
+  int64_t stride;
+  Floats(const Line& line, const char* src, int64_t bytes, int n, float* buffer) : p(buffer), stride(line.dim) {
+    if (!line.bits && line.type == Type::f32) {
+      p = (const float*)src, stride = bytes / 4;
+      return;
+    }
+    for (int j = 0; j < n; j++) decode_line(line, src + j * bytes, buffer + j * stride);
+  }
+};
+
 static void attention(const AttentionTask& t) {
   constexpr int kTile = 4;
+  const int d = t.k_line.dim, dv = t.v_line.dim;
   float* kt = t.scratch;
-  float* kf = kt + kKeyBlock * t.d;
-  float* vf32 = kf + kKeyBlock * t.d;
-  float* s = vf32 + kKeyBlock * t.dv;
+  float* kf = kt + kKeyBlock * d;
+  float* vf32 = kf + kKeyBlock * d;
+  float* s = vf32 + kKeyBlock * dv;
   float* part = s + kTile * kKeyBlock;
   const bool many = t.nq > 8;
   for (int a = 0; a < t.nq; a++) {
     t.m[a] = -INFINITY;
     t.l[a] = 0.f;
-    memset(t.o + int64_t(a) * t.dv, 0, size_t(t.dv) * 4);
+    memset(t.o + int64_t(a) * dv, 0, size_t(dv) * 4);
   }
   auto first = [&](int a) { return t.window > 0 && t.pos[a] + 1 > t.window ? t.pos[a] + 1 - t.window : 0; };
   for (int j0 = t.begin; j0 < t.end; j0 += kKeyBlock) {
@@ -144,29 +159,24 @@ static void attention(const AttentionTask& t) {
     bool seen = false;
     for (int a = 0; a < t.nq && !seen; a++) seen = t.pos[a] >= j0 && first(a) < j0 + n;
     if (!seen) continue;
-    const float* k = (const float*)t.k + j0 * t.k_stride;
-    const float* v = (const float*)t.v + j0 * t.v_stride;
-    int64_t ks = t.k_stride, vs = t.v_stride;
-    if (t.type != Type::f32) {
-      for (int j = 0; j < n; j++) {
-        to_float(t.type, (const uint16_t*)t.k + (j0 + j) * ks, 1, kf + j * t.d, t.d);
-        to_float(t.type, (const uint16_t*)t.v + (j0 + j) * vs, 1, vf32 + j * t.dv, t.dv);
-      }
-      k = kf, v = vf32, ks = t.d, vs = t.dv;
-    }
+    const Floats keys(t.k_line, t.k + j0 * t.k_stride, t.k_stride, n, kf);
+    const Floats vals(t.v_line, t.v + j0 * t.v_stride, t.v_stride, n, vf32);
+    const float *k = keys.p, *v = vals.p;
+    int64_t ks = keys.stride;
+    const int64_t vs = vals.stride;
     if (many) {
       if (n % 16) {  // whole vectors are transposed: pad the last one
         if (k != kf) {
-          for (int j = 0; j < n; j++) memcpy(kf + j * t.d, k + j * ks, size_t(t.d) * 4);
-          k = kf, ks = t.d;
+          for (int j = 0; j < n; j++) memcpy(kf + j * d, k + j * ks, size_t(d) * 4);
+          k = kf, ks = d;
         }
-        memset(kf + n * t.d, 0, size_t(16 - n % 16) * t.d * 4);
+        memset(kf + n * d, 0, size_t(16 - n % 16) * d * 4);
       }
       for (int j = 0; j < kKeyBlock; j += 16)
-        for (int d = 0; d < t.d; d += 16) {
-          if (j < n) transpose16(k + j * ks + d, ks, kt + d * kKeyBlock + j, kKeyBlock);
+        for (int i = 0; i < d; i += 16) {
+          if (j < n) transpose16(k + j * ks + i, ks, kt + i * kKeyBlock + j, kKeyBlock);
           else
-            for (int i = 0; i < 16; i++) vstore(kt + (d + i) * kKeyBlock + j, vzero());
+            for (int l = 0; l < 16; l++) vstore(kt + (i + l) * kKeyBlock + j, vzero());
         }
     }
     for (int a0 = 0; a0 < t.nq; a0 += kTile) {
@@ -182,30 +192,30 @@ static void attention(const AttentionTask& t) {
         whole = whole && lo[a] == lo[0] && hi[a] == hi[0];
       }
       if (!any) continue;
-      const float* q = t.q + int64_t(a0) * t.d;
+      const float* q = t.q + int64_t(a0) * d;
       if (many) {
         int a = 0;
-        for (; a + 2 <= na; a += 2) scores_transposed<2>(q + a * t.d, t.d, kt, s + a * kKeyBlock);
-        if (a < na) scores_transposed<1>(q + a * t.d, t.d, kt, s + a * kKeyBlock);
+        for (; a + 2 <= na; a += 2) scores_transposed<2>(q + a * d, d, kt, s + a * kKeyBlock);
+        if (a < na) scores_transposed<1>(q + a * d, d, kt, s + a * kKeyBlock);
       } else {
         for (int a = 0; a < na; a++) {
-          if (lo[a] < hi[a]) scores_in_place(q + a * t.d, t.d, k, ks, hi[a], s + a * kKeyBlock, part);
+          if (lo[a] < hi[a]) scores_in_place(q + a * d, d, k, ks, hi[a], s + a * kKeyBlock, part);
         }
       }
       for (int a = 0; a < na; a++) {
         if (lo[a] < hi[a]) alpha[a] = softmax_step(s + a * kKeyBlock, lo[a], hi[a], t.m[a0 + a], t.l[a0 + a]);
       }
-      float* o = t.o + int64_t(a0) * t.dv;
+      float* o = t.o + int64_t(a0) * dv;
       if (whole && na == 4) {
-        values<4>(s, alpha, v, vs, lo[0], hi[0], o, t.dv);
+        values<4>(s, alpha, v, vs, lo[0], hi[0], o, dv);
       } else if (whole && na == 3) {
-        values<3>(s, alpha, v, vs, lo[0], hi[0], o, t.dv);
+        values<3>(s, alpha, v, vs, lo[0], hi[0], o, dv);
       } else if (whole && na == 2) {
-        values<2>(s, alpha, v, vs, lo[0], hi[0], o, t.dv);
+        values<2>(s, alpha, v, vs, lo[0], hi[0], o, dv);
       } else {
         // A key that one query may not see must not reach it even as 0 * NaN.
         for (int a = 0; a < na; a++) {
-          if (lo[a] < hi[a]) values<1>(s + a * kKeyBlock, alpha + a, v, vs, lo[a], hi[a], o + a * t.dv, t.dv);
+          if (lo[a] < hi[a]) values<1>(s + a * kKeyBlock, alpha + a, v, vs, lo[a], hi[a], o + a * dv, dv);
         }
       }
     }

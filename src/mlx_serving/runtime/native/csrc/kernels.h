@@ -50,11 +50,11 @@ struct Activations {
 struct AttentionTask {
   const float* q;      // [nq, d], already scaled
   const int32_t* pos;  // [nq] absolute position of each query: it sees keys 0..pos
-  int nq, d, dv;
-  const void* k;       // key of position 0
-  const void* v;
-  int64_t k_stride, v_stride;  // elements between positions
-  Type type;
+  int nq;
+  const char* k;       // key of position 0
+  const char* v;
+  int64_t k_stride, v_stride;  // bytes between positions
+  Line k_line, v_line;
   int window;          // keys a query sees at most; 0: all
   int begin, end;      // the split's key range; begin is a multiple of kKeySplit
   float* o;            // [nq, dv] unnormalised
@@ -94,6 +94,9 @@ struct Kernels {
   const char* name;
   void (*to_float)(Type, const void* src, int64_t stride, float* dst, int64_t n);
   void (*from_float)(Type, const float* src, void* dst, int64_t n);
+  // One position's vector into a slab, and out of it.
+  void (*encode_line)(const Line&, const float* x, void* dst);
+  void (*decode_line)(const Line&, const void* src, float* out);
   // Rows [row0, row1) of a.x into planes, scales and sums.
   void (*quantize)(const Activations& a, Mode mode, int row0, int row1);
   // out[r * ld + 0 .. n) for weight blocks [block0, block1) and rows [row0, row1).

@@ -9,7 +9,7 @@
 namespace MS_NS {
 extern const ms::Kernels table;
 const ms::Kernels table = {
-    MS_NAME,    to_float, from_float, quantize_rows, matmul,    rms_norm,        rope,
+    MS_NAME,    to_float, from_float, encode_line,   decode_line,     quantize_rows,    matmul,         rms_norm, rope,
     act_mul,    add,      scale,      attention,     attention_merge, attention_finish, dequantize_row,
     edit_logits, argmax,     draw_token,
 };

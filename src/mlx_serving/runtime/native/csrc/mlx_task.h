@@ -83,13 +83,14 @@ struct Ints {
   }
 };
 
-inline Slab slab_of(const mx::array& a) {
+inline Slab slab_of(const mx::array& a, const Line& line) {
   if (a.ndim() != 4 || (a.strides(3) != 1 && a.shape(3) != 1)) throw std::invalid_argument("native: a slab is [rows, heads, capacity, dim]");
   Slab s;
-  s.data = const_cast<void*>(a.data<void>());
-  s.type = type_of(a.dtype());
-  s.rows = a.shape(0), s.heads = a.shape(1), s.capacity = a.shape(2), s.dim = a.shape(3);
-  s.row_stride = a.strides(0), s.head_stride = a.strides(1), s.pos_stride = a.strides(2);
+  s.data = const_cast<char*>(a.data<char>());
+  s.line = line;
+  s.rows = a.shape(0), s.heads = a.shape(1), s.capacity = a.shape(2);
+  const int64_t es = int64_t(a.itemsize());
+  s.row_stride = a.strides(0) * es, s.head_stride = a.strides(1) * es, s.pos_stride = a.strides(2) * es;
   return s;
 }
 
@@ -103,10 +104,10 @@ inline void take(const mx::array& in, mx::array& out, bool& copy) {
 }
 
 inline void copy_slab(const Slab& from, const Slab& to) {
-  const size_t line = size_t(from.dim) * size_of(from.type);
+  const size_t line = from.line.bytes();
   for (int r = 0; r < from.rows; r++)
     for (int h = 0; h < from.heads; h++) {
-      if (from.pos_stride == from.dim) memcpy(to.at(r, h, 0), from.at(r, h, 0), line * from.capacity);
+      if (from.pos_stride == int64_t(line)) memcpy(to.at(r, h, 0), from.at(r, h, 0), line * from.capacity);
       else
         for (int p = 0; p < from.capacity; p++) memcpy(to.at(r, h, p), from.at(r, h, p), line);
     }

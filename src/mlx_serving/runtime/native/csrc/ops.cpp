@@ -165,7 +165,7 @@ struct QueryBlock {
 void attention(const float* q, const Slab& k, const Slab& v, const Batch& batch, const AttentionParams& p, float* out) {
   const Kernels& kern = kernels();
   Pool& pool = Pool::get();
-  const int kv = k.heads, group = p.heads / kv, d = k.dim, dv = v.dim, length = batch.length;
+  const int kv = k.heads, group = p.heads / kv, d = k.line.dim, dv = v.line.dim, length = batch.length;
   const int per_block = std::max(1, std::min(length, 64 / group));
   const int blocks = (length + per_block - 1) / per_block;
 
@@ -197,11 +197,11 @@ void attention(const float* q, const Slab& k, const Slab& v, const Batch& batch,
     AttentionTask t;
     t.q = qs;
     t.pos = pos;
-    t.nq = nq, t.d = d, t.dv = dv;
+    t.nq = nq;
     t.k = k.at(batch.rows[qb.b], qb.h, 0);
     t.v = v.at(batch.rows[qb.b], qb.h, 0);
     t.k_stride = k.pos_stride, t.v_stride = v.pos_stride;
-    t.type = k.type;
+    t.k_line = k.line, t.v_line = v.line;
     t.window = p.window;
     t.begin = split * kKeySplit;
     t.end = std::min(end, (split + 1) * kKeySplit);

@@ -88,15 +88,13 @@ class RopeTable {
   static constexpr int64_t kSpine = 1 << 14;  // 8 Mi positions
 };
 
-// One layer's slab of keys or values: [rows, heads, capacity, dim].
+// One layer's slab of keys or values: a line for each of [rows, heads, capacity].
 struct Slab {
-  void* data = nullptr;
-  Type type = Type::f32;
-  int rows = 0, heads = 0, capacity = 0, dim = 0;
-  int64_t row_stride = 0, head_stride = 0, pos_stride = 0;  // elements
-  char* at(int64_t row, int64_t head, int64_t pos) const {
-    return static_cast<char*>(data) + (row * row_stride + head * head_stride + pos * pos_stride) * size_of(type);
-  }
+  char* data = nullptr;
+  Line line;
+  int rows = 0, heads = 0, capacity = 0;
+  int64_t row_stride = 0, head_stride = 0, pos_stride = 0;  // bytes
+  char* at(int64_t row, int64_t head, int64_t pos) const { return data + row * row_stride + head * head_stride + pos * pos_stride; }
 };
 
 // Query i of batch row b stands at position offsets[b] + i of slab row rows[b].
@@ -114,7 +112,7 @@ struct AttentionParams {
   int window;          // 0: none
   const float* sinks;  // [heads] or null
 };
-// q: [count, length, heads, k.dim] -> out: [count, length, heads, v.dim]
+// q: [count, length, heads, k.line.dim] -> out: [count, length, heads, v.line.dim]
 void attention(const float* q, const Slab& k, const Slab& v, const Batch& b, const AttentionParams& p, float* out);
 
 }  // namespace ms

@@ -3,6 +3,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "decoder.h"
@@ -10,6 +11,9 @@
 
 namespace ms {
 namespace mx = mlx::core;
+
+// What Python may ask of this module; changed with every change of bindings.cpp, as in _load.py.
+constexpr int kInterface = 2;
 
 // A weight matrix packed for the kernels; immutable.
 class Packed {
@@ -54,8 +58,12 @@ mx::array embed(const mx::array& ids, const PackedPtr& w, mx::Dtype dtype);
 mx::array rms_norm(const mx::array& x, const std::optional<mx::array>& weight, float eps);
 mx::array rope(const mx::array& x, const mx::array& offsets, const RopePtr& table);
 mx::array gated(const mx::array& gate, const mx::array& up, const std::string& act);
-std::vector<mx::array> kv_write(const mx::array& keys, const mx::array& values, const mx::array& k, const mx::array& v, const mx::array& rows, const mx::array& offsets);
-mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& values, const mx::array& rows, const mx::array& offsets, float scale, int window, const std::optional<mx::array>& sinks);
+// How a slab of uint32 keeps a vector: bits, group, dim and the type of scales and biases. Without it
+// a slab holds plain numbers.
+using KvCode = std::optional<std::tuple<int, int, int, mx::Dtype>>;
+Line line_of(const mx::array& slab, const KvCode& code);
+std::vector<mx::array> kv_write(const mx::array& keys, const mx::array& values, const mx::array& k, const mx::array& v, const mx::array& rows, const mx::array& offsets, const KvCode& key_code, const KvCode& value_code);
+mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& values, const mx::array& rows, const mx::array& offsets, float scale, int window, const std::optional<mx::array>& sinks, const KvCode& key_code, const KvCode& value_code);
 
 // How each line of a batch chooses its token; constant over many steps.
 struct SampleLine {
@@ -96,6 +104,6 @@ class Decoder {
   std::vector<Layer> layers_;
 };
 // Returns the hidden states [count, length, hidden] f32, then every layer's keys and values.
-std::vector<mx::array> decoder_forward(const std::shared_ptr<Decoder>& d, const mx::array& x, const mx::array& rows, const mx::array& offsets, const std::vector<mx::array>& slabs);
+std::vector<mx::array> decoder_forward(const std::shared_ptr<Decoder>& d, const mx::array& x, const mx::array& rows, const mx::array& offsets, const std::vector<mx::array>& slabs, const KvCode& key_code, const KvCode& value_code);
 
 }  // namespace ms

@@ -6,18 +6,19 @@ namespace ms {
 namespace {
 class DecoderPrimitive : public CpuPrimitive {
  public:
-  explicit DecoderPrimitive(std::shared_ptr<Decoder> d) : CpuPrimitive("MsDecoder"), d_(std::move(d)) {}
+  DecoderPrimitive(std::shared_ptr<Decoder> d, Line keys, Line values) : CpuPrimitive("MsDecoder"), d_(std::move(d)), lines_{keys, values} {}
   void eval_cpu(const std::vector<mx::array>& in, std::vector<mx::array>& out) override {
     allocate(out[0]);
     std::vector<std::pair<Slab, Slab>> copies;
     std::vector<Slab> keys, values;
     for (size_t i = 1; i < out.size(); i++) {
       bool copy;
-      const Slab from = slab_of(in[2 + i]);
+      const bool key = i % 2;
+      const Slab from = slab_of(in[2 + i], lines_[!key]);
       take(in[2 + i], out[i], copy);
-      const Slab to = slab_of(out[i]);
+      const Slab to = slab_of(out[i], lines_[!key]);
       if (copy) copies.emplace_back(from, to);
-      (i % 2 ? keys : values).push_back(to);
+      (key ? keys : values).push_back(to);
     }
     const bool tokens = in[0].dtype() == mx::int32;
     const int count = in[0].shape(0), length = in[0].shape(1);
@@ -45,6 +46,7 @@ class DecoderPrimitive : public CpuPrimitive {
 
  private:
   std::shared_ptr<Decoder> d_;
+  std::array<Line, 2> lines_;
 };
 
 const float* pointer(std::optional<mx::array>& a) {
@@ -90,23 +92,24 @@ void Decoder::add_layer(Layer l) {
   spec_.layers.push_back(s);
 }
 
-std::vector<mx::array> decoder_forward(const std::shared_ptr<Decoder>& d, const mx::array& x, const mx::array& rows, const mx::array& offsets, const std::vector<mx::array>& slabs) {
+std::vector<mx::array> decoder_forward(const std::shared_ptr<Decoder>& d, const mx::array& x, const mx::array& rows, const mx::array& offsets, const std::vector<mx::array>& slabs, const KvCode& key_code, const KvCode& value_code) {
   const DecoderSpec& s = d->spec();
   const bool tokens = mx::issubdtype(x.dtype(), mx::integer);
   require(tokens ? x.ndim() == 2 : x.ndim() == 3 && x.shape(2) == s.hidden, "decoder: x must be [batch, length] ids or [batch, length, hidden]");
-  require(slabs.size() == size_t(2 * d->layers()), "decoder: keys and values for every layer");
+  require(!slabs.empty() && slabs.size() == size_t(2 * d->layers()), "decoder: keys and values for every layer");
   require(rows.size() == size_t(x.shape(0)) && offsets.size() == rows.size(), "decoder: one row and one offset for each batch row");
   std::vector<mx::array> in{flat(x, tokens ? mx::int32 : mx::float32), as(rows, mx::int32), as(offsets, mx::int32)};
   std::vector<mx::Shape> shapes{{x.shape(0), x.shape(1), s.hidden}};
   std::vector<mx::Dtype> types{mx::float32};
-  for (auto& a : slabs) {
-    require(a.ndim() == 4 && a.shape(1) == s.kv_heads && a.shape(3) == s.head_dim && a.dtype() == slabs[0].dtype(), "decoder: shape of a slab");
-    type_of(a.dtype());
+  for (size_t i = 0; i < slabs.size(); i++) {
+    const mx::array& a = slabs[i];
+    const Line line = line_of(a, i % 2 ? value_code : key_code);
+    require(a.shape(1) == s.kv_heads && line.dim == s.head_dim && a.dtype() == slabs[i % 2].dtype(), "decoder: shape of a slab");
     shapes.push_back(a.shape());
     types.push_back(a.dtype());
     in.push_back(a);
   }
-  return mx::array::make_arrays(std::move(shapes), types, std::make_shared<DecoderPrimitive>(d), in);
+  return mx::array::make_arrays(std::move(shapes), types, std::make_shared<DecoderPrimitive>(d, line_of(slabs[0], key_code), line_of(slabs[1], value_code)), in);
 }
 
 }  // namespace ms

@@ -55,6 +55,14 @@ static inline vf vload_bf16(const uint16_t* p) {
 static inline vf vload_f16(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
+static inline vf from_bytes(__m128i x) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(x, 8)))};
+}
+static inline vf vload_u8(const uint8_t* p) { return from_bytes(_mm_loadu_si128((const __m128i*)p)); }
+static inline vf vload_u4(const uint8_t* p) {
+  __m128i x = _mm_loadl_epi64((const __m128i*)p), m = _mm_set1_epi8(15);
+  return from_bytes(_mm_unpacklo_epi8(_mm_and_si128(x, m), _mm_and_si128(_mm_srli_epi16(x, 4), m)));
+}
 static inline vf vkeep(vf x, int lo, int hi, float other) {
   __m256i i = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), l = _mm256_set1_epi32(lo), h = _mm256_set1_epi32(hi);
   __m256 o = _mm256_set1_ps(other);

@@ -30,6 +30,13 @@ static inline vf vload_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 static inline vf vload_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+// 16 bytes, and 16 half bytes with the low one of each byte first.
+static inline vf vload_u8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+static inline vf vload_u4(const uint8_t* p) {
+  __m128i x = _mm_loadl_epi64((const __m128i*)p), m = _mm_set1_epi8(15);
+  x = _mm_unpacklo_epi8(_mm_and_si128(x, m), _mm_and_si128(_mm_srli_epi16(x, 4), m));
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(x));
+}
 // Lanes [lo, hi) kept, the others replaced.
 static inline vf vkeep(vf a, int lo, int hi, float other) {
   __mmask16 m = hi >= 16 ? 0xffff : hi <= 0 ? 0 : __mmask16((1u << hi) - 1);
