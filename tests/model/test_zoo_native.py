@@ -114,19 +114,22 @@ def test_bits_do_not_depend_on_neighbours_or_cuts(name: str, quantised: bool) ->
     assert (parts[6] == whole[2]).all()
 
 
-@pytest.mark.parametrize("form", [(3, "affine"), (6, "affine"), (4, "mxfp4")])
+FORMS = [(32, 3, "affine"), (32, 6, "affine"), (32, 4, "mxfp4"), (16, 4, "nvfp4"), (32, 8, "mxfp8")]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt_oss", "deepseek_v3"])
-def test_quantised_models_have_mlx_lms_logits(name: str, form: tuple[int, str]) -> None:
+def test_quantised_models_have_mlx_lms_logits(name: str, form: tuple[int, int, str]) -> None:
     from mlx_serving.runtime.native.install import accelerate
 
-    bits, mode = form
+    group, bits, mode = form
     model = zoo.build(name)
 
     def chosen(_path: str, module: nn.Module) -> bool:
         # An embedding of mxfp4 would make MLX's activations bfloat16.
         return isinstance(module, (nn.Linear, SwitchLinear))
 
-    nn.quantize(model, 32, bits, mode=mode, class_predicate=chosen)
+    nn.quantize(model, group, bits, mode=mode, class_predicate=chosen)
     tokens = mx.array([PROMPTS[1], PROMPTS[1][::-1]])
     want = np.array(model(tokens))
     report = accelerate(model, "f32", fused=False)

@@ -28,6 +28,8 @@ def _linear(self: Any, x: mx.array) -> mx.array:
 
 GROUPS = (32, 64, 128)
 BITS = (2, 3, 4, 5, 6, 8)
+FLOATS = (("mxfp4", 4, 32), ("nvfp4", 4, 16), ("mxfp8", 8, 32))
+"""Formats without biases: mode, bits, group size."""
 
 
 def quantisation(module: Any) -> tuple[str, int, int] | None:
@@ -37,7 +39,7 @@ def quantisation(module: Any) -> tuple[str, int, int] | None:
         return None
     if module.mode == "affine" and module.get("biases") is not None:
         return form if module.bits in BITS and module.group_size in GROUPS else None
-    return form if form == ("mxfp4", 4, 32) else None
+    return form if form in FLOATS else None
 
 
 class NativeQuantizedLinear(QuantizedLinear):

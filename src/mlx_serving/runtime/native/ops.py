@@ -63,10 +63,11 @@ class SampleLine(NamedTuple):
 def pack_quantized(
     w: mx.array, scales: mx.array, biases: mx.array | None, group_size: int, bits: int
 ) -> Packed:
-    """MLX's affine form `[n, k·bits/32]`, `[n, k/group_size]` ×2, packed; without biases mxfp4.
+    """MLX's affine form `[n, k·bits/32]`, `[n, k/group_size]` ×2, packed; without biases mxfp4, nvfp4 or mxfp8.
 
-    Bits 2 to 6 and 8 (2 and 3 are kept as 4, 5 and 6 as 8), groups 32, 64, 128; mxfp4 has 4 and 32.
-    Scales are kept in half precision where that loses nothing.
+    Bits 2 to 6 and 8 (2 and 3 are kept as 4, 5 and 6 as 8), groups 32, 64, 128. Without biases, 4 bits in
+    groups of 32 are mxfp4, in groups of 16 nvfp4, and 8 in groups of 32 mxfp8, whose activations are as
+    they are in every mode. Scales are kept in half precision where that loses nothing.
     """
     return require().pack_quantized(w, scales, biases, group_size, bits)
 
@@ -133,9 +134,7 @@ def kv_write(
     used again (copy what has to stay, and evaluate the copy first). `rows` and `offsets` are int32
     `[batch]`; a position beyond the capacity raises when the graph runs.
     """
-    keys, values = require().kv_write(
-        keys, values, k, v, rows, offsets, key_code, value_code
-    )
+    keys, values = require().kv_write(keys, values, k, v, rows, offsets, key_code, value_code)
     return keys, values
 
 

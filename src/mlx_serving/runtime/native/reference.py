@@ -19,18 +19,27 @@ def _f32(x: mx.array | Array) -> Array:
 def dequantize(
     w: mx.array, scales: mx.array, biases: mx.array | None, group_size: int, bits: int
 ) -> Array:
-    """MLX's affine form as `[n, k]`: code · scale + bias. Without biases it is mxfp4: E2M1 · 2^(scale - 127)."""
+    """MLX's affine form as `[n, k]`: code · scale + bias. Without biases a code is E2M1 (4 bits) or E4M3 (8),
+    and so is the scale of groups of 16; others' is 2^(scale - 127)."""
     rows = np.array(w)
     stream = np.unpackbits(rows.view(np.uint8), axis=-1, bitorder="little")
     codes = (stream.reshape(rows.shape[0], -1, bits) << np.arange(bits)).sum(-1)
     groups = codes.reshape(rows.shape[0], -1, group_size)
     if biases is None:
-        values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-        fp4 = np.concatenate([values, -values])[groups]
-        exponents = np.array(scales).astype(np.int32) - 127
-        return np.ldexp(fp4, exponents[..., None]).astype(np.float32).reshape(rows.shape[0], -1)
+        exponents = np.array(scales).astype(np.int32)
+        factors = e4m3(exponents) if group_size == 16 else np.ldexp(1.0, exponents - 127)
+        half = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+        numbers = e4m3(groups) if bits == 8 else np.concatenate([half, -half])[groups]
+        return (numbers * factors[..., None]).astype(np.float32).reshape(rows.shape[0], -1)
     out = groups.astype(np.float32) * _f32(scales)[..., None] + _f32(biases)[..., None]
     return out.reshape(rows.shape[0], -1)
+
+
+def e4m3(codes: Array) -> Array:
+    """8-bit floats: sign, four bits of exponent, three of mantissa. The code for NaN reads as 480."""
+    sign, exponent, mantissa = np.where(codes & 128, -1.0, 1.0), codes >> 3 & 15, codes & 7
+    normal = np.ldexp(1.0 + mantissa / 8, exponent - 7)
+    return sign * np.where(exponent == 0, mantissa * 2.0**-9, normal)
 
 
 def quantize_activations(x: mx.array | Array, group_size: int, mode: Mode) -> Array:

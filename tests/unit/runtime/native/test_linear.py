@@ -16,17 +16,19 @@ QUICK = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
-FP4 = 0
-"""Stands for mxfp4 among the affine widths."""
-FORMATS = (2, 3, 4, 5, 6, 8, FP4)
+FLOATS = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
+"""Group size and bits of what has no biases."""
+FORMATS = (2, 3, 4, 5, 6, 8, *FLOATS)
+Format = int | str
 ROUNDING = {mx.float32: 2e-6, mx.float16: 2e-3, mx.bfloat16: 1.2e-2}
 
 
-def quantized(n: int, k: int, group: int, bits: int, dtype=mx.float32, seed: int = 0):
+def quantized(n: int, k: int, group: int, bits: Format, dtype=mx.float32, seed: int = 0):
     w = mx.random.normal((n, k), key=mx.random.key(seed)) * 0.05
-    if bits == FP4:
-        q, s = mx.quantize(w, group_size=32, bits=4, mode="mxfp4")
-        return ops.pack_quantized(q, s, None, 32, 4), reference.dequantize(q, s, None, 32, 4)
+    if isinstance(bits, str):
+        form = FLOATS[bits]
+        q, s = mx.quantize(w, *form, mode=bits)
+        return ops.pack_quantized(q, s, None, *form), reference.dequantize(q, s, None, *form)
     q, s, b = mx.quantize(w, group_size=group, bits=bits)
     s, b = s.astype(dtype), b.astype(dtype)
     return ops.pack_quantized(q, s, b, group, bits), reference.dequantize(q, s, b, group, bits)
@@ -40,15 +42,17 @@ def bits_of(x: mx.array) -> np.ndarray:
 @given(data=st.data())
 def test_matches_the_reference(isa: str, data: st.DataObject) -> None:
     bits = data.draw(st.sampled_from(FORMATS))
-    group = 32 if bits == FP4 else data.draw(st.sampled_from((32, 64, 128)))
+    group = data.draw(st.sampled_from((32, 64, 128)))
+    group = FLOATS[bits][0] if isinstance(bits, str) else group
     mode = data.draw(st.sampled_from(("exact", "fast", "f32")))
     rows = data.draw(st.integers(1, 19))
     n = data.draw(st.integers(1, 70))
     k = group * data.draw(st.integers(1, 5))
+    k += k % 32  # whole words
     dtype = data.draw(st.sampled_from(DTYPES))
     packed, w = quantized(n, k, group, bits, data.draw(st.sampled_from(DTYPES)))
     x = mx.random.normal((rows, k), key=mx.random.key(data.draw(st.integers(0, 99)))).astype(dtype)
-    expected = reference.linear(x, w, None, mode, group)
+    expected = reference.linear(x, w, None, "f32" if bits == "mxfp8" else mode, group)
     got = np.array(ops.linear(x, packed, None, mode).astype(mx.float32))
     # A value half-way between two steps may round to either: one step of one group.
     step = {"exact": 2e-4, "fast": 2e-2, "f32": 0.0}[mode]
@@ -57,9 +61,9 @@ def test_matches_the_reference(isa: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    "bits,mode", list(itertools.product((4, 8, FP4), ("exact", "fast", "f32")))
+    "bits,mode", list(itertools.product((4, 8, *FLOATS), ("exact", "fast", "f32")))
 )
-def test_a_row_does_not_depend_on_its_neighbours(isa: str, bits: int, mode: ops.Mode) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(isa: str, bits: Format, mode: ops.Mode) -> None:
     packed, _ = quantized(200, 256, 32, bits)
     x = mx.random.normal((150, 256), key=mx.random.key(1))
     full = bits_of(ops.linear(x, packed, None, mode))
@@ -133,18 +137,20 @@ def test_strided_input_bias_and_slices(isa: str) -> None:
 
 
 @pytest.mark.parametrize("bits", FORMATS)
-def test_the_reference_reads_mlxs_formats(bits: int) -> None:
-    w = mx.random.normal((24, 128), key=mx.random.key(9))
-    mode, width = ("mxfp4", 4) if bits == FP4 else ("affine", bits)
-    parts = mx.quantize(w, group_size=32, bits=width, mode=mode)
+def test_the_reference_reads_mlxs_formats(bits: Format) -> None:
+    w = mx.random.normal((24, 128), key=mx.random.key(9)) * mx.array([1e-3, 1.0, 30.0] * 8)[:, None]
+    mode, group, width = "affine", 32, bits
+    if isinstance(bits, str):
+        mode, (group, width) = bits, FLOATS[bits]
+    parts = mx.quantize(w, group, width, mode=mode)
     q, s, b = parts if len(parts) == 3 else (*parts, None)
-    want = mx.dequantize(q, s, b, group_size=32, bits=width, mode=mode)
-    got = reference.dequantize(q, s, b, 32, width)
+    want = mx.dequantize(q, s, b, group, width, mode=mode, dtype=mx.float32)
+    got = reference.dequantize(q, s, b, group, width)
     assert np.abs(got - np.array(want.astype(mx.float32))).max() < 1e-6
 
 
 @pytest.mark.parametrize("bits", FORMATS)
-def test_embed_gives_dequantised_rows(isa: str, bits: int) -> None:
+def test_embed_gives_dequantised_rows(isa: str, bits: Format) -> None:
     packed, w = quantized(50, 128, 32, bits)
     ids = mx.array([[3, 49], [0, 17]])
     got = np.array(ops.embed(ids, packed, mx.float32))
@@ -156,7 +162,7 @@ def test_embed_gives_dequantised_rows(isa: str, bits: int) -> None:
 @QUICK
 @given(data=st.data())
 def test_rows_meet_their_experts(isa: str, data: st.DataObject) -> None:
-    bits = data.draw(st.sampled_from((3, 4, 8, 16, FP4)))
+    bits = data.draw(st.sampled_from((3, 4, 8, 16, *FLOATS)))
     mode = data.draw(st.sampled_from(("exact", "fast", "f32")))
     experts, n, k = data.draw(st.integers(1, 7)), 16 * data.draw(st.integers(1, 5)), 96
     rows = data.draw(st.integers(1, 40))
@@ -170,7 +176,9 @@ def test_rows_meet_their_experts(isa: str, data: st.DataObject) -> None:
     ids = mx.array(chosen)
     got = np.array(ops.gather_linear(x, ids, packed, n, mode))
     each = list(w.reshape(experts, n, k))
-    want = reference.gather_linear(x, chosen, each, "f32" if bits == 16 else mode, 32)
+    group = FLOATS[bits][0] if isinstance(bits, str) else 32
+    as_they_are = bits in (16, "mxfp8")
+    want = reference.gather_linear(x, chosen, each, "f32" if as_they_are else mode, group)
     step = {"exact": 2e-4, "fast": 2e-2, "f32": 2e-6}[mode]
     assert np.abs(got - want).max() <= step * 0.2 * max(np.abs(w).sum(-1).max(), 1.0)
     for row in range(0, rows, 7):  # the same bits alone

@@ -56,21 +56,21 @@ void expect(bool ok, const std::string& what) {
   }
 }
 
-void check_matmul(bool end, int n, int k, int bits, int group, int rows, Type scale_type, Mode mode, bool fp4 = false) {
+void check_matmul(bool end, int n, int k, int bits, int group, int rows, Type scale_type, Mode mode, Codes codes = Codes::affine) {
   Weight w;
-  w.n = n, w.k = k, w.bits = bits, w.group = group, w.scale_type = scale_type, w.fp4 = fp4;
+  w.n = n, w.k = k, w.bits = bits, w.group = group, w.scale_type = scale_type, w.codes = codes;
   Guarded<uint8_t> data(w.bytes(), end);
   memset(data.get(), 0, w.bytes());
   for (size_t i = 0; i < w.bytes(); i++) {
     // Small scales of any type: only bytes of codes are random.
-    data.get()[i] = bits <= 8 && i % w.group_bytes() >= size_t(2 * kLanes * size_of(scale_type)) ? uint8_t(128 + int(noise() * 127)) : 0;
+    data.get()[i] = bits <= 8 && i % w.group_bytes() >= w.affine_bytes() ? uint8_t(128 + int(noise() * 127)) : 0;
   }
   if (bits <= 8) {
-    const float s = 0.5f, b = -0.25f;
+    const float s = codes == Codes::fp8 ? 0.01f : 0.5f, b = -0.25f;
     for (size_t g = 0; g < w.bytes(); g += w.group_bytes())
       for (int c = 0; c < kLanes; c++) {
         kernels().from_float(scale_type, &s, data.get() + g + c * size_of(scale_type), 1);
-        kernels().from_float(scale_type, &b, data.get() + g + (kLanes + c) * size_of(scale_type), 1);
+        if (codes != Codes::fp8) kernels().from_float(scale_type, &b, data.get() + g + (kLanes + c) * size_of(scale_type), 1);
       }
   } else {
     for (size_t i = 0; i < w.bytes(); i += size_of(scale_type)) {
@@ -87,7 +87,7 @@ void check_matmul(bool end, int n, int k, int bits, int group, int rows, Type sc
   Guarded<int8_t> hi(size_t(rows) * k, end), lo(size_t(rows) * k, end);
   Guarded<float> scale(groups, end), sum(groups, end);
   a.hi = hi.get(), a.lo = lo.get(), a.scale = scale.get(), a.sum = sum.get();
-  if (bits <= 8) kernels().quantize(a, mode, 0, rows);
+  if (w.integers()) kernels().quantize(a, mode, 0, rows);
   kernels().matmul(w, a, mode, 0, w.blocks(), 0, rows, out.get(), n);
   const double step = mode == Mode::fast ? 5e-3 : 4e-5;  // of the largest input, 1
   for (int c = 0; c < n; c++) {
@@ -230,7 +230,11 @@ int main() {
           for (int bits : {4, 8})
             for (int group : {32, 64, 128})
               for (Mode m : {Mode::exact, Mode::fast, Mode::f32}) check_matmul(end, 37, 2 * group, bits, group, rows, t, m);
-          for (Mode m : {Mode::exact, Mode::fast, Mode::f32}) check_matmul(end, 37, 64, 4, 32, rows, t, m, true);
+          for (Mode m : {Mode::exact, Mode::fast, Mode::f32}) {
+            check_matmul(end, 37, 64, 4, 32, rows, t, m, Codes::fp4);
+            check_matmul(end, 37, 48, 4, 16, rows, t, m, Codes::fp4);
+          }
+          check_matmul(end, 83, 96, 8, 32, rows, t, Mode::f32, Codes::fp8);
           check_matmul(end, 83, 19, t == Type::f32 ? 32 : 16, 0, rows, t, Mode::exact);
         }
       for (int rows : {1, 5, 40}) check_experts(end, rows);

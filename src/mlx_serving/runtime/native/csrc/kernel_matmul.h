@@ -154,6 +154,51 @@ static inline void float_block(const Weight& w, const Activations& a, const uint
 }
 
 template <int MB, int NV>
+static inline void fp8_block(const Weight& w, const Activations& a, int block, int row, float* out, int64_t ld) {
+  const size_t bb = w.block_bytes(), sb = w.affine_bytes();
+  const uint8_t* p = w.data + block * bb;
+  vf acc[MB][NV];
+  for (int m = 0; m < MB; m++)
+    for (int v = 0; v < NV; v++) acc[m][v] = vzero();
+  const float* x = a.x + int64_t(row) * a.k;
+  for (int g = 0; g < w.groups(); g++, p += w.group_bytes(), x += w.group) {
+    vf t[MB][NV];
+    for (int m = 0; m < MB; m++)
+      for (int v = 0; v < NV; v++) t[m][v] = vzero();
+    for (int i = 0; i < w.group; i++) {
+      vf c[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) c[v] = vload_fp8(p + v * bb + sb + i * kLanes);
+#pragma GCC unroll 4
+      for (int m = 0; m < MB; m++) {
+        vf y = vset(x[int64_t(m) * a.k + i]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) t[m][v] = vfma(c[v], y, t[m][v]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) {
+      const vf s = load_scale(w.scale_type, p + v * bb);
+#pragma GCC unroll 4
+      for (int m = 0; m < MB; m++) acc[m][v] = vfma(vmul(t[m][v], vset(256.f)), s, acc[m][v]);
+    }
+  }
+  for (int m = 0; m < MB; m++)
+    for (int v = 0; v < NV; v++) {
+      const int n = w.n - (block + v) * kLanes;
+      vstore_n(out + m * ld + (block + v) * kLanes, acc[m][v], n);
+    }
+}
+
+template <int MB>
+static void fp8_rows(const Weight& w, const Activations& a, int block0, int block1, int row, float* out, int64_t ld) {
+  constexpr int NV = MB == 4 ? 2 : 4;  // sums of the group and of all before it fill the registers
+  int b = block0;
+  for (; b + NV <= block1; b += NV) fp8_block<MB, NV>(w, a, b, row, out, ld);
+  for (; b < block1; b++) fp8_block<MB, 1>(w, a, b, row, out, ld);
+}
+
+template <int MB, int NV>
 static inline void dense_block(const Weight& w, const Activations& a, int block, int row, float* out, int64_t ld) {
   const size_t bb = w.block_bytes();
   const uint8_t* p = w.data + block * bb;
@@ -209,35 +254,43 @@ static void dense_rows(const Weight& w, const Activations& a, int block0, int bl
 #endif
 
 static void matmul(const Weight& w, const Activations& a, Mode mode, int block0, int block1, int row0, int row1, float* out, int64_t ld) {
+  auto o = [&](int row) { return out + int64_t(row) * ld; };
   if (w.bits > 8) {
     int r = row0;
-    auto o = [&](int row) { return out + int64_t(row) * ld; };
     for (; r + 4 <= row1; r += 4) dense_rows<4>(w, a, block0, block1, r, o(r), ld);
     if (r + 2 <= row1) dense_rows<2>(w, a, block0, block1, r, o(r), ld), r += 2;
     if (r < row1) dense_rows<1>(w, a, block0, block1, r, o(r), ld);
     return;
   }
+  if (w.codes == Codes::fp8) {
+    int r = row0;
+    for (; r + 4 <= row1; r += 4) fp8_rows<4>(w, a, block0, block1, r, o(r), ld);
+    if (r + 2 <= row1) fp8_rows<2>(w, a, block0, block1, r, o(r), ld), r += 2;
+    if (r < row1) fp8_rows<1>(w, a, block0, block1, r, o(r), ld);
+    return;
+  }
+  const bool fp4 = w.codes == Codes::fp4;
   const size_t bb = w.block_bytes();
   for (int b = block0; b < block1; b++) {
     const uint8_t* p = w.data + b * bb;
     const int n = w.n - b * kLanes;
-    float* o = out + int64_t(b) * kLanes;
-#define MS_INT(B, P, M) integer_block<B, P, M>(w, a, p, r, o + int64_t(r) * ld, ld, n)
-#define MS_FPE(M) integer_block<4, 2, M, true>(w, a, p, r, o + int64_t(r) * ld, ld, n)
-#define MS_FPF(M) integer_block<4, 1, M, true>(w, a, p, r, o + int64_t(r) * ld, ld, n)
-#define MS_FPX(M) float_block<4, M, true>(w, a, p, r, o + int64_t(r) * ld, ld, n)
+    float* to = out + int64_t(b) * kLanes;
+#define MS_INT(B, P, M) integer_block<B, P, M>(w, a, p, r, to + int64_t(r) * ld, ld, n)
+#define MS_FPE(M) integer_block<4, 2, M, true>(w, a, p, r, to + int64_t(r) * ld, ld, n)
+#define MS_FPF(M) integer_block<4, 1, M, true>(w, a, p, r, to + int64_t(r) * ld, ld, n)
+#define MS_FPX(M) float_block<4, M, true>(w, a, p, r, to + int64_t(r) * ld, ld, n)
 #define MS_4E(M) MS_INT(4, 2, M)
 #define MS_8E(M) MS_INT(8, 2, M)
 #define MS_4F(M) MS_INT(4, 1, M)
 #define MS_8F(M) MS_INT(8, 1, M)
-#define MS_4X(M) float_block<4, M>(w, a, p, r, o + int64_t(r) * ld, ld, n)
-#define MS_8X(M) float_block<8, M>(w, a, p, r, o + int64_t(r) * ld, ld, n)
+#define MS_4X(M) float_block<4, M>(w, a, p, r, to + int64_t(r) * ld, ld, n)
+#define MS_8X(M) float_block<8, M>(w, a, p, r, to + int64_t(r) * ld, ld, n)
     if (mode == Mode::exact) {
-      if (w.fp4) MS_ROWS(MS_FPE) else if (w.bits == 4) MS_ROWS(MS_4E) else MS_ROWS(MS_8E)
+      if (fp4) MS_ROWS(MS_FPE) else if (w.bits == 4) MS_ROWS(MS_4E) else MS_ROWS(MS_8E)
     } else if (mode == Mode::fast) {
-      if (w.fp4) MS_ROWS(MS_FPF) else if (w.bits == 4) MS_ROWS(MS_4F) else MS_ROWS(MS_8F)
+      if (fp4) MS_ROWS(MS_FPF) else if (w.bits == 4) MS_ROWS(MS_4F) else MS_ROWS(MS_8F)
     } else {
-      if (w.fp4) MS_ROWS(MS_FPX) else if (w.bits == 4) MS_ROWS(MS_4X) else MS_ROWS(MS_8X)
+      if (fp4) MS_ROWS(MS_FPX) else if (w.bits == 4) MS_ROWS(MS_4X) else MS_ROWS(MS_8X)
     }
   }
 }
@@ -253,12 +306,21 @@ static void dequantize_row(const Weight& w, int row, float* out) {
   const int sb = kLanes * size_of(w.scale_type);
   for (int g = 0; g < w.groups(); g++, p += w.group_bytes()) {
     float s, b;
+    if (w.codes == Codes::fp8) {
+      to_float(w.scale_type, p + c * size_of(w.scale_type), 1, &s, 1);
+      for (int i = 0; i < w.group; i++) {
+        float v[kLanes];
+        vstore(v, vload_fp8(p + sb + i * kLanes));
+        out[g * w.group + i] = s * (256.f * v[c]);
+      }
+      continue;
+    }
     to_float(w.scale_type, p + c * size_of(w.scale_type), 1, &s, 1);
     to_float(w.scale_type, p + sb + c * size_of(w.scale_type), 1, &b, 1);
     const uint8_t* q = p + 2 * sb;
     for (int i = 0; i < w.group; i++) {
       int code = w.bits == 4 ? (q[i / 8 * 64 + c * 4 + i % 4] >> (i % 8 / 4 * 4)) & 15 : q[i / 4 * 64 + c * 4 + i % 4];
-      out[g * w.group + i] = s * float(w.fp4 ? kFp4[code] : code) + b;
+      out[g * w.group + i] = s * float(w.codes == Codes::fp4 ? kFp4[code] : code) + b;
     }
   }
 }

@@ -11,24 +11,32 @@ constexpr int kLanes = 16;      // output columns of one packed weight block
 constexpr int kKeyBlock = 64;   // keys per step of the online softmax
 constexpr int kKeySplit = 256;  // keys per partial result; merged in ascending order
 
-// E2M1 as integers: twice the value, plus 12. So mxfp4 is affine in them.
+// What a quantised weight's codes stand for: integers of an affine group, E2M1, or E4M3.
+enum class Codes : int { affine, fp4, fp8 };
+
+// E2M1 as integers: twice the value, plus 12. So mxfp4 and nvfp4 are affine in them.
 constexpr uint8_t kFp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 // A weight matrix [n, k], packed in blocks of 16 output columns.
 //   bits 4, 8:  per block, per group: 16 scales, 16 biases, then the codes,
 //               64 bytes for every 8 (4 bits) or 4 (8 bits) inputs; lane c of
 //               those 64 bytes holds column c.
-//               With `fp4`, a 4-bit code stands for kFp4[code].
+//               With fp4, a 4-bit code stands for kFp4[code].
+//   fp8:        per block, per group: 16 scales, then 16 codes per input. E4M3
+//               has no integers, so its products are those of floats.
 //   bits 16, 32: per block, per input: 16 values (bf16 or f16 by `scale_type`; f32).
 struct Weight {
   const uint8_t* data = nullptr;
   int n = 0, k = 0, bits = 0, group = 0;
   Type scale_type = Type::f32;
-  bool fp4 = false;
+  Codes codes = Codes::affine;
 
+  // Activations are quantised for it.
+  bool integers() const { return bits <= 8 && codes != Codes::fp8; }
   int groups() const { return group ? k / group : 0; }
   int blocks() const { return (n + kLanes - 1) / kLanes; }
-  size_t group_bytes() const { return size_t(2) * kLanes * size_of(scale_type) + size_t(2) * group * bits; }
+  size_t affine_bytes() const { return size_t(codes == Codes::fp8 ? 1 : 2) * kLanes * size_of(scale_type); }
+  size_t group_bytes() const { return affine_bytes() + size_t(2) * group * bits; }
   size_t block_bytes() const {
     return bits <= 8 ? size_t(groups()) * group_bytes() : size_t(k) * kLanes * (bits / 8);
   }

@@ -9,7 +9,7 @@ namespace ms {
 
 void Prepared::reset(const float* x, int rows, const Weight& w, Mode mode) {
   mode_ = mode;
-  needed_ = w.bits <= 8;
+  needed_ = w.integers();
   a_ = {};
   a_.x = x;
   a_.k = w.k;

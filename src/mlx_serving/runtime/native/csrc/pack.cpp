@@ -77,22 +77,31 @@ void place_codes(const uint8_t* codes, int group, int bits, int column, uint8_t*
     for (int j = 0; j < 4; j++) q[i / 8 * 64 + column * 4 + j] = uint8_t(codes[i + j] | codes[i + j + 4] << 4);
 }
 
-// mxfp4's scales are exponents: value = 2^(e - 127) * E2M1, affine in kFp4's integers.
-void fp4_scales(const mx::array& exponents, std::vector<float>& s, std::vector<float>& b) {
-  const uint8_t* e = exponents.data<uint8_t>();
-  s.resize(exponents.size()), b.resize(exponents.size());
+// The mx formats' scales are exponents, nvfp4's are E4M3.
+std::vector<float> float_scales(const mx::array& scales, bool exponents) {
+  const uint8_t* e = scales.data<uint8_t>();
+  std::vector<float> s(scales.size());
   for (size_t i = 0; i < s.size(); i++) {
-    s[i] = std::ldexp(1.f, int(e[i]) - 128);
-    b[i] = -12.f * s[i];
+    const int exponent = e[i] >> 3 & 15, mantissa = e[i] & 7;
+    const float v = exponent ? std::ldexp(8.f + float(mantissa), exponent - 10) : std::ldexp(float(mantissa), -9);
+    s[i] = exponents ? std::ldexp(1.f, int(e[i]) - 127) : e[i] & 128 ? -v : v;
   }
+  return s;
+}
+
+// How weights without biases are kept, by bits and group.
+Codes codes_of(int bits, int group) {
+  if (bits == 4 && (group == 32 || group == 16)) return Codes::fp4;
+  if (bits == 8 && group == 32) return Codes::fp8;
+  throw std::invalid_argument("native: without biases, mxfp4 (4 bits, groups of 32), nvfp4 (4, 16) or mxfp8 (8, 32)");
 }
 }  // namespace
 
 PackedPtr Packed::quantized(const mx::array& w_, const mx::array& scales_, const std::optional<mx::array>& biases_, int group, int bits) {
-  const bool fp4 = !biases_;
+  const Codes kind = biases_ ? Codes::affine : codes_of(bits, group);
   if (bits < 2 || bits > 8 || bits == 7) throw std::invalid_argument("native: 2, 3, 4, 5, 6 or 8 bits");
-  if (group != 32 && group != 64 && group != 128) throw std::invalid_argument("native: group size 32, 64 or 128");
-  if (fp4 && (bits != 4 || group != 32 || scales_.dtype() != mx::uint8)) throw std::invalid_argument("native: without biases, mxfp4: 4 bits, groups of 32, uint8 scales");
+  if (biases_ && group != 32 && group != 64 && group != 128) throw std::invalid_argument("native: group size 32, 64 or 128");
+  if (!biases_ && scales_.dtype() != mx::uint8) throw std::invalid_argument("native: without biases, scales are uint8");
   if (w_.ndim() != 2 || w_.dtype() != mx::uint32) throw std::invalid_argument("native: weights must be [n, words] uint32");
   const int n = w_.shape(0), k = int(int64_t(w_.shape(1)) * 32 / bits), groups = k / group;
   const mx::Shape expected{n, groups};
@@ -101,14 +110,19 @@ PackedPtr Packed::quantized(const mx::array& w_, const mx::array& scales_, const
   }
   const mx::array w = ready(w_), scales = ready(scales_);
   std::vector<float> s, b;
-  if (fp4) {
-    fp4_scales(scales, s, b);
+  if (!biases_) {
+    s = float_scales(scales, group == 32);
+    // E2M1 is affine in kFp4's integers.
+    if (kind == Codes::fp4) {
+      for (float& f : s) f *= 0.5f;
+    }
+    for (float f : s) b.push_back(-12.f * f);
   } else {
     s = floats(scales), b = floats(ready(*biases_));
   }
   Weight meta;
   // Odd widths are kept in the next even one that a kernel reads.
-  meta.n = n, meta.k = k, meta.bits = bits <= 4 ? 4 : 8, meta.group = group, meta.fp4 = fp4;
+  meta.n = n, meta.k = k, meta.bits = bits <= 4 ? 4 : 8, meta.group = group, meta.codes = kind;
   // Half precision where it loses nothing: fewer bytes to read for the same values.
   meta.scale_type = Type::f32;
   for (Type t : {Type::f16, Type::bf16}) {
@@ -132,8 +146,12 @@ PackedPtr Packed::quantized(const mx::array& w_, const mx::array& scales_, const
         for (int c = 0; c < kLanes && block * kLanes + c < n; c++) {
           const size_t row = size_t(block) * kLanes + c;
           kern.from_float(meta.scale_type, &s[row * groups + g], p + c * es, 1);
-          kern.from_float(meta.scale_type, &b[row * groups + g], p + (kLanes + c) * es, 1);
           read_codes(packed + row * row_bytes, int64_t(g) * group, group, bits, codes);
+          if (kind == Codes::fp8) {
+            for (int i = 0; i < group; i++) p[(es + i) * kLanes + c] = codes[i];
+            continue;
+          }
+          kern.from_float(meta.scale_type, &b[row * groups + g], p + (kLanes + c) * es, 1);
           place_codes(codes, group, meta.bits, c, p + 2 * kLanes * es);
         }
       }

@@ -13,14 +13,14 @@ namespace ms {
 namespace mx = mlx::core;
 
 // What Python may ask of this module; changed with every change of bindings.cpp, as in _load.py.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 // A weight matrix packed for the kernels; immutable.
 class Packed {
  public:
   Packed(Weight meta, mx::array data) : meta_(meta), data_(std::move(data)) {}
   // w: [n, k * bits / 32] uint32; scales, biases: [n, k / group_size], f32, f16 or bf16.
-  // Without biases it is mxfp4, and the scales are uint8 exponents.
+  // Without biases it is mxfp4, nvfp4 or mxfp8, by bits and group, and the scales are uint8.
   static std::shared_ptr<Packed> quantized(const mx::array& w, const mx::array& scales, const std::optional<mx::array>& biases, int group_size, int bits);
   // w: [n, k], f32, f16 or bf16.
   static std::shared_ptr<Packed> dense(const mx::array& w);

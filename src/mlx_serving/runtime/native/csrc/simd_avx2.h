@@ -63,6 +63,12 @@ static inline vf vload_u4(const uint8_t* p) {
   __m128i x = _mm_loadl_epi64((const __m128i*)p), m = _mm_set1_epi8(15);
   return from_bytes(_mm_unpacklo_epi8(_mm_and_si128(x, m), _mm_and_si128(_mm_srli_epi16(x, 4), m)));
 }
+static inline vf vload_fp8(const uint8_t* p) {
+  __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+  __m256i sign = _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x80)), 8);
+  x = _mm256_or_si256(sign, _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x7f)), 7));
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
+}
 static inline vf vkeep(vf x, int lo, int hi, float other) {
   __m256i i = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), l = _mm256_set1_epi32(lo), h = _mm256_set1_epi32(hi);
   __m256 o = _mm256_set1_ps(other);

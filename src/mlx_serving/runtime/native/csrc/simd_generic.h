@@ -85,6 +85,11 @@ static inline vf vload_u4(const uint8_t* p) {
   MS_LANES r[i] = p[i / 2] >> (i % 2 * 4) & 15;
   return __builtin_convertvector(r, vf);
 }
+static inline vf vload_fp8(const uint8_t* p) {
+  vf r;
+  MS_LANES r[i] = half_to_float(uint16_t((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7));
+  return r;
+}
 static inline vf vkeep(vf x, int lo, int hi, float other) {
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return ((lane >= lo) & (lane < hi)) ? x : vset(other);
