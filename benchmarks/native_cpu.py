@@ -23,7 +23,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_serving.runtime import native
 from mlx_serving.runtime.native import ops
 from mlx_serving.runtime.native.install import accelerate
-from mlx_serving.runtime.native.slab import RowMask
+from mlx_serving.runtime.native.slab import PLAIN, RowMask
 
 PROMPT = 512
 CONTEXT = 80
@@ -31,6 +31,8 @@ CONTEXT = 80
 
 class Slab:
     """One layer's slab for rows that stand at one position; fused or layer by layer."""
+
+    codes = PLAIN
 
     def __init__(self, rows: int, capacity: int, fused: bool) -> None:
         self.shape = rows, capacity

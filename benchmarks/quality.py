@@ -24,8 +24,9 @@ from mlx_lm import load
 
 from mlx_serving.runtime.backend.in_place import QuantizedInPlaceLayer
 from mlx_serving.runtime.backend.kv import RowSlots
-from mlx_serving.runtime.backend.quantized_kv import KVFormat
+from mlx_serving.runtime.backend.quantized_kv import FORMATS
 from mlx_serving.runtime.native.install import accelerate
+from mlx_serving.runtime.native.slab import PLAIN
 from mlx_serving.types import KVBits
 
 WINDOW = 512
@@ -35,6 +36,8 @@ MAX_KL, MIN_TOP1 = 1e-3, 0.99
 
 class Rows:
     """The least cache that the fused decoder takes: one row, from position 0."""
+
+    codes = PLAIN
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -65,7 +68,7 @@ def logits(model: nn.Module, tokens: list[int]) -> np.ndarray:
 
 
 def quantised_kv_logits(model: nn.Module, bits: KVBits, tokens: list[int]) -> np.ndarray:
-    form = KVFormat.of(bits)
+    form = FORMATS[bits]
     assert form is not None
     layer = partial(QuantizedInPlaceLayer, form=form)
     store = RowSlots(model, 1, attention=layer)
