@@ -16,6 +16,7 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.normalization import LayerNorm, RMSNorm
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx_lm.models import gemma, gemma2, gemma3_text
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_serving.runtime.native import _load, layers, ops, slab
@@ -94,10 +95,10 @@ def accelerating(
     report.every_product = all(map(_is_covered, model.modules()))
     seen: set[int] = set()
     for _, module in model.named_modules():
-        packed = module.__dict__.get("_packed")
-        if packed is not None and id(packed) not in seen:
-            seen.add(id(packed))
-            report.packed_bytes += packed.nbytes
+        for packed in (module.__dict__.get("_packed"), module.__dict__.get("_packed_back")):
+            if packed is not None and id(packed) not in seen:
+                seen.add(id(packed))
+                report.packed_bytes += packed.nbytes
     return report
 
 
@@ -112,6 +113,8 @@ def _move(path: str, module: Module, mode: ops.Mode, keep: set[str], report: Rep
             if packed is None:
                 report.left.append(path)
                 return False
+            if cls in _HEADS:
+                _pack_heads(module)
             _pack_into(module, packed, path.rpartition(".")[2] in keep)
             worked = True
         module._mode = mode
@@ -140,6 +143,8 @@ NATIVE_LAYERS = (
     layers.NativeEmbedding,
     layers.NativeQuantizedSwitchLinear,
     layers.NativeSwitchLinear,
+    layers.NativeQuantizedMultiLinear,
+    layers.NativeMultiLinear,
     layers.NativeRMSNorm,
     *layers.NATIVE_ROPES.values(),
 )
@@ -151,15 +156,23 @@ _LINEARS: dict[type, type] = {
     Embedding: layers.NativeEmbedding,
     QuantizedSwitchLinear: layers.NativeQuantizedSwitchLinear,
     SwitchLinear: layers.NativeSwitchLinear,
+    QuantizedMultiLinear: layers.NativeQuantizedMultiLinear,
+    MultiLinear: layers.NativeMultiLinear,
 }
+
+_HEADS = (MultiLinear, QuantizedMultiLinear)
+_STACKED = (SwitchLinear, QuantizedSwitchLinear, *_HEADS)
+"""A matrix for each expert or head."""
 
 
 def pack(module: Module) -> ops.Packed | None:
     """A linear, expert or embedding layer's weights packed, or None for a form that no kernel takes."""
     weight = module.weight
-    if isinstance(module, (SwitchLinear, QuantizedSwitchLinear)) and weight.shape[1] % 16:
+    if isinstance(module, _STACKED) and weight.shape[1] % 16:
         return None
-    if isinstance(module, (QuantizedLinear, QuantizedEmbedding, QuantizedSwitchLinear)):
+    if isinstance(module, _HEADS) and _inputs(module) % 16:
+        return None
+    if "scales" in module:
         if layers.quantisation(module) is None:
             return None
         biases = module.get("biases")
@@ -177,7 +190,7 @@ def pack(module: Module) -> ops.Packed | None:
 
 def _pack_into(module: Module, packed: ops.Packed, keep: bool = False) -> None:
     """Give the layer its packed weights and take its own away."""
-    if isinstance(module, (SwitchLinear, QuantizedSwitchLinear)):
+    if isinstance(module, _STACKED):
         module._outputs = module.weight.shape[1]
     dtype = (module.scales if "scales" in module else module.weight).dtype
     module._dtype = dtype if mx.issubdtype(dtype, mx.floating) else mx.float32
@@ -185,6 +198,31 @@ def _pack_into(module: Module, packed: ops.Packed, keep: bool = False) -> None:
     if not keep:
         for name in ("weight", "scales", "biases"):
             module.pop(name, None)
+
+
+def _inputs(module: Module) -> int:
+    if "scales" in module:
+        return int(module.scales.shape[-1] * module.group_size)
+    return int(module.weight.shape[-1])
+
+
+def _pack_heads(module: Module) -> None:
+    """The matrices transposed, for what is multiplied from the other side. Groups lie along the inputs, so
+    quantised ones become float32: a few bytes of a model, and the values are the same."""
+    weight = module.weight
+    if "scales" in module:
+        weight = mx.dequantize(
+            weight,
+            module.scales,
+            module.get("biases"),
+            module.group_size,
+            module.bits,
+            module.mode,
+            dtype=mx.float32,
+        )
+    module._inputs = weight.shape[2]
+    back = ops.pack_dense(weight.swapaxes(1, 2).flatten(0, 1))
+    object.__setattr__(module, "_packed_back", back)
 
 
 def _sources(model: Module) -> list[str]:

@@ -17,6 +17,7 @@ from mlx.nn.layers.normalization import RMSNorm
 from mlx.nn.layers.positional_encoding import RoPE
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx_lm.models import rope_utils
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_serving.runtime.native import ops
@@ -84,6 +85,28 @@ class NativeSwitchLinear(SwitchLinear):
 
 class NativeQuantizedSwitchLinear(QuantizedSwitchLinear):
     __call__ = _switch
+
+
+def _multi(self: Any, x: mx.array, transpose: bool = True) -> mx.array:
+    """A weight a head: x `[…, heads or 1, length, k]` to `[…, heads, length, n]`. Packed both ways, since
+    latent attention absorbs a projection into its queries or its keys."""
+    packed, n = self._packed, self._outputs
+    if not transpose:
+        packed, n = self._packed_back, self._inputs
+    *lead, heads, length, _ = x.shape
+    if heads == 1:
+        out = ops.linear(x, packed, None, self._mode).reshape(*lead, length, packed.n // n, n)
+        return out.swapaxes(-3, -2)
+    experts = mx.broadcast_to(mx.arange(heads, dtype=mx.int32)[:, None], x.shape[:-1])
+    return ops.gather_linear(x, experts, packed, n, self._mode)
+
+
+class NativeMultiLinear(MultiLinear):
+    __call__ = _multi
+
+
+class NativeQuantizedMultiLinear(QuantizedMultiLinear):
+    __call__ = _multi
 
 
 class NativeRMSNorm(RMSNorm):

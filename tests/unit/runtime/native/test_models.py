@@ -220,3 +220,54 @@ def test_slabs_of_a_chosen_type() -> None:
     got = forward(half, caches, tokens, [0], [0], True)
     assert caches[0].keys is not None and caches[0].keys.dtype == mx.float16
     assert np.abs(got - forward(full, slabs_of(full), tokens, [0], [0], True)).max() < 0.02
+
+
+FORMS = [None, (32, 4, "affine"), (32, 4, "mxfp4"), (16, 4, "nvfp4"), (32, 8, "mxfp8")]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_weight_a_head_from_both_sides(form: tuple[int, int, str] | None) -> None:
+    """As latent attention multiplies them: to its queries, or to what all heads share."""
+    from mlx_lm.models.mla import MultiLinear
+
+    from mlx_serving.runtime.native.install import accelerate
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = MultiLinear(32, 48, 3)
+
+    model = Heads()
+    if form is not None:
+        group, bits, mode = form
+        nn.quantize(model, group, bits, mode=mode)
+    x = [mx.random.normal((2, heads, 5, 32), key=mx.random.key(heads)) for heads in (3, 1)]
+    back = [mx.random.normal((2, heads, 5, 48), key=mx.random.key(heads)) for heads in (3, 1)]
+
+    def results() -> list[np.ndarray]:
+        out = [model.heads(a) for a in x] + [model.heads(a, transpose=False) for a in back]
+        return [np.array(a) for a in out]
+
+    want = results()
+    report = accelerate(model, "f32")
+    assert not report.left and report.every_product and report.packed_bytes
+    got = results()
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape and np.abs(a - b).max() < 1e-5 * max(1, np.abs(b).max())
+    for i in range(5):  # the same bits alone
+        alone = model.heads(x[0][:, :, i : i + 1]), model.heads(back[1][:, :, i : i + 1], False)
+        assert (np.array(alone[0]) == got[0][:, :, i : i + 1]).all()
+        assert (np.array(alone[1]) == got[3][:, :, i : i + 1]).all()
+
+
+def test_heads_of_other_widths_are_left() -> None:
+    from mlx_lm.models.mla import MultiLinear
+
+    from mlx_serving.runtime.native.install import accelerate
+
+    model = nn.Module()
+    model.heads = MultiLinear(24, 48, 3)
+    before = model.heads(mx.ones((1, 3, 1, 24)))
+    report = accelerate(model)
+    assert report.left == ["heads"]
+    assert mx.array_equal(model.heads(mx.ones((1, 3, 1, 24))), before)
