@@ -166,6 +166,26 @@ def test_fused_layers_give_the_bits_of_single_ones(bits: KVBits) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("name", FUSED)
+def test_positions_computed_at_once_have_their_bits(name: str) -> None:
+    model = _native_model(name)
+    runner = make_runner(model, zoo.VOCAB, attention=_native_layer("k8v4"), in_place=True)
+    store = runner.store
+
+    def after(*passes: tuple[list[int], dict[int, int]]) -> np.ndarray:
+        store.start(0, 40)
+        runner.forward_row(0, mx.array([_tokens(8, 29)]), 0)
+        for tokens, ahead in passes:
+            cache = store.batch_view({0: store.length(0)}, 1, ahead)
+            last = np.array(model(mx.array([[t] for t in tokens]), cache=cache)[0, -1])
+        runner.reset()
+        return last
+
+    singly = after(([9], {}), ([11], {}), ([13], {}))
+    assert (after(([13, 9, 11], {0: 2})) == singly).all()
+
+
+@needs_native
 def test_preempted_sequences_give_the_same_tokens() -> None:
     model, layer = _native_model("llama"), _native_layer("4")
     sampling = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
