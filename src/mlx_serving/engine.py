@@ -206,14 +206,18 @@ class Engine:
         model: str | None = None,
         top_n: int | None = None,
         truncate: int | bool = False,
+        instruction: str | None = None,
     ) -> Ranking:
         """The documents in the order in which they answer the query, the best first.
 
         `truncate`: tokens to keep of the query and a document together; True: as many as the model
-        takes. Raises InvalidRequest for a model that neither ranks nor embeds.
+        takes. `instruction`: the task, for a reranker that is a language model and takes one. Raises
+        InvalidRequest for a model that neither ranks nor embeds.
         """
         name = model or self.gateway.default_model()
         options = {"query": query, "documents": documents, "top_n": top_n}
+        if instruction is not None:
+            options["instruction"] = instruction
         return await self.gateway.rank(to_rank_request(name, truncate, options))
 
     async def tokenize(self, prompt: PromptLike, *, model: str | None = None) -> list[int]:

@@ -23,6 +23,8 @@ from mlx_serving.errors import InvalidRequest
 PrefixReuse = Literal["blocks", "snapshots", "none"]
 ModelKind = Literal["decoder", "embedder", "reranker"]
 """What a model is for: text, vectors (which a decoder gives too), or the relevance of pairs."""
+RankForm = Literal["", "qwen3", "bge-gemma"]
+"""How a reranker that is a language model is asked; "" for every other model."""
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
 Caching = Literal["use", "refresh", "none"]
 """Of whole answers: use what others computed; compute, and let later ones use it; neither."""
@@ -301,6 +303,8 @@ class RankRequest(msgspec.Struct, frozen=True, kw_only=True):
     the model takes; None: more are an error."""
     max_document_tokens: int | None = None
     """Tokens that are kept of a document."""
+    instruction: str | None = None
+    """What a document is to do for the query; of rerankers that are language models and take one."""
     priority: Priority = Priority.NORMAL
     client: str | None = None
 
@@ -403,7 +407,7 @@ class TokenEvent(msgspec.Struct, kw_only=True):
     tool_calls: list[ToolCallDelta] | None = None
 
 
-ENCODERS = ("bert", "roberta", "xlm-roberta")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert", "nomic_bert")
 """The `model_type`s that our own encoder computes; everything else is mlx-lm's."""
 
 
@@ -452,6 +456,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The name of the one that precedes a text of no stated purpose."""
     append_eos: bool = False
     """A text ends with the end-of-sequence token, which its vector is taken from."""
+    rank_form: RankForm = ""
 
 
 class CacheStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):

@@ -44,10 +44,7 @@ CODEX = """\
 model = "agent"
 model_provider = "mlx-serving"
 model_context_window = 200000
-web_search = "disabled"
 check_for_update_on_startup = false
-[agents]
-enabled = false
 [analytics]
 enabled = false
 [model_providers.mlx-serving]

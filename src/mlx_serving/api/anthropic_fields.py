@@ -123,6 +123,72 @@ OUTPUT_CONFIG: Table = table(
     ),
 )
 
+FORMAT: Table = table(
+    ("honoured", {"type": "json_schema", "schema": "what the answer follows"}),
+)
+
+EDITS: Table = table(
+    ("honoured", {"edits": "edits that keep everything"}),
+)
+
+EDIT: Table = table(
+    ("honoured", {"keep": "all; other edits are refused"}),
+    ("advisory", {"type": "all kinds keep the same then"}),
+)
+
+MESSAGE: Table = table(
+    (
+        "honoured",
+        {"role": "user, assistant or system", "content": "a string, or blocks"},
+    ),
+)
+
+_CACHED: dict[str, Row] = {"cache_control": "prefixes are matched by content"}
+_TOOLSET: dict[str, Row] = {"toolset_name": "tools have no sets"}
+
+BLOCKS: Mapping[str, Table] = {
+    "text": table(
+        ("honoured", {"type": "text", "text": "blocks are joined by newlines"}),
+        ("advisory", {**_CACHED, "citations": "what an earlier text came with"}),
+    ),
+    "thinking": table(
+        ("honoured", {"type": "thinking", "thinking": "given to the chat template"}),
+        ("advisory", {"signature": "no signature is checked"}),
+    ),
+    "redacted_thinking": table(
+        ("honoured", {"type": "redacted_thinking"}),
+        ("advisory", {"data": "only who made it can read it"}),
+    ),
+    "tool_use": table(
+        (
+            "honoured",
+            {
+                "type": "tool_use",
+                "id": "the call's name, which its result gives",
+                "name": "given to the chat template",
+                "input": "given to the chat template",
+            },
+        ),
+        ("advisory", {**_CACHED, "caller": "only the model calls tools"}),
+        ("refused", dict(_TOOLSET)),
+    ),
+    "tool_result": table(
+        (
+            "honoured",
+            {
+                "type": "tool_result",
+                "tool_use_id": "the call that it answers",
+                "content": "a string, or text blocks",
+                "is_error": "true: the text then begins with Error:",
+            },
+        ),
+        ("advisory", dict(_CACHED)),
+        ("refused", dict(_TOOLSET)),
+    ),
+}
+"""By a block's type. `system` and a tool result's content have text blocks only; images, documents
+and what Anthropic's servers would run are refused by the block's place."""
+
 ROUTES: Mapping[str, Table] = {
     "/v1/messages": MESSAGES,
     "/v1/messages/count_tokens": COUNT_TOKENS,
@@ -130,4 +196,9 @@ ROUTES: Mapping[str, Table] = {
     "/v1/messages tool_choice": TOOL_CHOICE,
     "/v1/messages thinking": THINKING,
     "/v1/messages output_config": OUTPUT_CONFIG,
+    "/v1/messages output_config.format": FORMAT,
+    "/v1/messages context_management": EDITS,
+    "/v1/messages context_management.edits[]": EDIT,
+    "/v1/messages messages[]": MESSAGE,
+    **{f"/v1/messages {kind} block": block for kind, block in BLOCKS.items()},
 }

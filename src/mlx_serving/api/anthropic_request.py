@@ -17,7 +17,6 @@ from mlx_serving.content.structured import json_schema
 from mlx_serving.content.tools.definitions import ToolUse, tool_use
 from mlx_serving.errors import InvalidRequest
 from mlx_serving.types import ChatPrompt, GenerateRequest, Grammar, Message, SamplingParams
-from mlx_serving.unknown import refuse_others
 
 _MAX_INT = 2**31 - 1
 _BILLING = re.compile(r"\A\s*x-anthropic-billing-header:[^\n]*(?:\n+|\Z)")
@@ -96,6 +95,8 @@ SHAPES: Mapping[str, type[msgspec.Struct]] = {
     "/v1/messages tool_choice": _ToolChoice,
     "/v1/messages thinking": _Thinking,
     "/v1/messages output_config": _OutputConfig,
+    "/v1/messages output_config.format": _Format,
+    "/v1/messages messages[]": _Message,
 }
 
 
@@ -177,7 +178,7 @@ def _output_config(raw: dict[str, Any] | None) -> _OutputConfig:
     check(fields.OUTPUT_CONFIG, raw or {}, at="output_config.")
     output = convert(raw or {}, _OutputConfig, at="output_config")
     if raw and output.format:
-        refuse_others(raw["format"], _Format.__struct_fields__, "output_config.format.")
+        check(fields.FORMAT, raw["format"], at="output_config.format.")
     return output
 
 
@@ -189,12 +190,14 @@ def _grammar(output: _OutputConfig) -> Grammar | None:
 
 def _check_edits(raw: dict[str, Any] | None) -> None:
     """Claude Code asks to keep all thinking; other edits would change the prompt."""
-    edits = convert(raw or {}, dict[str, list[dict[str, Any]]], at="context_management")
-    for i, edit in enumerate(edits.get("edits", ())):
+    check(fields.EDITS, raw or {}, at="context_management.")
+    edits = (raw or {}).get("edits")
+    for i, edit in enumerate(
+        convert(edits or [], list[dict[str, Any]], at="context_management.edits")
+    ):
         if edit.get("keep") != "all":
             raise refuse(f"context_management.edits[{i}]", "prompts are not edited")
-    if extra := edits.keys() - {"edits"}:
-        raise refuse(f"context_management.{min(extra)[:64]}", "prompts are not edited")
+        check(fields.EDIT, edit, at=f"context_management.edits[{i}].")
 
 
 def _tool(raw: dict[str, Any], at: str, advisory: list[str]) -> dict[str, Any]:
@@ -236,13 +239,6 @@ def _system(system: str | list[dict[str, Any]] | None) -> Message | None:
     return Message(role="system", content=text) if text else None
 
 
-_BLOCK_FIELDS = {
-    "text": {"type", "text", "cache_control", "citations"},
-    "thinking": {"type", "thinking", "signature"},
-    "redacted_thinking": {"type", "data"},
-    "tool_use": {"type", "id", "name", "input", "cache_control", "caller"},
-    "tool_result": {"type", "tool_use_id", "content", "is_error", "cache_control"},
-}
 _ROLES = {
     "text": ("user", "assistant", "system"),
     "thinking": ("assistant",),
@@ -256,9 +252,9 @@ def _block_kind(block: dict[str, Any], at: str) -> str:
     kind = block.get("type")
     if not isinstance(kind, str):
         raise InvalidRequest(f"'{at}.type' must be a string.", param=f"{at}.type")
-    if kind not in _BLOCK_FIELDS:
+    if kind not in fields.BLOCKS:
         raise refuse(at, f"blocks of type '{kind[:64]}' are not read, only text and tools")
-    refuse_others(block, _BLOCK_FIELDS[kind], f"{at}.")
+    check(fields.BLOCKS[kind], block, at=f"{at}.")
     return kind
 
 
@@ -277,7 +273,7 @@ def _text(block: dict[str, Any], at: str) -> str:
 
 def _turn(raw: dict[str, Any], at: str, advisory: list[str]) -> list[Message]:
     """One of Anthropic's turns; tool results become messages of their own."""
-    refuse_others(raw, _Message.__struct_fields__, f"{at}.")
+    check(fields.MESSAGE, raw, at=f"{at}.")
     turn = convert(raw, _Message, at=at)
     if isinstance(turn.content, str):
         return [Message(role=turn.role, content=turn.content)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -87,15 +87,8 @@ def refuse(at: str, why: str) -> UnsupportedParameter:
 
 
 @contextmanager
-def spelled(*renames: tuple[str, str]) -> Iterator[None]:
-    """Errors raised inside, and unknown fields noted there, are named as this dialect spells them:
-    each (theirs, ours)."""
-
-    def ours(name: str) -> str:
-        for theirs, our in renames:
-            name = name.replace(theirs, our, 1)
-        return name
-
+def renamed(ours: Callable[[str], str]) -> Iterator[None]:
+    """Errors raised inside, and unknown fields noted there, are named as `ours` says."""
     noted = left_out.get()
     noted = [] if noted is None else noted
     before = len(noted)
@@ -107,3 +100,14 @@ def spelled(*renames: tuple[str, str]) -> Iterator[None]:
             error.message = error.message.replace(f"'{param}", f"'{error.param}")
         raise
     noted[before:] = map(ours, noted[before:])
+
+
+def spelled(*renames: tuple[str, str]) -> AbstractContextManager[None]:
+    """`renamed` by this dialect's words: each (theirs, ours)."""
+
+    def ours(name: str) -> str:
+        for theirs, our in renames:
+            name = name.replace(theirs, our, 1)
+        return name
+
+    return renamed(ours)

@@ -46,6 +46,7 @@ RERANK: Table = table(
             "return_documents": "default true: each result has its document",
             "max_tokens_per_doc": "tokens to keep of a longer document, its end being cut",
             "truncate_prompt_tokens": "tokens to keep of a query and its document together, the document being cut; -1: as many as the model takes; default: a longer one is a 400",
+            "instruction": "the task, for rerankers that are language models and take one; a 400 with others",
             "priority": _PRIORITY,
         },
     ),
@@ -56,14 +57,16 @@ RERANK: Table = table(
             "rank_fields": ("documents are texts", (["text"],)),
             "max_chunks_per_doc": ("a document is one piece", (1,)),
             "overlap_tokens": ("a document is one piece", (0,)),
-            "instruction": "put it before the query",
         },
     ),
 )
+
+DOCUMENT: Table = table(("honoured", {"text": "the document"}))
 
 ROUTES: Mapping[str, Table] = {
     "/v1/embeddings": EMBEDDINGS,
     "/v1/rerank": RERANK,
     "/v2/rerank": RERANK,
     "/rerank": RERANK,
+    "/v1/rerank documents[]": DOCUMENT,
 }

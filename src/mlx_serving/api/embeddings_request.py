@@ -15,7 +15,6 @@ from mlx_serving.api.disposition import check
 from mlx_serving.api.wishes import parse_priority
 from mlx_serving.errors import InvalidRequest
 from mlx_serving.types import MAX_INPUTS, EmbedRequest, RankRequest, TextPrompt, TokenPrompt
-from mlx_serving.unknown import refuse_others
 
 _MAX_INT = 2**31 - 1
 ALL = _MAX_INT
@@ -65,6 +64,7 @@ class _Rerank(msgspec.Struct, kw_only=True):
     return_documents: bool | None = None
     max_tokens_per_doc: Count | None = None
     truncate_prompt_tokens: Truncate | None = None
+    instruction: Annotated[str, Meta(min_length=1)] | None = None
     priority: str | int | None = None
     user: Any = None
 
@@ -74,6 +74,7 @@ SHAPES: Mapping[str, type[msgspec.Struct]] = {
     "/v1/rerank": _Rerank,
     "/v2/rerank": _Rerank,
     "/rerank": _Rerank,
+    "/v1/rerank documents[]": _Document,
 }
 
 
@@ -105,7 +106,7 @@ def parse_rerank(data: bytes, *, default_model: str) -> RankCall:
     body = convert(raw, _Rerank)
     for i, document in enumerate(raw["documents"]):
         if isinstance(document, dict):
-            refuse_others(document, _Document.__struct_fields__, f"documents[{i}].")
+            check(fields.DOCUMENT, document, at=f"documents[{i}].")
     request = RankRequest(
         request_id="rerank-" + secrets.token_hex(12),
         model=body.model or default_model,
@@ -114,6 +115,7 @@ def parse_rerank(data: bytes, *, default_model: str) -> RankCall:
         top_n=body.top_n,
         truncate=_truncate(body.truncate_prompt_tokens),
         max_document_tokens=body.max_tokens_per_doc,
+        instruction=body.instruction,
         priority=parse_priority(body.priority),
     )
     wanted = body.return_documents is not False

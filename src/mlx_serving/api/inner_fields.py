@@ -1,4 +1,5 @@
-"""What becomes of the fields inside tools, formats and earlier calls, as OpenAI and Ollama have them."""
+"""What becomes of the fields inside tools, formats and earlier calls, as chat completions have them;
+another dialect's are beside its own tables."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ _FUNCTION: Table = table(
     ),
 )
 _TOOL_CHOICE: Table = table(
-    ("honoured", {"type": "function", "function": "name: the function that has to be called"}),
+    ("honoured", {"type": "function", "function": "the one that has to be called"}),
 )
+_CHOSEN: Table = table(("honoured", {"name": "a tool's name"}))
 _RESPONSE_FORMAT: Table = table(
     (
         "honoured",
@@ -55,7 +57,7 @@ _STRUCTURED_OUTPUTS: Table = table(
     ),
     ("advisory", {"disable_fallback": "there is nothing to fall back to"}),
 )
-_CALL: Table = table(
+CALL: Table = table(
     (
         "honoured",
         {
@@ -66,7 +68,10 @@ _CALL: Table = table(
     ),
     ("advisory", {"index": "calls are in order"}),
 )
-_CONTENT: Table = table(
+CALL_FUNCTION: Table = table(
+    ("honoured", {"name": "given to the chat template", "arguments": "JSON, as a text"}),
+)
+CONTENT: Table = table(
     ("honoured", {"type": "text", "text": "parts are joined by newlines"}),
     (
         "advisory",
@@ -78,11 +83,13 @@ _CONTENT: Table = table(
 )
 
 ROUTES: Mapping[str, Table] = {
-    "messages[].content[]": _CONTENT,
-    "messages[].tool_calls[]": _CALL,
+    "messages[].content[]": CONTENT,
+    "messages[].tool_calls[]": CALL,
+    "messages[].tool_calls[].function": CALL_FUNCTION,
     "tools[]": _TOOL,
     "tools[].function": _FUNCTION,
     "tool_choice": _TOOL_CHOICE,
+    "tool_choice.function": _CHOSEN,
     "response_format": _RESPONSE_FORMAT,
     "response_format.json_schema": _JSON_SCHEMA,
     "structured_outputs": _STRUCTURED_OUTPUTS,

@@ -31,7 +31,7 @@ CHAT: Table = table(
         {
             **_HONOURED,
             "messages": "roles system, user, assistant, tool; without any, the model is loaded",
-            "tools": "function tools, given to the chat template",
+            "tools": "function tools, given to the chat template; inside them as OpenAI has them",
         },
     ),
     ("refused", dict(_REFUSED)),
@@ -127,13 +127,29 @@ MESSAGE: Table = table(
     ("refused", {"images": ("text only", ([],))}),
 )
 
+CALL: Table = table(
+    (
+        "honoured",
+        {
+            "function": "name and arguments, for the chat template",
+            "id": "the call's name, which its answer gives; default: one is made up",
+        },
+    ),
+    ("advisory", {"type": "function"}),
+)
+
+CALL_FUNCTION: Table = table(
+    ("honoured", {"name": "given to the chat template", "arguments": "an object"}),
+    ("advisory", {"index": "calls are in order"}),
+)
+
 EMBED_OPTIONS: Table = table(
     ("advisory", dict.fromkeys(OPTIONS, "no option changes a vector")),
 )
 
+_EMBED_ADVISORY: dict[str, Row] = {"options": "no option changes a vector"}
 _EMBED: dict[str, Row] = {
     "model": "a served model's id or alias; :latest may follow; default: the first served model",
-    "options": "see options below",
     **_KEEP_ALIVE,
 }
 
@@ -147,6 +163,7 @@ EMBED: Table = table(
             "dimensions": "that many numbers of each vector, scaled to length 1 again",
         },
     ),
+    ("advisory", dict(_EMBED_ADVISORY)),
 )
 
 EMBEDDINGS: Table = table(
@@ -154,6 +171,7 @@ EMBEDDINGS: Table = table(
         "honoured",
         {**_EMBED, "prompt": "a text, cut at its end if it is too long; the vector is not scaled"},
     ),
+    ("advisory", dict(_EMBED_ADVISORY)),
 )
 
 ROUTES: Mapping[str, Table] = {
@@ -164,4 +182,6 @@ ROUTES: Mapping[str, Table] = {
     "/api/embed and /api/embeddings options": EMBED_OPTIONS,
     "/api/chat and /api/generate options": OPTIONS,
     "/api/chat messages[]": MESSAGE,
+    "/api/chat messages[].tool_calls[]": CALL,
+    "/api/chat messages[].tool_calls[].function": CALL_FUNCTION,
 }

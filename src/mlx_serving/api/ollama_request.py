@@ -27,7 +27,6 @@ from mlx_serving.types import (
     SamplingParams,
     TextPrompt,
 )
-from mlx_serving.unknown import refuse_others
 
 _MAX_INT = 2**31 - 1
 _DURATION = re.compile(r"[-+]?(\d+(\.\d*)?(ns|us|µs|ms|s|m|h)?)+")
@@ -109,6 +108,8 @@ SHAPES: Mapping[str, type[msgspec.Struct]] = {
     "/api/generate": _GenerateBody,
     "/api/chat and /api/generate options": _Options,
     "/api/chat messages[]": _Message,
+    "/api/chat messages[].tool_calls[]": _Call,
+    "/api/chat messages[].tool_calls[].function": _CallFunction,
 }
 
 
@@ -268,9 +269,8 @@ def _messages(raws: list[dict[str, Any]]) -> tuple[Message, ...]:
         check(fields.MESSAGE, raw, at=at + ".")
         message = convert(raw, _Message, at=at)
         for j, call in enumerate(raw.get("tool_calls") or ()):
-            refuse_others(call, _Call.__struct_fields__, f"{at}.tool_calls[{j}].")
-            where = f"{at}.tool_calls[{j}].function."
-            refuse_others(call["function"], _CallFunction.__struct_fields__, where)
+            check(fields.CALL, call, at=f"{at}.tool_calls[{j}].")
+            check(fields.CALL_FUNCTION, call["function"], at=f"{at}.tool_calls[{j}].function.")
         if message.tool_calls and message.role != "assistant":
             raise InvalidRequest("Only an assistant's message has calls.", param=at + ".tool_calls")
         if message.content is None and not message.tool_calls:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from mlx_serving.api import fields
+from mlx_serving.api import fields, inner_fields
 from mlx_serving.api.body import MAX_MESSAGES
 from mlx_serving.api.body import convert as _convert
 from mlx_serving.api.body import read_object as _object
@@ -31,7 +31,6 @@ from mlx_serving.types import (
     TextPrompt,
     TokenPrompt,
 )
-from mlx_serving.unknown import refuse_others
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 256
@@ -42,8 +41,6 @@ COMPLETIONS_MAX_TOKENS = 16
 """OpenAI's default on /v1/completions."""
 
 _MAX_INT = 2**31 - 1
-_PART_FIELDS = ("type", "text", "cache_control", "prompt_cache_breakpoint")
-"""The last two mark a prefix for a cache that matches prefixes by content anyway."""
 _RESERVED_TEMPLATE_KWARGS = frozenset(
     {
         "messages",
@@ -156,6 +153,8 @@ SHAPES: Mapping[str, type[msgspec.Struct]] = {
     "/v1/completions": _CompletionBody,
     "stream_options": _StreamOptions,
     "messages[]": _Message,
+    "messages[].tool_calls[]": _ToolCall,
+    "messages[].tool_calls[].function": _Function,
 }
 
 
@@ -396,9 +395,9 @@ def _message(raw: dict[str, Any], at: str) -> Message:
     fields.check(fields.MESSAGE, raw, at=at + ".")
     message = _convert(raw, _Message, at=at)
     for j, call in enumerate(raw.get("tool_calls") or ()):
-        refuse_others(call, _ToolCall.__struct_fields__, f"{at}.tool_calls[{j}].")
-        where = f"{at}.tool_calls[{j}].function."
-        refuse_others(call["function"], _Function.__struct_fields__, where)
+        where = f"{at}.tool_calls[{j}]."
+        fields.check(inner_fields.CALL, call, at=where)
+        fields.check(inner_fields.CALL_FUNCTION, call["function"], at=where + "function.")
     role = "system" if message.role == "developer" else message.role
     content = message.content
     if isinstance(content, list):
@@ -441,7 +440,7 @@ def _join_parts(parts: list[Any], at: str) -> str:
             )
         if not isinstance(part.get("text"), str):
             raise InvalidRequest(f"'{at}[{j}].text' must be a string.", param=f"{at}[{j}].text")
-        refuse_others(part, _PART_FIELDS, f"{at}[{j}].")
+        fields.check(inner_fields.CONTENT, part, at=f"{at}[{j}].")
         texts.append(part["text"])
     return "\n".join(texts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mlx_serving.api.disposition import Table, table
+from mlx_serving.api.disposition import Row, Table, table
 
 RESPONSES: Table = table(
     (
@@ -21,7 +21,7 @@ RESPONSES: Table = table(
             "top_p": "above 0, to 1",
             "top_logprobs": "0 to 20; only with include of message.output_text.logprobs",
             "include": "message.output_text.logprobs; what else it knows is never in an answer",
-            "tools": "functions of the client's own, given to the chat template",
+            "tools": "functions of the client's own, alone or in namespaces, given to the chat template; a web_search is never called",
             "tool_choice": "auto, none, required, or a function",
             "parallel_tool_calls": "false: one call at most, and the answer ends with it",
             "text": "format: text, json_object or json_schema",
@@ -77,8 +77,143 @@ TOOL: Table = table(
             "defer_loading": ("every tool is shown to the model", (False,)),
             "allowed_callers": ("only the model calls tools", (["direct"],)),
             "output_schema": "outputs are not checked",
+            "async": ("a call is answered in the next request", (False,)),
         },
     ),
+)
+
+NAMESPACE: Table = table(
+    (
+        "honoured",
+        {
+            "type": "namespace",
+            "name": "calls are of NAME__TOOL in the prompt, and name both in the answer",
+            "description": "stands before its first tool's",
+            "tools": "functions, as above",
+        },
+    ),
+)
+
+WEB_SEARCH: Table = table(
+    (
+        "advisory",
+        dict.fromkeys(
+            (
+                "type",
+                "external_web_access",
+                "index_gated_web_access",
+                "filters",
+                "user_location",
+                "search_context_size",
+                "search_content_types",
+                "return_token_budget",
+            ),
+            "a search is never made: the model is not shown it",
+        ),
+    ),
+)
+
+TOOL_CHOICE: Table = table(
+    ("honoured", {"type": "function", "name": "the function that has to be called"}),
+)
+
+FORMAT: Table = table(
+    (
+        "honoured",
+        {
+            "type": "text, json_object or json_schema",
+            "schema": "what the answer follows; see docs/structured-output.md",
+        },
+    ),
+    (
+        "advisory",
+        {
+            "name": "not shown to the model",
+            "description": "not shown to the model",
+            "strict": "the schema is followed exactly in any case",
+        },
+    ),
+)
+
+_ITEM: dict[str, Row] = {"id": "an earlier item's name", "status": "what is here is whole"}
+
+ITEMS: Mapping[str, Table] = {
+    "message": table(
+        (
+            "honoured",
+            {
+                "type": "message, which is also the default",
+                "role": "system, developer (as system), user or assistant",
+                "content": "a string, or parts",
+            },
+        ),
+        ("advisory", {**_ITEM, "phase": "the client's own note"}),
+    ),
+    "function_call": table(
+        (
+            "honoured",
+            {
+                "type": "function_call",
+                "call_id": "the call's name, which its output gives",
+                "name": "given to the chat template",
+                "namespace": "given to the chat template, before the name",
+                "arguments": "JSON, as a text",
+            },
+        ),
+        ("advisory", {**_ITEM, "caller": "only the model calls tools"}),
+        ("refused", {"async": ("a call is answered in the next request", (False,))}),
+    ),
+    "function_call_output": table(
+        (
+            "honoured",
+            {
+                "type": "function_call_output",
+                "call_id": "the call that it answers",
+                "output": "a string, or parts",
+            },
+        ),
+        (
+            "advisory",
+            {
+                **_ITEM,
+                "name": "the call has it",
+                "namespace": "the call has it",
+                "caller": "only the model calls tools",
+            },
+        ),
+    ),
+    "reasoning": table(
+        (
+            "honoured",
+            {
+                "type": "reasoning",
+                "content": "parts, given to the chat template",
+                "summary": "parts, given where there is no content",
+            },
+        ),
+        ("advisory", {**_ITEM, "encrypted_content": "only who made it can read it"}),
+    ),
+}
+"""By an item's type; others are refused by it."""
+
+_BESIDE_TEXT: dict[str, Row] = {
+    "annotations": "what an earlier text came with",
+    "logprobs": "what an earlier text came with",
+    "cache_control": "prefixes are matched by content",
+    "prompt_cache_breakpoint": "prefixes are matched by content",
+}
+TEXT_PART: Table = table(
+    (
+        "honoured",
+        {
+            "type": "input_text, output_text, text, summary_text or reasoning_text",
+            "text": "parts are joined by newlines",
+        },
+    ),
+    ("advisory", dict(_BESIDE_TEXT)),
+)
+REFUSAL: Table = table(
+    ("honoured", {"type": "refusal", "refusal": "as a text"}), ("advisory", dict(_BESIDE_TEXT))
 )
 
 TEXT: Table = table(
@@ -107,6 +242,13 @@ REASONING: Table = table(
 ROUTES: Mapping[str, Table] = {
     "/v1/responses": RESPONSES,
     "/v1/responses tools[]": TOOL,
+    "/v1/responses namespace in tools[]": NAMESPACE,
+    "/v1/responses web_search in tools[]": WEB_SEARCH,
+    "/v1/responses tool_choice": TOOL_CHOICE,
     "/v1/responses text": TEXT,
+    "/v1/responses text.format": FORMAT,
     "/v1/responses reasoning": REASONING,
+    **{f"/v1/responses {kind} item": item for kind, item in ITEMS.items()},
+    "/v1/responses text part": TEXT_PART,
+    "/v1/responses refusal part": REFUSAL,
 }

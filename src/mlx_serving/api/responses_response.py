@@ -31,11 +31,18 @@ Keep = Callable[[str, bytes, Message], None]
 class _Item:
     """One item of the output, growing."""
 
-    def __init__(self, kind: Kind, call: ToolCallDelta | None = None) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        call: ToolCallDelta | None = None,
+        place: tuple[str, str] | None = None,
+    ) -> None:
+        """`place`: the namespace and name of the tool that is called, if it is in one."""
         prefix = {"reasoning": "rs_", "message": "msg_", "function_call": "fc_"}[kind]
         self.kind = kind
         self.id = prefix + secrets.token_hex(24)
         self.call = call
+        self.place = place
         self.texts: list[str] = []
         self.logprobs: list[dict[str, Any]] = []
 
@@ -63,11 +70,10 @@ class _Item:
             return head | {"role": "assistant", "content": content}
         assert self.call is not None, "a call's item begins with its call"
         arguments = "" if status == "in_progress" else self.text
-        return head | {
-            "call_id": self.call.id,
-            "name": self.call.name,
-            "arguments": arguments,
-        }
+        called: dict[str, Any] = {"call_id": self.call.id, "name": self.call.name}
+        if self.place is not None:
+            called |= {"namespace": self.place[0], "name": self.place[1]}
+        return head | called | {"arguments": arguments}
 
 
 class ResponseWriter:
@@ -155,7 +161,8 @@ class ResponseWriter:
         if not self._closed and call is None and self._items[-1].kind == kind:
             return []
         parts = self._close("completed")
-        item = _Item(kind, call)
+        place = self._call.namespaces.get(call.name or "") if call is not None else None
+        item = _Item(kind, call, place)
         self._items.append(item)
         self._closed = False
         at = {"output_index": len(self._items) - 1}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mlx_serving.content.judged import ask, document_ids, takes_instruction
 from mlx_serving.content.tokenizer import Tokenizer
 from mlx_serving.errors import ContextOverflow, InvalidRequest
 from mlx_serving.types import EmbedRequest, ModelInfo, RankRequest, TextPrompt
@@ -52,6 +53,9 @@ def read_embed(request: EmbedRequest, info: ModelInfo, tokenizer: Tokenizer) -> 
 
 def read_pairs(request: RankRequest, info: ModelInfo, tokenizer: Tokenizer) -> list[Text]:
     """The query with each document, for a reranker."""
+    _check_instruction(request, info)
+    if info.rank_form:
+        return _read_questions(request, info, tokenizer)
     limit = info.max_input_tokens
     keep = _kept(request, limit)
     encoded = tokenizer.encode_texts([(request.query, d) for d in request.documents])
@@ -66,6 +70,7 @@ def read_pairs(request: RankRequest, info: ModelInfo, tokenizer: Tokenizer) -> l
 
 def read_sides(request: RankRequest, info: ModelInfo, tokenizer: Tokenizer) -> list[Text]:
     """The query and then each document by itself, for an embedder."""
+    _check_instruction(request, info)
     limit = info.max_input_tokens
     keep = _kept(request, limit)
     most = [n for n in (keep, request.max_document_tokens) if n is not None]
@@ -78,6 +83,31 @@ def read_sides(request: RankRequest, info: ModelInfo, tokenizer: Tokenizer) -> l
         _fitting(_close(e, info, tokenizer, k), limit, info, at)
         for e, k, at in zip(encoded, kept, names, strict=True)
     ]
+
+
+def _read_questions(request: RankRequest, info: ModelInfo, tokenizer: Tokenizer) -> list[Text]:
+    limit = info.max_input_tokens
+    keep = _kept(request, limit)
+    try:
+        asked = ask(info.rank_form, request.query, request.instruction, tokenizer)
+    except InvalidRequest as error:
+        raise InvalidRequest(error.message, param="query") from None
+    around = len(asked.before) + len(asked.after)
+    texts = []
+    for i, document in enumerate(request.documents):
+        at = f"documents[{i}]"
+        ids = document_ids(document, tokenizer)[: request.max_document_tokens]
+        if keep is not None and around + len(ids) > keep:
+            if keep <= around:
+                raise ContextOverflow(f"Cut to {keep} tokens, nothing is left of '{at}'.", param=at)
+            ids = ids[: keep - around]
+        texts.append(_fitting(Text([*asked.before, *ids, *asked.after]), limit, info, at))
+    return texts
+
+
+def _check_instruction(request: RankRequest, info: ModelInfo) -> None:
+    if request.instruction is not None and not takes_instruction(info.rank_form):
+        raise InvalidRequest(f"'{info.model_id}' takes no instruction.", param="instruction")
 
 
 def _kept(request: EmbedRequest | RankRequest, limit: int) -> int | None:

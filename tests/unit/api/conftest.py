@@ -216,6 +216,7 @@ class FakeGateway:
                 return list("".join(m.content or "" for m in prompt.messages).encode())
 
     async def detokenise(self, model: str, token_ids: Sequence[int]) -> str:
+        self.model_info(model)
         if any(token_id > 255 for token_id in token_ids):
             raise InvalidRequest("Not in the vocabulary.", param="tokens")
         return bytes(token_ids).decode(errors="replace")

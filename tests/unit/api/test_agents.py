@@ -144,13 +144,36 @@ async def test_codexs_requests(
 ) -> None:
     assert (await client.post("/v1/responses", json=CODEX)).status_code == 200
     searching = {"type": "web_search", "external_web_access": False}
-    namespace = {"type": "namespace", "name": "n", "description": "d", "tools": []}
-    with_search = CODEX | {"tools": [searching, *CODEX["tools"], namespace]}
-    refused = await client.post("/v1/responses", json=with_search)
+    agents = {
+        "type": "namespace",
+        "name": "multi_agent_v1",
+        "description": "Agents.",
+        "tools": [{**CODEX["tools"][0], "name": "spawn_agent"}],
+    }
+    default = CODEX | {"tools": [searching, *CODEX["tools"], agents]}
+    for sent in (default, default | {"input": [*CODEX["input"], *SPAWNED]}):
+        answered = await client.post("/v1/responses", json=sent)
+        assert answered.status_code == 200, answered.text
+        assert "tools[0]" in answered.headers["x-mlx-serving-advisory"]
+        shown = [t["function"]["name"] for t in gateway.requests[-1].prompt.tools]
+        assert shown == ["shell", "multi_agent_v1__spawn_agent"]
+    hosted = CODEX | {"tools": [{"type": "image_generation"}, *CODEX["tools"]]}
+    refused = await client.post("/v1/responses", json=hosted)
     assert refused.json()["error"]["param"] == "tools[0].type"
-    answered = await relaxed.post("/v1/responses", json=with_search)
-    assert answered.headers["x-mlx-serving-ignored"] == "tools[0], tools[2]"
-    assert [t["function"]["name"] for t in gateway.requests[-1].prompt.tools] == ["shell"]
+    answered = await relaxed.post("/v1/responses", json=hosted)
+    assert answered.headers["x-mlx-serving-ignored"] == "tools[0]"
+
+
+SPAWNED: list[dict[str, Any]] = [
+    {
+        "type": "function_call",
+        "name": "spawn_agent",
+        "namespace": "multi_agent_v1",
+        "arguments": "{}",
+        "call_id": "c2",
+    },
+    {"type": "function_call_output", "call_id": "c2", "output": "d"},
+]
 
 
 async def test_what_cannot_help_is_not_tried_again(client: httpx.AsyncClient, gateway: Any) -> None:

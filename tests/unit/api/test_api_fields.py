@@ -122,11 +122,11 @@ COMPLETIONS: dict[str, tuple[Any, Read, Any]] = {
     ),
 }
 ELSEWHERE = {
-    "stream": "test_api_shapes",
-    "stream_options": "test_api_shapes",
-    "echo": "test_api_shapes",
-    "top_logprobs": "below, with logprobs",
-    "tool_choice": "test_definitions and test_tools_http, with tools",
+    "stream": "test_api_shapes.py::test_golden_chat_stream",
+    "stream_options": "test_api_shapes.py::test_golden_completion_stream_with_usage",
+    "echo": "test_api_shapes.py::test_echo_puts_the_prompt_first",
+    "top_logprobs": "test_api_fields.py::test_top_logprobs_come_with_logprobs_only",
+    "tool_choice": "../test_tools_http.py::test_required_and_named_calls_are_forced",
 }
 
 

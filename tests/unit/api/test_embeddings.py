@@ -202,7 +202,7 @@ async def test_ollama_refusals(client: httpx.AsyncClient, path: str) -> None:
     assert (await refused(client, path, model="gone"))[0] == 404
     response = await client.post(path, json={"options": {"num_ctx": 5, "temperature": 0.1}})
     named = response.headers["x-mlx-serving-advisory"]
-    assert named == "options.num_ctx, options.temperature"
+    assert named == "options, options.num_ctx, options.temperature"
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,10 @@ HONOURED: dict[str, dict[str, tuple[Any, Read, Any]]] = {
         "raw": (True, lambda r: r.prompt, TextPrompt(text="Hi")),
     },
 }
-ELSEWHERE = {"stream": "test_ollama_shapes", "top_logprobs": "below, with logprobs"}
+ELSEWHERE = {
+    "stream": "test_ollama_shapes.py::test_golden_chat",
+    "top_logprobs": "test_ollama_fields.py::test_schemas_and_logprobs",
+}
 OPTIONS: dict[str, tuple[Any, Read, Any]] = {
     "num_predict": (9, lambda r: r.max_tokens, 9),
     "temperature": (0, lambda r: r.sampling.temperature, 0.0),

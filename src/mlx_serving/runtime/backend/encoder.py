@@ -1,4 +1,4 @@
-"""Encoders of BERT's family in MLX: hidden states of many texts in one pass, without padding.
+"""Encoders in MLX: hidden states of many texts in one pass, without padding; and BERT's family of them.
 
 A batch's texts stand one after another in one array `[tokens, hidden]`, so that the layers that
 work token by token see one tall matrix. Attention sees the texts apart, those of equal length
@@ -55,6 +55,14 @@ class EncoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     def max_tokens(self) -> int:
         """Of one text."""
         return self.max_position_embeddings - self.first_position
+
+    def unknown(self) -> str | None:
+        """What it asks for and is not known here."""
+        if self.position_embedding_type != "absolute":
+            return f"{self.position_embedding_type} positions"
+        if self.hidden_act not in ACTIVATIONS:
+            return f"the activation {self.hidden_act!r}"
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,21 +180,19 @@ class BertHead(Module):
         self.dense = Linear(size, size)
         self.out = Linear(size, labels)
 
-    def __call__(self, first: mx.array) -> mx.array:
-        return self.out(mx.tanh(self.dense(first)))
+    def __call__(self, hidden: mx.array) -> mx.array:
+        return self.out(mx.tanh(self.dense(hidden[:, 0])))
 
 
-class Encoder(Module):
-    """`attend` and `act` may be replaced by faster ones. `head` is there where a score is wanted."""
+class TextEncoder(Module):
+    """`attend` and `act` may be replaced by faster ones. `head` is there where a score is wanted: it
+    makes `[texts, 1]` of `[texts, length, hidden]`."""
 
-    def __init__(self, config: EncoderConfig, labels: int = 0) -> None:
+    def __init__(self, head: Module | None, act: Activate) -> None:
         super().__init__()
-        self.embeddings = Embeddings(config)
-        self.layers = [Layer(config) for _ in range(config.num_hidden_layers)]
-        self.head = BertHead(config.hidden_size, labels) if labels else None
-        self._config = config
+        self.head = head
         self._attend: Attend = attend
-        self._act: Activate = ACTIVATIONS[config.hidden_act]
+        self._act: Activate = act
 
     def use(self, attend: Attend | None, act: Activate | None) -> None:
         """Other ways to compute the same."""
@@ -195,6 +201,20 @@ class Encoder(Module):
 
     def __call__(self, batch: Batch) -> list[mx.array]:
         """Hidden states `[texts, length, hidden]` of each of the batch's groups."""
+        raise NotImplementedError
+
+
+class Encoder(TextEncoder):
+    """BERT, RoBERTa, XLM-RoBERTa."""
+
+    def __init__(self, config: EncoderConfig, labels: int = 0) -> None:
+        head = BertHead(config.hidden_size, labels) if labels else None
+        super().__init__(head, ACTIVATIONS[config.hidden_act])
+        self.embeddings = Embeddings(config)
+        self.layers = [Layer(config) for _ in range(config.num_hidden_layers)]
+        self._config = config
+
+    def __call__(self, batch: Batch) -> list[mx.array]:
         x = self.embeddings(batch, self._config.first_position)
         for layer in self.layers:
             x = layer(x, batch, self._attend, self._act)

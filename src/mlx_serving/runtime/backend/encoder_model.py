@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import msgspec
@@ -17,13 +17,7 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedLinear, quantize
 
 from mlx_serving.errors import ModelBroken
-from mlx_serving.runtime.backend.encoder import (
-    ACTIVATIONS,
-    Encoder,
-    EncoderConfig,
-    pack,
-    rename,
-)
+from mlx_serving.runtime.backend.encoder import Encoder, EncoderConfig, TextEncoder, pack, rename
 from mlx_serving.runtime.backend.kernels import accelerate
 from mlx_serving.runtime.backend.memory import MLXMemory, budget_bytes
 from mlx_serving.runtime.backend.mlx_model import (
@@ -44,6 +38,14 @@ from mlx_serving.runtime.backend.pooling import (
     read_prompts,
     to_bytes,
 )
+from mlx_serving.runtime.backend.rotary_encoder import (
+    ModernBert,
+    ModernBertConfig,
+    NomicBert,
+    NomicBertConfig,
+    rename_modern,
+    rename_nomic,
+)
 from mlx_serving.runtime.core.plan import (
     Limits,
     PrefillChunk,
@@ -53,7 +55,7 @@ from mlx_serving.runtime.core.plan import (
     StepResult,
 )
 from mlx_serving.runtime.slices import Slices
-from mlx_serving.types import ModelInfo, SamplingParams
+from mlx_serving.types import ENCODERS, ModelInfo, SamplingParams
 from mlx_serving.worker.wire import ModelOptions
 
 STEP_TOKENS_CPU, STEP_TOKENS_GPU = 64, 8192
@@ -63,6 +65,25 @@ MAX_TEXTS = 256
 KV_BUCKET = 256
 
 Score = Callable[[mx.array], mx.array]
+Parsed = EncoderConfig | ModernBertConfig | NomicBertConfig
+
+
+class Family(NamedTuple):
+    config: type[Parsed]
+    model: Callable[[Any, int], TextEncoder]
+    """Of a config, and of how many labels it gives instead of a vector."""
+    rename: Callable[[dict[str, Any], int], dict[str, Any]]
+
+
+_BERT = Family(EncoderConfig, Encoder, rename)
+FAMILIES = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "modernbert": Family(ModernBertConfig, ModernBert, rename_modern),
+    "nomic_bert": Family(NomicBertConfig, NomicBert, rename_nomic),
+}
+assert FAMILIES.keys() == set(ENCODERS)
 
 
 class EncoderStep:
@@ -80,7 +101,12 @@ class EncoderRunner:
     """Implements `core.plan.Runner`. `exact_batch`: one forward pass a text."""
 
     def __init__(
-        self, model: Encoder, pooling: Pooling, score: Score | None, *, exact_batch: bool = False
+        self,
+        model: TextEncoder,
+        pooling: Pooling,
+        score: Score | None,
+        *,
+        exact_batch: bool = False,
     ) -> None:
         self._model = model
         self._pooling = pooling
@@ -116,7 +142,7 @@ class EncoderRunner:
         """`[texts, length, hidden]` to `[texts, size]`."""
         if self._model.head is None or self._score is None:
             return self._pooling(hidden.astype(mx.float32))
-        return self._score(self._model.head(hidden[:, 0]).astype(mx.float32))
+        return self._score(self._model.head(hidden).astype(mx.float32))
 
 
 def load(
@@ -191,34 +217,33 @@ def _limits(context: int, longest: int, step_tokens: int) -> Limits:
     )
 
 
-def _parse(path: Path, config: dict[str, Any]) -> EncoderConfig:
+def _parse(path: Path, config: dict[str, Any]) -> Parsed:
     file = path / "config.json"
     try:
-        parsed = msgspec.convert(config, EncoderConfig)
+        parsed = msgspec.convert(config, FAMILIES[config["model_type"]].config)
     except msgspec.ValidationError as error:
         raise ModelBroken(f"{file}: {error}") from error
-    if parsed.position_embedding_type != "absolute":
-        raise ModelBroken(f"{file}: {parsed.position_embedding_type} positions are not known here")
-    if parsed.hidden_act not in ACTIVATIONS:
-        raise ModelBroken(f"{file}: the activation {parsed.hidden_act!r} is not known here")
+    if (what := parsed.unknown()) is not None:
+        raise ModelBroken(f"{file}: {what}: not known here")
     return parsed
 
 
-def _load_weights(
-    path: Path, parsed: EncoderConfig, config: dict[str, Any], ranks: bool
-) -> Encoder:
+def _load_weights(path: Path, parsed: Parsed, config: dict[str, Any], ranks: bool) -> TextEncoder:
+    family = FAMILIES[parsed.model_type]
+    if ranks and parsed.model_type == "nomic_bert":
+        raise ModelBroken(f"{path}: a cross-encoder of nomic_bert is not known here")
     try:
         stored: dict[str, Any] = {}
         for file in sorted(path.glob("model*.safetensors")):
             shard: Any = mx.load(str(file))
             stored |= shard
-        weights = rename(stored, ranks)
-        labels = weights["head.out.bias"].shape[0] if ranks else 0
+        weights = family.rename(stored, ranks)
+        labels = weights["head.out.weight"].shape[0] if ranks else 0
         if labels > 1:
             raise ModelBroken(
                 f"{path} sorts texts into {labels} classes; a reranker gives one score"
             )
-        model = Encoder(parsed, labels)
+        model = family.model(parsed, labels)
         if quantised := config.get("quantization"):
             quantize(
                 model,
@@ -244,7 +269,7 @@ def _score(path: Path, config: dict[str, Any]) -> Score:
     return activation(str(asked), path / "config.json")
 
 
-def _use_kernels(model: Encoder, config: EncoderConfig) -> None:
+def _use_kernels(model: TextEncoder, config: Parsed) -> None:
     """Native attention and activation, where they have the model's kind."""
     from mlx_serving.runtime.native import ops
 
@@ -264,7 +289,7 @@ def _use_kernels(model: Encoder, config: EncoderConfig) -> None:
     model.use(attend if fits else None, gelu if config.hidden_act == "gelu" else None)
 
 
-def _left(model: Encoder) -> bool:
+def _left(model: TextEncoder) -> bool:
     """Whether some product's rounding may depend on how many rows it has."""
     return any(type(m) in (Linear, QuantizedLinear) for _, m in model.named_modules())
 

@@ -15,12 +15,14 @@ from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime.backend.arch import head_on_last, make_store
 from mlx_serving.runtime.backend.embedder import check_decoder, decoder_classes
 from mlx_serving.runtime.backend.grammar import Grammars, tokenizer_file
+from mlx_serving.runtime.backend.judge import Judge, read_judge
 from mlx_serving.runtime.backend.kernels import Kernels, decoder_kernels
 from mlx_serving.runtime.backend.kv import KVStore
 from mlx_serving.runtime.backend.loader import read_json
 from mlx_serving.runtime.backend.memory import MLXMemory, budget_bytes
 from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
 from mlx_serving.runtime.backend.pooling import (
+    Pooling,
     RowPooler,
     is_embedder,
     max_seq_length,
@@ -87,6 +89,7 @@ def load(
         _refuse(check(store))
     vocab_size = _vocab_size(model)
     pooling = read_pooling(path, "last")
+    judge = read_judge(path, config)
     prompts, default_prompt = read_prompts(path)
     backbone = head_on_last(model)
     runner = MLXRunner(
@@ -98,6 +101,7 @@ def load(
         exact_batch=options.exact_batch,
         pooler=RowPooler(pooling),
         foresight=_jumps(options, kernels, store),
+        judge=judge,
     )
     grammars = Grammars(tokenizer_file(path, options), vocab_size, eos, Bounds.of(options))
     grammars.warm()
@@ -149,6 +153,8 @@ def load(
         disk_bytes=0 if folder is None else options.kv_disk_bytes,
     )
     kind: ModelKind = "embedder" if is_embedder(path) else "decoder"
+    if judge is not None:
+        kind = "reranker"
     info = ModelInfo(
         model_id=model_id,
         path=str(path),
@@ -168,13 +174,14 @@ def load(
         prefix_reuse=prefix.reuse,
         prefix_reuse_why=prefix.why,
         kind=kind,
-        embedding_size=0 if backbone is None else pooling.size(hidden_size(backbone)),
+        embedding_size=_embedding_size(backbone, pooling, judge),
         max_input_tokens=min(context - 1, max_seq_length(path) or context),
         prefill_step_size=step_size,
         max_num_seqs=rows if kind == "decoder" else 0,
         prompts=prompts,
         default_prompt=default_prompt,
         append_eos=is_embedder(path) and pooling.mode == "last",
+        rank_form="" if judge is None else judge.form,
     )
     return LoadedModel(info, runner, limits, grammars, on_disk, runner.close, device)
 
@@ -306,6 +313,10 @@ def _kv_capacity(weight_bytes: int, room: int, kv_bytes: int, most: int) -> int:
             f"less than {KV_BUCKET} tokens of KV need"
         )
     return min(tokens, most)
+
+
+def _embedding_size(backbone: Module | None, pooling: Pooling, judge: Judge | None) -> int:
+    return 0 if backbone is None or judge is not None else pooling.size(hidden_size(backbone))
 
 
 def hidden_size(backbone: Any) -> int:

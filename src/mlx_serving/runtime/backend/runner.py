@@ -24,6 +24,7 @@ from mlx.nn.layers.base import Module
 
 from mlx_serving.errors import MLXServingError
 from mlx_serving.runtime.backend.arch import first_lines
+from mlx_serving.runtime.backend.judge import Judge
 from mlx_serving.runtime.backend.kv import KVStore
 from mlx_serving.runtime.backend.pooling import RowPooler, to_bytes
 from mlx_serving.runtime.backend.sampler import Draw, Sampler
@@ -167,7 +168,8 @@ class MLXRunner:
 
     `backbone`: what `arch.head_on_last` returned for the model. `exact_batch`: decode always with
     `max_rows` rows, so that a row's arithmetic never depends on how many others there are. `pooler`:
-    what makes a vector of a pooled sequence's hidden states.
+    what makes a vector of a pooled sequence's hidden states. `judge`: what makes a score of its last
+    logits instead.
     """
 
     def __init__(
@@ -181,8 +183,10 @@ class MLXRunner:
         exact_batch: bool = False,
         pooler: RowPooler | None = None,
         foresight: bool = False,
+        judge: Judge | None = None,
     ) -> None:
         self._model = model
+        self._judge = judge
         self._backbone = backbone
         self._pooler = pooler or RowPooler()
         self._tier: Tier | None = None
@@ -356,10 +360,14 @@ class MLXRunner:
     def _pool(self, chunk: PrefillChunk) -> dict[int, mx.array]:
         """The vector by seq_id once the chunk reaches the text's end. Started at once, as its slabs
         are: a chunk before the end is reached through its row's state."""
+        tokens = mx.array([chunk.token_ids])
+        if self._judge is not None:
+            score = self._judge(self.forward_row(chunk.row, tokens, chunk.start))
+            mx.async_eval(score)
+            return {chunk.seq_id: score} if chunk.samples else {}
         assert self._backbone is not None, (
             "a model without hidden states is never asked for a vector"
         )
-        tokens = mx.array([chunk.token_ids])
         caches = self.store.row_view(chunk.row, chunk.start, tokens.shape[1])
         hidden = self._backbone.hidden(tokens, cache=caches)[0]
         state = self._pooler.add(chunk.row, hidden, chunk.start, ends=chunk.samples)

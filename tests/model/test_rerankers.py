@@ -1,0 +1,162 @@
+"""Rerankers that are language models: their official prompts, written out by hand, through mlx-lm's own
+model, against what the engine makes of a query and documents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tokenizers as hf
+from mlx.utils import tree_flatten
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from byte_vocabulary import letters
+from mlx_serving import SyncEngine, errors
+from mlx_serving.errors import ModelBroken
+from mlx_serving.runtime.backend import loader
+from mlx_serving.worker.wire import ModelOptions
+from model import zoo
+
+SPECIALS = ("<|im_start|>", "<|im_end|>", "<bos>")
+TASK = "Given a web search query, retrieve relevant passages that answer the query"
+DOCUMENTS = ["Paris is a city.", "0 is a number", "ünï: <Document>:", "A long one. " * 9]
+
+
+def qwen3(query: str, document: str, task: str = TASK) -> str:
+    return (
+        '<|im_start|>system\nJudge whether the Document meets the requirements based on the Query '
+        'and the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
+        f"<|im_start|>user\n<Instruct>: {task}\n<Query>: {query}\n<Document>: {document}<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )  # fmt: skip
+
+
+def gemma(query: str, document: str) -> str:
+    return (
+        f"<bos>A: {query}\nB: {document}\nGiven a query A and a passage B, determine whether the "
+        "passage contains an answer to the query by providing a prediction of either 'Yes' or 'No'."
+    )
+
+
+def write_tokenizer(folder: Path, *, answers: bool = True) -> hf.Tokenizer:
+    """Bytes, and the answers as tokens of their own."""
+    pairs = [("y", "e"), ("ye", "s"), ("n", "o"), ("Y", "e"), ("Ye", "s")] if answers else []
+    vocab = {letter: byte for byte, letter in letters().items()}
+    for one, other in pairs:
+        vocab[one + other] = len(vocab)
+    tokenizer = hf.Tokenizer(models.BPE(vocab=vocab, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS])
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    return tokenizer
+
+
+def write(folder: Path, name: str, *, answers: bool = True, **files: Any) -> tuple[Any, Any]:
+    """A folder, and mlx-lm's model and the tokenizer that are in it."""
+    folder.mkdir(parents=True)
+    sizes = {"model_type": name, "vocab_size": 272, "max_position_embeddings": 700}
+    more = files.pop("config", {})
+    model = zoo.build("qwen3", **sizes)
+    arrays = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+    config = {**zoo.config("qwen3"), **sizes, "eos_token_id": 0, **more}
+    settings = {"bos_token": "<bos>"} | files.pop("tokenizer_config", {})
+    for file, value in {"config.json": config, "tokenizer_config.json": settings, **files}.items():
+        (folder / file).write_text(json.dumps(value))
+    return model, write_tokenizer(folder, answers=answers)
+
+
+def likely(model: Any, tokenizer: hf.Tokenizer, text: str, yes: str, no: str | None) -> float:
+    """How likely `yes` is after the text, against `no`."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    logits = np.array(model(mx.array([ids]))[0, -1]).astype(np.float64)
+    odds = logits[tokenizer.token_to_id(yes)]
+    odds -= 0 if no is None else logits[tokenizer.token_to_id(no)]
+    return float(1 / (1 + np.exp(-odds)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder", "form", "answers"),
+    [
+        ("qwen3", "Qwen3-Reranker-0.6B-4bit", qwen3, ("yes", "no")),
+        ("gemma", "bge-reranker-v2-gemma", gemma, ("Yes", None)),
+    ],
+)
+def test_scores_are_the_answers_odds(
+    tmp_path: Path, kind: str, folder: str, form: Callable[[str, str], str], answers: Any
+) -> None:
+    model, tokenizer = write(tmp_path / folder, kind)
+    expected = [likely(model, tokenizer, form("Which city?", d), *answers) for d in DOCUMENTS]
+    with SyncEngine(str(tmp_path / folder), prefill_step_size=64) as engine:
+        found = engine.rerank("Which city?", DOCUMENTS)
+        alone = engine.rerank("Which city?", DOCUMENTS[:1]).results[0].score
+        for call in (engine.chat, engine.embed):
+            with pytest.raises(errors.InvalidRequest, match="/v1/rerank"):
+                call("Hi")
+    scores = {ranked.index: ranked.score for ranked in found.results}
+    assert [scores[i] for i in range(len(DOCUMENTS))] == pytest.approx(expected, abs=1e-4)
+    assert [r.index for r in found.results] == list(np.argsort(expected)[::-1])
+    assert max(expected) - min(expected) > 0.01, "the documents count"
+    assert alone == scores[0], "and its neighbours do not"
+    sizes = [len(tokenizer.encode(form("Which city?", d)).ids) for d in DOCUMENTS]
+    assert found.usage.prompt_tokens == sum(sizes)
+
+
+def test_instructions_cuts_and_control_tokens(tmp_path: Path) -> None:
+    model, tokenizer = write(tmp_path / "qwen3-reranker", "qwen3")
+    size = len(tokenizer.encode(qwen3("q", "")).ids) - 1  # less the space
+    with SyncEngine(str(tmp_path / "qwen3-reranker")) as engine:
+
+        def score(document: str, **more: Any) -> float:
+            return engine.rerank("q", [document], **more).results[0].score
+
+        asked = score("d", instruction="Find code.")
+        assert asked == pytest.approx(
+            likely(model, tokenizer, qwen3("q", "d", "Find code."), "yes", "no"), abs=1e-4
+        )
+        assert asked != pytest.approx(score("d"), abs=1e-5)
+        # A document is cut at its end, its first token being the space.
+        assert score("xyz" * 9, truncate=size + 4) == score("xyz")
+        with pytest.raises(errors.InvalidRequest) as caught:
+            score("xyz", truncate=size)
+        assert caught.value.param == "documents[0]"
+        with pytest.raises(errors.ContextOverflow):
+            score("x" * 700)
+        # What looks like control tokens are characters in a client's text.
+        used = engine.rerank("q", ["<|im_end|>"]).usage.prompt_tokens
+        assert used == size + 1 + len("<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config": {"classifier_from_token": ["no", "yes"]}},
+        {"tokenizer_config": {"chat_template": "{% if m.role == 'query' or 'document' %}"}},
+    ],
+)
+def test_a_folder_may_say_so_itself(tmp_path: Path, files: Any) -> None:
+    write(tmp_path / "m", "qwen3", **files)
+    info = loader.load("m", tmp_path / "m", ModelOptions(), lambda *_: None).info
+    assert (info.kind, info.rank_form, info.embedding_size) == ("reranker", "qwen3", 0)
+
+
+def test_others_are_what_they_were(tmp_path: Path) -> None:
+    for kind, name in (("qwen3", "m"), ("llama", "qwen3-reranker"), ("gemma", "qwen3-reranker-g")):
+        write(tmp_path / name, kind)
+        info = loader.load("m", tmp_path / name, ModelOptions(), lambda *_: None).info
+        assert (info.kind, info.rank_form) == ("decoder", "")
+    plain = SyncEngine(str(tmp_path / "m"))
+    with plain as engine, pytest.raises(errors.InvalidRequest, match="language model"):
+        engine.rerank("q", ["d"])
+
+
+def test_one_without_its_answers_is_broken(tmp_path: Path) -> None:
+    write(tmp_path / "qwen3-reranker", "qwen3", answers=False)
+    with pytest.raises(ModelBroken, match="'yes'"):
+        loader.load("m", tmp_path / "qwen3-reranker", ModelOptions(), lambda *_: None)
