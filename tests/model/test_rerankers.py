@@ -4,7 +4,7 @@ model, against what the engine makes of a query and documents."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,56 +81,79 @@ def likely(model: Any, tokenizer: hf.Tokenizer, text: str, yes: str, no: str | N
     return float(1 / (1 + np.exp(-odds)))
 
 
+Served = dict[str, tuple[Any, hf.Tokenizer]]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SyncEngine, Served]]:
+    """An engine of all three, and what is in their folders."""
+    parent = tmp_path_factory.mktemp("rerankers")
+    kinds = {"Qwen3-Reranker-0.6B-4bit": "qwen3", "bge-reranker-v2-gemma": "gemma", "m": "qwen3"}
+    found = {name: write(parent / name, kind) for name, kind in kinds.items()}
+    paths = [str(parent / name) for name in kinds]
+    with SyncEngine(paths, prefill_step_size=64, supervise=False) as engine:
+        yield engine, found
+
+
 @pytest.mark.parametrize(
-    ("kind", "folder", "form", "answers"),
+    ("name", "form", "answers"),
     [
-        ("qwen3", "Qwen3-Reranker-0.6B-4bit", qwen3, ("yes", "no")),
-        ("gemma", "bge-reranker-v2-gemma", gemma, ("Yes", None)),
+        ("Qwen3-Reranker-0.6B-4bit", qwen3, ("yes", "no")),
+        ("bge-reranker-v2-gemma", gemma, ("Yes", None)),
     ],
 )
 def test_scores_are_the_answers_odds(
-    tmp_path: Path, kind: str, folder: str, form: Callable[[str, str], str], answers: Any
+    served: tuple[SyncEngine, Served], name: str, form: Callable[[str, str], str], answers: Any
 ) -> None:
-    model, tokenizer = write(tmp_path / folder, kind)
+    engine, found = served
+    model, tokenizer = found[name]
     expected = [likely(model, tokenizer, form("Which city?", d), *answers) for d in DOCUMENTS]
-    with SyncEngine(str(tmp_path / folder), prefill_step_size=64) as engine:
-        found = engine.rerank("Which city?", DOCUMENTS)
-        alone = engine.rerank("Which city?", DOCUMENTS[:1]).results[0].score
-        for call in (engine.chat, engine.embed):
-            with pytest.raises(errors.InvalidRequest, match="/v1/rerank"):
-                call("Hi")
-    scores = {ranked.index: ranked.score for ranked in found.results}
+    ranking = engine.rerank("Which city?", DOCUMENTS, model=name)
+    scores = {ranked.index: ranked.score for ranked in ranking.results}
     assert [scores[i] for i in range(len(DOCUMENTS))] == pytest.approx(expected, abs=1e-4)
-    assert [r.index for r in found.results] == list(np.argsort(expected)[::-1])
+    assert [r.index for r in ranking.results] == list(np.argsort(expected)[::-1])
     assert max(expected) - min(expected) > 0.01, "the documents count"
+    alone = engine.rerank("Which city?", DOCUMENTS[:1], model=name).results[0].score
     assert alone == scores[0], "and its neighbours do not"
     sizes = [len(tokenizer.encode(form("Which city?", d)).ids) for d in DOCUMENTS]
-    assert found.usage.prompt_tokens == sum(sizes)
+    assert ranking.usage.prompt_tokens == sum(sizes)
 
 
-def test_instructions_cuts_and_control_tokens(tmp_path: Path) -> None:
-    model, tokenizer = write(tmp_path / "qwen3-reranker", "qwen3")
+def test_instructions_cuts_and_control_tokens(served: tuple[SyncEngine, Served]) -> None:
+    engine, found = served
+    name = "Qwen3-Reranker-0.6B-4bit"
+    model, tokenizer = found[name]
     size = len(tokenizer.encode(qwen3("q", "")).ids) - 1  # less the space
-    with SyncEngine(str(tmp_path / "qwen3-reranker")) as engine:
 
-        def score(document: str, **more: Any) -> float:
-            return engine.rerank("q", [document], **more).results[0].score
+    def score(document: str, **more: Any) -> float:
+        return engine.rerank("q", [document], model=name, **more).results[0].score
 
-        asked = score("d", instruction="Find code.")
-        assert asked == pytest.approx(
-            likely(model, tokenizer, qwen3("q", "d", "Find code."), "yes", "no"), abs=1e-4
-        )
-        assert asked != pytest.approx(score("d"), abs=1e-5)
-        # A document is cut at its end, its first token being the space.
-        assert score("xyz" * 9, truncate=size + 4) == score("xyz")
-        with pytest.raises(errors.InvalidRequest) as caught:
-            score("xyz", truncate=size)
-        assert caught.value.param == "documents[0]"
-        with pytest.raises(errors.ContextOverflow):
-            score("x" * 700)
-        # What looks like control tokens are characters in a client's text.
-        used = engine.rerank("q", ["<|im_end|>"]).usage.prompt_tokens
-        assert used == size + 1 + len("<|im_end|>")
+    asked = score("d", instruction="Find code.")
+    expected = likely(model, tokenizer, qwen3("q", "d", "Find code."), "yes", "no")
+    assert asked == pytest.approx(expected, abs=1e-4)
+    assert asked != pytest.approx(score("d"), abs=1e-5)
+    # A document is cut at its end, its first token being the space.
+    assert score("xyz" * 9, truncate=size + 4) == score("xyz")
+    with pytest.raises(errors.InvalidRequest) as caught:
+        score("xyz", truncate=size)
+    assert caught.value.param == "documents[0]"
+    with pytest.raises(errors.ContextOverflow):
+        score("x" * 700)
+    # What looks like control tokens are characters in a client's text.
+    used = engine.rerank("q", ["<|im_end|>"], model=name).usage.prompt_tokens
+    assert used == size + 1 + len("<|im_end|>")
+
+
+def test_each_says_what_it_is_for(served: tuple[SyncEngine, Served]) -> None:
+    engine, _ = served
+    for call in (engine.chat, engine.embed):
+        with pytest.raises(errors.InvalidRequest, match="/v1/rerank"):
+            call("Hi", model="bge-reranker-v2-gemma")
+    with pytest.raises(errors.InvalidRequest, match="language model"):
+        engine.rerank("q", ["d"], model="m")
+    with pytest.raises(errors.InvalidRequest) as caught:
+        engine.rerank("q", ["d"], model="bge-reranker-v2-gemma", instruction="Find it.")
+    assert caught.value.param == "instruction"
 
 
 @pytest.mark.parametrize(
@@ -142,21 +165,18 @@ def test_instructions_cuts_and_control_tokens(tmp_path: Path) -> None:
 )
 def test_a_folder_may_say_so_itself(tmp_path: Path, files: Any) -> None:
     write(tmp_path / "m", "qwen3", **files)
-    info = loader.load("m", tmp_path / "m", ModelOptions(), lambda *_: None).info
+    info = loader.load("m", tmp_path / "m", ModelOptions(kernels="off"), lambda *_: None).info
     assert (info.kind, info.rank_form, info.embedding_size) == ("reranker", "qwen3", 0)
 
 
 def test_others_are_what_they_were(tmp_path: Path) -> None:
-    for kind, name in (("qwen3", "m"), ("llama", "qwen3-reranker"), ("gemma", "qwen3-reranker-g")):
+    for kind, name in (("llama", "qwen3-reranker"), ("gemma", "qwen3-reranker-g")):
         write(tmp_path / name, kind)
-        info = loader.load("m", tmp_path / name, ModelOptions(), lambda *_: None).info
+        info = loader.load("m", tmp_path / name, ModelOptions(kernels="off"), lambda *_: None).info
         assert (info.kind, info.rank_form) == ("decoder", "")
-    plain = SyncEngine(str(tmp_path / "m"))
-    with plain as engine, pytest.raises(errors.InvalidRequest, match="language model"):
-        engine.rerank("q", ["d"])
 
 
 def test_one_without_its_answers_is_broken(tmp_path: Path) -> None:
     write(tmp_path / "qwen3-reranker", "qwen3", answers=False)
     with pytest.raises(ModelBroken, match="'yes'"):
-        loader.load("m", tmp_path / "qwen3-reranker", ModelOptions(), lambda *_: None)
+        loader.load("m", tmp_path / "qwen3-reranker", ModelOptions(kernels="off"), lambda *_: None)
