@@ -84,6 +84,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Names that clients use, one per model in order; default: the model's own name."""
     model_aliases: tuple[str, ...] = ()
     """More names that clients may use: PATTERN for the default model, PATTERN=MODEL for another; claude-* for Claude Code."""
+    adapter: tuple[str, ...] = ()
+    """A LoRA adapter beside a model: NAME=FOLDER for the default model, MODEL+NAME=FOLDER for another (docs/adapters.md)."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Type of activations and unquantised weights; auto: the model's own."""
     context_length: Annotated[int, Meta(ge=1)] | None = None
@@ -355,12 +357,20 @@ def _from_program(place: str, name: str, value: object) -> Given:
     if not isinstance(value, list | tuple):
         return Given(place, name, value)
     items = [
-        Given(f"{place}[{i}]", name, [Given(f"{place}[{i}].{k}", k, v) for k, v in item.items()])
+        Given(
+            f"{place}[{i}]", name, [_of_entry(f"{place}[{i}].{k}", k, v) for k, v in item.items()]
+        )
         if name == "models" and isinstance(item, Mapping)
         else item
         for i, item in enumerate(value)
     ]
     return Given(place, name, items)
+
+
+def _of_entry(place: str, key: str, value: object) -> Given:
+    if key == "adapters" and isinstance(value, Mapping):
+        value = [f"{name}={source}" for name, source in value.items()]
+    return Given(place, key, value)
 
 
 def _merge(base: Config, given: Iterable[Given], convert: Convert, problems: list[str]) -> Config:

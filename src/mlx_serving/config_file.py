@@ -60,6 +60,8 @@ def _pairs(path: Path, node: yaml.MappingNode, prefix: str = "") -> tuple[list[G
                         found = _models(path, value, problems)
                     case _, "warm_up":
                         found = _chats(value)
+                    case _, "adapters":
+                        found = _named(value)
                     case _:
                         found = _text(value)
                 given.append(Given(f"{place}: {prefix}{name}", name, found))
@@ -98,6 +100,13 @@ def _chats(node: yaml.Node) -> object:
         else _text(item)
         for item in node.value
     ]
+
+
+def _named(node: yaml.Node) -> object:
+    """Of `adapters`: a mapping of names to folders, or a list of NAME=FOLDER."""
+    if not isinstance(node, yaml.MappingNode):
+        return _text(node)
+    return [f"{key.value}={_text(value)}" for key, value in node.value]
 
 
 def _text(node: yaml.Node) -> str | list[str] | None:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from mlx_serving.model_entry import parse_adapter
+
 if TYPE_CHECKING:
     from mlx_serving.config import Config
 
@@ -25,6 +27,20 @@ def contradictions(config: Config, places: Mapping[str, str]) -> Iterator[str]:
             yield f"{place}: expected CLASS=COUNT with CLASS one of critical, high, normal, low, got '{item}'"
 
 
+def _wrong_adapters(config: Config, places: Mapping[str, str]) -> Iterator[str]:
+    models = places.get("models", "models")
+    given = [(places.get("adapter", "adapter"), "[MODEL+]NAME=FOLDER", config.adapter)]
+    given += [
+        (f"{models}[{i}].adapters", "NAME=FOLDER", entry.adapters)
+        for i, entry in enumerate(config.entries)
+    ]
+    for place, form, texts in given:
+        for text in texts:
+            adapter = parse_adapter(text)
+            if adapter is None or (adapter.base and "MODEL" not in form):
+                yield f"{place}: expected {form}, got '{text}'"
+
+
 def _contradicting_models(config: Config, places: Mapping[str, str]) -> Iterator[str]:
     names, models = config.served_model_name, places.get("models", "models")
     place = places.get("served_model_name", "served_model_name")
@@ -34,6 +50,7 @@ def _contradicting_models(config: Config, places: Mapping[str, str]) -> Iterator
         yield f"{place}: a name is given twice"
     if names and any(entry.name for entry in config.entries):
         yield f"{place}: entries of models have names of their own"
+    yield from _wrong_adapters(config, places)
     known = [entry.name or entry.model for entry in config.entries]
     if len(set(known)) < len(known):
         yield f"{models}: a model is given twice"

@@ -124,8 +124,9 @@ class Gateway:
         async def apply() -> None:
             self._config, self._limits = wanted, TimeLimits.of(wanted)
             self._admission.bounds = class_bounds(wanted.max_queue, wanted.class_queue)
-            for slot, entry in zip(self._slots, wanted.entries, strict=True):
-                slot.keep_alive_s = wanted.of(entry).keep_alive_s
+            for slot, entry in zip(self._slots.bases, wanted.entries, strict=True):
+                for kept in (slot, *slot.adapters):
+                    kept.keep_alive_s = wanted.of(entry).keep_alive_s
             if old.log_level != wanted.log_level:
                 logging.getLogger("mlx_serving").setLevel(wanted.log_level.upper())
             if differ(old, wanted, "slo", *CEILING_SETTINGS):
@@ -297,13 +298,14 @@ class Gateway:
         return self._variants.start(spec)
 
     def cache_stats(self) -> dict[str, CacheStats]:
-        """Each model's prefix cache, as its worker told last."""
+        """Each model's prefix cache, its adapters' included, as its worker told last."""
         latest = self._metrics.prefix_cache.latest
-        return {slot.model_id: latest.get(slot.model_id, CacheStats()) for slot in self._slots}
+        ids = [slot.model_id for slot in self._slots.bases]
+        return {model_id: latest.get(model_id, CacheStats()) for model_id in ids}
 
     async def clear_cache(self) -> None:
         """Forget every prefix that no running sequence uses, in memory and on disk."""
-        for slot in self._slots:
+        for slot in self._slots.bases:
             stats = await self._worker.clear_cache(slot.model_id)
             self._metrics.prefix_cache.take(slot.model_id, stats)
 
@@ -462,7 +464,7 @@ class Gateway:
 
 def _patterns(config: Config, slots: Sequence[ModelSlot[Served]]) -> list[str]:
     """More names that lead to models, as `Roster` takes them."""
-    own = zip(slots, config.entries, strict=True)
+    own = zip((slot for slot in slots if slot.base is None), config.entries, strict=True)
     of_entries = [f"{alias}={slot.model_id}" for slot, entry in own for alias in entry.aliases]
     return [*config.model_aliases, *of_entries]
 

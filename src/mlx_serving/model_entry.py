@@ -9,6 +9,7 @@ models:
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import msgspec
@@ -62,6 +63,8 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     """The name that clients use; default: the model's own. Entries with the same files need different ones."""
     aliases: tuple[str, ...] = ()
     """More names that clients may use; patterns, as claude-*, too."""
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters that run beside it: NAME=FOLDER, or in a file `name: folder` lines."""
     pinned: bool = False
     """Never unload it to make room or for idleness."""
     warm_up: tuple[Name | WarmUpChat, ...] = ()
@@ -73,3 +76,22 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 ENTRY_FIELDS = {f.name: f for f in msgspec.structs.fields(ModelEntry) if f.name != "settings"}
+
+
+_ADAPTER = re.compile(r"(?:(?P<base>[^=]+)\+)?(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)=(?P<source>.+)")
+
+
+class AdapterEntry(msgspec.Struct, frozen=True):
+    """One of `Config.adapter`, or of an entry's `adapters`."""
+
+    name: str
+    source: str
+    """Folder or hub id."""
+    base: str | None = None
+    """The model that it is for; None: the default one, or the entry's."""
+
+
+def parse_adapter(text: str) -> AdapterEntry | None:
+    """None: it is not one."""
+    match = _ADAPTER.fullmatch(text)
+    return AdapterEntry(match["name"], match["source"], match["base"]) if match else None

@@ -14,17 +14,25 @@ from pathlib import Path
 
 from mlx_serving import host
 from mlx_serving.catalog import budget
+from mlx_serving.catalog.adapters import ensure_adapter
 from mlx_serving.catalog.ensure import Progress, ensure
 from mlx_serving.catalog.fingerprint import fingerprint
 from mlx_serving.catalog.folder import ModelFolder
-from mlx_serving.catalog.lifecycle import FetchBegan, LoadBegan, ModelSlot, NoRoom
+from mlx_serving.catalog.lifecycle import (
+    Draining,
+    FetchBegan,
+    LoadBegan,
+    ModelSlot,
+    NoRoom,
+    Ready,
+)
 from mlx_serving.catalog.names import default_name
 from mlx_serving.catalog.residency import Residency
 from mlx_serving.config import Config
 from mlx_serving.content.text import TextSide
 from mlx_serving.errors import ConfigError, MLXServingError
 from mlx_serving.generation import Served
-from mlx_serving.model_entry import ModelEntry
+from mlx_serving.model_entry import ModelEntry, parse_adapter
 from mlx_serving.telemetry.events import (
     EventBus,
     ModelFailed,
@@ -77,17 +85,18 @@ class Models:
     # lifecycle.Hands
 
     async def bring_up(self, slot: Slot, *, asked: bool) -> Served:
-        """Fetch a model's files, find room, then load worker and text side at the same time."""
+        """Fetch a model's files, find room, then load worker and text side at the same time. An adapter
+        keeps its model there meanwhile, and comes only beside one that is there."""
+        base = slot.base
+        if base is not None and not base.hold():
+            raise NoRoom
         self._events.publish(ModelLoading(model_id=slot.model_id))
         slot.enter(FetchBegan())
         try:
-            folder = await asyncio.to_thread(ensure, slot.source, self._config, self._progress)
-            slot.enter(LoadBegan())
-            _, own = self._own[slot.model_id]
-            need = budget.estimate_folder(folder, own.dtype, self._machine.system)
-            await self.residency.make_room(slot, need, asked=asked)
-            slot.enter(LoadBegan())
-            served = await self._load(slot, folder)
+            if base is None:
+                served = await self._bring_model(slot, asked)
+            else:
+                served = await self._bring_adapter(slot, base, asked)
         except NoRoom:
             raise
         except BaseException as error:
@@ -97,15 +106,42 @@ class Models:
                 ModelFailed(model_id=slot.model_id, code=str(code), message=str(error))
             )
             raise
+        finally:
+            if base is not None:
+                base.release()
         self._events.publish(ModelLoaded(model_id=slot.model_id, info=served.info))
         return served
 
     async def take_down(self, slot: Slot) -> None:
+        for adapter in slot.adapters:
+            await asyncio.shield(adapter.unload())
         try:
             await self._worker.unload_model(slot.model_id)
         finally:
             self.residency.gone(slot.model_id)
             self._events.publish(ModelUnloaded(model_id=slot.model_id))
+
+    async def _bring_model(self, slot: Slot, asked: bool) -> Served:
+        folder = await asyncio.to_thread(ensure, slot.source, self._config, self._progress)
+        slot.enter(LoadBegan())
+        _, own = self._own[slot.model_id]
+        need = budget.estimate_folder(folder, own.dtype, self._machine.system)
+        await self.residency.make_room(slot, need, asked=asked)
+        slot.enter(LoadBegan())
+        return await self._load(slot, folder)
+
+    async def _bring_adapter(self, slot: Slot, base: Slot, asked: bool) -> Served:
+        files = await asyncio.to_thread(ensure_adapter, slot.source, self._config, self._progress)
+        slot.enter(LoadBegan())
+        await self.residency.make_room(slot, files.held_bytes, asked=asked)
+        slot.enter(LoadBegan())
+        options = ModelOptions(adapter_of=base.model_id)
+        info = await self._worker.load_model(slot.model_id, str(files.path), options)
+        self.residency.loaded(slot.model_id, info.held_bytes)
+        assert isinstance(base.state, Ready | Draining), "it is held"
+        beside = base.state.loaded
+        own = await asyncio.to_thread(files.fingerprint)
+        return Served(info, beside.text, f"{beside.fingerprint} {own}")
 
     async def _load(self, slot: Slot, folder: ModelFolder) -> Served:
         entry, own = self._own[slot.model_id]
@@ -157,6 +193,7 @@ class Models:
                     entry.model, model_id, aliases, self, own.keep_alive_s, pinned=entry.pinned
                 )
             )
+        slots += self._make_adapters(slots)
         if len(set(ids)) != len(ids):
             raise ConfigError(
                 "Two models have the same name; set served_model_name, or the entries' name.",
@@ -168,6 +205,33 @@ class Models:
                 raise ConfigError(f"pin: '{name}' names no served model", param="pin")
             slot.pinned = True
         return slots
+
+    def _make_adapters(self, models: Sequence[Slot]) -> list[Slot]:
+        """A slot for each adapter, behind its model's."""
+        c = self._config
+        given = [(models[i], text) for i, e in enumerate(c.entries) for text in e.adapters]
+        for text in c.adapter:
+            base = parsed.base if (parsed := parse_adapter(text)) else None
+            model = next((m for m in models if base is None or m.answers_to(base)), None)
+            if model is None:
+                raise ConfigError(f"adapter: '{text}' names no served model", param="adapter")
+            given.append((model, text))
+        taken = {name for model in models for name in (model.model_id, *model.aliases)}
+        made: list[Slot] = []
+        for model, text in given:
+            adapter = parse_adapter(text)
+            assert adapter is not None, "the settings were checked"
+            model_id = f"{model.model_id}+{adapter.name}"
+            if model_id in taken:
+                raise ConfigError(f"adapter: '{model_id}' is there twice", param="adapter")
+            aliases = tuple({adapter.name} - taken)
+            taken |= {model_id, adapter.name}
+            slot = ModelSlot(
+                adapter.source, model_id, aliases, self, model.keep_alive_s, base=model
+            )
+            model.adapters.append(slot)
+            made.append(slot)
+        return made
 
 
 def _model_id(config: Config, index: int, entry: ModelEntry) -> str:

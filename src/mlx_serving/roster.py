@@ -31,18 +31,31 @@ class Roster:
     def default(self) -> Slot:
         return self._slots[0]
 
+    @property
+    def bases(self) -> list[Slot]:
+        """The models, without their adapters."""
+        return [slot for slot in self._slots if slot.base is None]
+
     def find(self, model: str) -> Slot:
         """Raises ModelNotFound."""
-        for slot in self._slots:
-            if slot.answers_to(model):
-                return slot
-        for pattern, slot in self._patterns:
-            if fnmatchcase(model, pattern):
-                return slot
+        found = self._find(model)
+        if found is not None:
+            return found
         served = ", ".join(f"'{slot.model_id}'" for slot in self._slots)
         raise ModelNotFound(
             f"Model '{model[:200]}' is not served here; served: {served}.", param="model"
         )
+
+    def _find(self, model: str) -> Slot | None:
+        for slot in self._slots:
+            if slot.answers_to(model):
+                return slot
+        base, plus, adapter = model.rpartition("+")
+        of = self._find(base) if plus else None
+        if of is not None:
+            wanted = f"{of.model_id}+{adapter}"
+            return next((own for own in of.adapters if own.model_id == wanted), None)
+        return next((slot for pattern, slot in self._patterns if fnmatchcase(model, pattern)), None)
 
     def describe(self, slot: Slot) -> ServedModel:
         """Why the worker cannot serve it comes before what the slot believes."""
@@ -57,6 +70,7 @@ class Roster:
             reason=reason,
             cause=error.code if error else None,
             aliases=(*slot.aliases, *self._plain_names(slot)),
+            parent=slot.base.model_id if slot.base else None,
             context_length=loaded.info.context_length if loaded else None,
             pinned=slot.pinned,
             expires_in_s=slot.expires_in_s,

@@ -422,6 +422,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     model_id: str
     path: str
+    adapter_of: str | None = None
+    """The model beside whose weights it runs, where it is an adapter: path and sizes are its own then."""
     architecture: str
     context_length: int
     vocab_size: int
@@ -498,6 +500,8 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     cause: str | None = None
     """Why it failed, for programs: the `code` that a request for it gets."""
     aliases: tuple[str, ...] = ()
+    parent: str | None = None
+    """The model that an adapter is for."""
     context_length: int | None = None
     pinned: bool = False
     expires_in_s: float | None = None

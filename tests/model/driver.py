@@ -64,6 +64,8 @@ class Job:
     constraint: Constraint | None = None
     output: tuple[int, ...] = ()
     """What was already generated, where it is resumed."""
+    adapter: str | None = None
+    """A `LoadedAdapter.tag`."""
 
 
 @dataclass
@@ -144,6 +146,7 @@ def _wishes(scheduler: Scheduler, key: int, job: Job, step: int) -> None:
                 prompt_len=len(job.prompt),
                 sampling=job.sampling,
                 constraint=job.constraint,
+                adapter=job.adapter,
             )
         )
     if job.leaves == step:

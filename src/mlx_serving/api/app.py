@@ -363,6 +363,7 @@ def _model(served: ServedModel) -> dict[str, object]:
         "reason": served.reason,
         "cause": served.cause,
         "aliases": served.aliases,
+        "parent": served.parent,
         "context_length": served.context_length,
         "pinned": served.pinned,
         "expires_in_s": served.expires_in_s,

@@ -98,6 +98,7 @@ _MODEL = _object(
     reason=_null_or(TEXT),
     cause=_null_or(TEXT),
     aliases=_list(TEXT),
+    parent=_null_or(TEXT),
     context_length=_null_or(COUNT),
     pinned={"type": "boolean"},
     expires_in_s=_null_or({"type": "number", "minimum": 0}),

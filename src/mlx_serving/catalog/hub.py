@@ -16,6 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_serving.adapter_folder import MLX_LM_FILE, PEFT_FILE
 from mlx_serving.catalog.digests import check_digests, remember
 from mlx_serving.catalog.home import check_space
 from mlx_serving.catalog.known import Known
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 WANTED = (
     "*.json",
     "model*.safetensors",
+    MLX_LM_FILE,
+    PEFT_FILE,
     "tokenizer.model",
     "*.tiktoken",
     "*.txt",

@@ -177,6 +177,11 @@ class ModelSlot(Generic[T]):
     """How long it stays after its last request; below 0: until its memory is needed."""
     pinned: bool = False
     """It never leaves by itself."""
+    base: ModelSlot[T] | None = None
+    """The model beside whose weights this one runs, an adapter: whoever uses it uses that too, and when
+    that leaves it has left."""
+    adapters: list[ModelSlot[T]] = field(default_factory=list)
+    """Those whose base it is."""
     created: int = field(default_factory=lambda: int(time.time()))
     state: State[T] = field(default_factory=Absent)
     users: int = 0
@@ -203,6 +208,11 @@ class ModelSlot(Generic[T]):
         return self.users + self.waiters > 0
 
     @property
+    def stays(self) -> bool:
+        """It is pinned, or an adapter of it is."""
+        return self.pinned or any(adapter.pinned for adapter in self.adapters)
+
+    @property
     def expires_in_s(self) -> float | None:
         """Until it leaves if nobody asks for it; None: it does not."""
         if self._expiry is None:
@@ -220,6 +230,16 @@ class ModelSlot(Generic[T]):
 
     async def acquire(self) -> T:
         """The loaded model, which stays until `release`. Raises what its load raised."""
+        if self.base is None:
+            return await self._acquire()
+        await self.base.acquire()
+        try:
+            return await self._acquire()
+        except BaseException:
+            self.base.release()
+            raise
+
+    async def _acquire(self) -> T:
         self.waiters += 1
         try:
             while True:
@@ -247,6 +267,17 @@ class ModelSlot(Generic[T]):
             self._unused.set()
             self._watch_expiry()
         self.on_change()
+        if self.base is not None:
+            self.base.release(keep_alive_s)
+
+    def hold(self) -> bool:
+        """Be one more user, until `release`, of a model that is in memory; False: it is not, or is leaving
+        with nobody to keep it."""
+        if not (isinstance(self.state, Ready) or (isinstance(self.state, Draining) and self.users)):
+            return False
+        self.users += 1
+        self._stop_expiry()
+        return True
 
     @asynccontextmanager
     async def use(self) -> AsyncIterator[T]:
@@ -330,7 +361,7 @@ class ModelSlot(Generic[T]):
     def _watch_expiry(self) -> None:
         self._stop_expiry()
         kept_s = self.keep_alive_s if self._kept_s is None else self._kept_s
-        if kept_s >= 0 and not self.pinned and not self.users:
+        if kept_s >= 0 and not self.stays and not self.users:
             self._expires_s = time.monotonic() + kept_s
             self._expiry = asyncio.get_running_loop().call_later(kept_s, self._expire)
 
@@ -341,15 +372,14 @@ class ModelSlot(Generic[T]):
 
     def _expire(self) -> None:
         self._expiry = None
-        if isinstance(self.state, Ready) and not self.busy and not self.pinned:
+        if isinstance(self.state, Ready) and not self.busy and not self.stays:
             self.unload()
 
     def pin(self, pinned: bool) -> None:
         self.pinned = pinned
-        if pinned:
-            self._stop_expiry()
-        elif isinstance(self.state, Ready):
-            self._watch_expiry()
+        for slot in (self, self.base):
+            if slot is not None and isinstance(slot.state, Ready):
+                slot._watch_expiry()
         self.on_change()
 
 

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from typing import assert_never
 
 from mlx_serving.catalog.budget import (
@@ -69,7 +70,8 @@ class Residency:
         not fit now and nobody `asked`.
         """
         need = self._measured.get(slot.model_id, estimate_bytes)
-        async with self._turn:
+        # An adapter does not queue: who waits there may wait for its model, which it keeps in use.
+        async with self._turn if slot.base is None else nullcontext():
             began_s = time.monotonic()
             while not await self._try(slot, need, began_s, asked):
                 pass
@@ -99,6 +101,9 @@ class Residency:
         """One look; True: it fits."""
         waited_s = time.monotonic() - began_s
         residents = [r for r in self._residents() if r.model_id != slot.model_id]
+        if slot.base is not None:  # which does not leave for its own adapter
+            ours = slot.base.model_id
+            residents = [replace(r, pinned=r.pinned or r.model_id == ours) for r in residents]
         decision = decide(
             self.budget_bytes, residents, need, waited_s=waited_s, patience_s=self._patience_s
         )
@@ -155,7 +160,7 @@ class Residency:
             self._needs[model_id],
             slot.used_s,
             busy=slot.busy,
-            pinned=slot.pinned,
+            pinned=slot.stays,
             loading=model_id in self._loading,
             leaving=isinstance(slot.state, Draining),
         )

@@ -8,26 +8,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlx_serving import clock
-from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
+from mlx_serving.runtime.backend.model import LoadedAdapter, LoadedModel, OnPhase
 from mlx_serving.runtime.slices import Slices
 from mlx_serving.worker import wire
 
 Loader = Callable[[str, Path, wire.ModelOptions, OnPhase], Slices[LoadedModel]]
 """`backend.loader.loading`, or a test's own."""
 
+Begin = Callable[[wire.LoadModel], Slices[LoadedModel | LoadedAdapter]]
+
 SLICE_S = 0.02
 """A load is interrupted about so often; what it cannot interrupt takes longer."""
 
 
 class Loads:
-    def __init__(self, load: Loader, on_phase: OnPhase, now: clock.Clock) -> None:
-        self._load = load
-        self._on_phase = on_phase
+    def __init__(self, begin: Begin, now: clock.Clock) -> None:
+        self._begin = begin
         self._now = now
         self._waiting: deque[wire.LoadModel] = deque()
         self._held: dict[int, wire.Submit] = {}
         """By seq_id: sequences of models that are not there yet."""
-        self._slices: Slices[LoadedModel] | None = None
+        self._slices: Slices[LoadedModel | LoadedAdapter] | None = None
 
     def __len__(self) -> int:
         """Those that have not ended."""
@@ -54,37 +55,37 @@ class Loads:
             del self._held[request.seq_id]
         return found
 
-    def drop(self, model_id: str) -> bool:
-        """Give up the load of a model. False: there is none."""
-        for message in self._waiting:
-            if message.model_id == model_id:
-                if message is self._waiting[0] and self._slices is not None:
-                    self._slices.close()
-                    self._slices = None
-                self._waiting.remove(message)
-                return True
-        return False
+    def drop(self, model_id: str) -> list[str]:
+        """Give up the loads of a model and of its adapters; the names of those that there were."""
+        dropped = [
+            message
+            for message in self._waiting
+            if model_id in (message.model_id, message.options.adapter_of)
+        ]
+        for message in dropped:
+            if message is self._waiting[0] and self._slices is not None:
+                self._slices.close()
+                self._slices = None
+            self._waiting.remove(message)
+        return [message.model_id for message in dropped]
 
     @property
     def first(self) -> wire.LoadModel:
         return self._waiting[0]
 
-    def advance(self) -> LoadedModel | None:
+    def advance(self) -> LoadedModel | LoadedAdapter | None:
         """Some slices of the first load; the model once it is loaded. Raises what the load raises; it
         has then ended."""
         until_s = self._now() + SLICE_S
         message = self._waiting[0]
         try:
             if self._slices is None:
-                options = message.options
-                self._slices = self._load(
-                    message.model_id, Path(message.path), options, self._on_phase
-                )
+                self._slices = self._begin(message)
             while self._now() < until_s:
                 next(self._slices)
         except StopIteration as ended:
             self._end()
-            loaded: LoadedModel = ended.value
+            loaded: LoadedModel | LoadedAdapter = ended.value
             return loaded
         except BaseException:
             self._end()

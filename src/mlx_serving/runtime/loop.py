@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import logging
 import math
-import select
-import socket
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from itertools import count
-from typing import Literal, assert_never
+from pathlib import Path
+from typing import assert_never
 
 from mlx_serving import clock, errors
-from mlx_serving.runtime.backend.model import Device, LoadedModel
+from mlx_serving.runtime.backend.model import Device, LoadedAdapter, LoadedModel
 from mlx_serving.runtime.collector import Collector
 from mlx_serving.runtime.core.memory import share
 from mlx_serving.runtime.core.plan import Constraint, StepPlan
@@ -32,7 +29,9 @@ from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
 from mlx_serving.runtime.core.sequence import Sequence
 from mlx_serving.runtime.faults import Drag
 from mlx_serving.runtime.line import Launched, Line
+from mlx_serving.runtime.link import Link, Pulse
 from mlx_serving.runtime.loads import Loader, Loads
+from mlx_serving.runtime.slices import Slices
 from mlx_serving.types import CacheStats, Grammar
 from mlx_serving.worker import wire
 
@@ -42,8 +41,6 @@ HEARTBEAT_S = 2.0
 """How often an idle worker says that it is alive."""
 PULSE_S = 1.0
 """How often a busy worker does."""
-RECEIVE_BYTES = 256 * 1024
-SEND_BUFFER_BYTES = 1024 * 1024
 
 
 class Model:
@@ -69,6 +66,9 @@ class Model:
         self.claim, self.grant = self._scheduler.claim, self._scheduler.grant
         self.close = loaded.close
         self._grammars = loaded.grammars
+        self._host = loaded.adapters
+        self.adapters: dict[str, LoadedAdapter] = {}
+        """By the names that requests have for them."""
         self._depth = max(1, depth)
         self._line = line or Line(now)
         self._in_flight: deque[Launched] = deque()
@@ -79,9 +79,32 @@ class Model:
         self._early: list[wire.TokenRow] = []
         """Rows that no step had to be waited for."""
 
+    @property
+    def held_bytes(self) -> int:
+        """Its weights, and its adapters'."""
+        return self.info.held_bytes + sum(a.info.held_bytes for a in self.adapters.values())
+
+    def attach(self, model_id: str, path: Path) -> Slices[LoadedAdapter]:
+        """Load an adapter, which answers under a name of its own. Raises ModelBroken."""
+        if self._host is None:
+            raise errors.ModelBroken(f"'{self.info.model_id}' takes no adapters: it writes no text")
+        return self._host.load(model_id, path, self.info)
+
+    def detach(self, model_id: str) -> wire.Step:
+        """Let go of an adapter; error rows for the sequences that run with it."""
+        tag = self.adapters.pop(model_id).tag
+        ended = [i for i in sorted(self.sequences) if self._scheduler.sequences[i].adapter == tag]
+        for seq_id in ended:
+            self._scheduler.cancel(seq_id)
+        assert self._host is not None
+        self._host.unload(tag)
+        code, message = errors.ModelNotFound.code, f"model {model_id!r} was unloaded"
+        return wire.Step([self._error_row(seq_id, code, message) for seq_id in ended])
+
     def submit(self, request: wire.Submit) -> None:
         """Raises what the scheduler raises for a sequence that cannot ever run, and InvalidRequest
         for a grammar that cannot be followed."""
+        adapter = self.adapters.get(request.model_id)
         self._scheduler.add(
             Sequence(
                 seq_id=request.seq_id,
@@ -94,6 +117,7 @@ class Model:
                 pooled=request.pooled or self.info.kind != "decoder",
                 second_at=request.second_at,
                 turn=request.turn,
+                adapter=None if adapter is None else adapter.tag,
             ),
             self._now(),
         )
@@ -266,87 +290,6 @@ def _reason(error: Exception, code: str) -> tuple[str, str, str | None]:
     return code, f"{type(error).__name__}: {error}", None
 
 
-class Link:
-    """The worker's end of the socket. One thread receives; any thread may send."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(True)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        self._sock = sock
-        self._splitter = wire.FrameSplitter()
-        self._sending = threading.Lock()
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
-
-    def send(self, message: wire.FromWorker) -> None:
-        """Blocks while the parent does not read: it is then busy, and so are its readers.
-        Raises OSError once the parent has gone."""
-        with self._sending:
-            self._sock.sendall(wire.encode(message))
-
-    def wait(self, timeout_s: float) -> bool:
-        """Sleep until something (or the end) can be received."""
-        return bool(self._poll.poll(timeout_s * 1000))
-
-    def receive(self) -> list[wire.ToWorker]:
-        """What has arrived, without waiting. Raises EOFError when the parent closed the socket."""
-        try:
-            data = self._sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return []
-        if not data:
-            raise EOFError
-        return [wire.decode_to_worker(body) for body in self._splitter.feed(data)]
-
-
-PhaseName = Literal["idle", "loading", "compiling", "stepping"]
-
-
-class Pulse:
-    """Tells the parent what the loop is at, and repeats it from a thread of its own while that lasts:
-    a step or a load may take minutes, and only a process that stands still may fall silent.
-
-    While the loop is idle the thread sleeps, and the loop's own heartbeats take over.
-    """
-
-    def __init__(self, link: Link, every_s: float, now: clock.Clock) -> None:
-        self._link = link
-        self._every_s = every_s
-        self._now = now
-        self._began_s = now()
-        self._detail = ""
-        self._busy = threading.Event()
-        self._ended = threading.Event()
-        self.phase: PhaseName = "idle"
-        threading.Thread(target=self._repeat, name="pulse", daemon=True).start()
-
-    def enter(self, phase: PhaseName, detail: str = "", *, anew: bool = False) -> None:
-        """`anew`: another one of the same kind begins. Raises OSError once the parent has gone."""
-        if anew or phase != self.phase:
-            self._began_s = self._now()
-        self.phase, self._detail = phase, detail
-        self._tell()
-        if phase == "idle":
-            self._busy.clear()
-        else:
-            self._busy.set()
-
-    def end(self) -> None:
-        self._ended.set()
-        self._busy.set()
-
-    def _tell(self) -> None:
-        elapsed_s = 0.0 if self.phase == "idle" else self._now() - self._began_s
-        self._link.send(wire.Phase(self.phase, self._detail, elapsed_s))
-
-    def _repeat(self) -> None:
-        # The parent may have gone; the loop notices when it is back at its socket.
-        with suppress(OSError):
-            while self._busy.wait() and not self._ended.wait(self._every_s):
-                if self._busy.is_set():
-                    self._tell()
-
-
 class Loop:
     """Obeys the parent until it says Shutdown or closes the socket."""
 
@@ -367,7 +310,8 @@ class Loop:
         self._pulse = Pulse(link, pulse_s, now)
         self._models: dict[str, Model] = {}
         self._line = Line(now)
-        self._loads = Loads(load, self._pulse.enter, now)
+        self._load = load
+        self._loads = Loads(self._begin_load, now)
         self._device: Device | None = None
         self._arrivals = count()
         self._short_bytes = 0
@@ -417,7 +361,7 @@ class Loop:
         if self._device is None:
             return
         models = list(self._models.values())
-        weights = sum(model.info.held_bytes for model in models)
+        weights = sum(model.held_bytes for model in models)
         claims = [model.claim() for model in models]
         sharing = share(self._device.usable_bytes - weights, claims)
         for model, room in zip(models, sharing.rooms, strict=True):
@@ -455,8 +399,10 @@ class Loop:
                 if (model := self._owner(seq_id)) is not None:
                     model.resume(seq_id)
             case wire.LoadModel(model_id):
-                if model_id in self._models:
-                    self._link.send(wire.ModelLoaded(self._models[model_id].info))
+                if (model := self._answering(model_id)) is not None:
+                    adapter = model.adapters.get(model_id)
+                    info = model.info if adapter is None else adapter.info
+                    self._link.send(wire.ModelLoaded(info))
                 else:
                     self._loads.ask(message)
             case wire.UnloadModel(model_id):
@@ -473,8 +419,23 @@ class Loop:
             case _:
                 assert_never(message)
 
+    def _answering(self, model_id: str) -> Model | None:
+        """The model of that name, or the one that has an adapter of it."""
+        if model_id in self._models:
+            return self._models[model_id]
+        return next((m for m in self._models.values() if model_id in m.adapters), None)
+
+    def _begin_load(self, message: wire.LoadModel) -> Slices[LoadedModel | LoadedAdapter]:
+        model_id, path, options = message.model_id, Path(message.path), message.options
+        if options.adapter_of is None:
+            return self._load(model_id, path, options, self._pulse.enter)
+        model = self._models.get(options.adapter_of)
+        if model is None:
+            raise errors.ModelNotFound(f"model {options.adapter_of!r} is not loaded")
+        return model.attach(model_id, path)
+
     def _submit(self, request: wire.Submit) -> None:
-        model = self._models.get(request.model_id)
+        model = self._answering(request.model_id)
         if model is None and self._loads.hold(request):
             return
         try:
@@ -496,7 +457,10 @@ class Loop:
             self._give_back()
             self._load_ended(model_id, error)
             return
-        if loaded is not None:
+        if isinstance(loaded, LoadedAdapter):
+            assert message.options.adapter_of is not None
+            self._models[message.options.adapter_of].adapters[model_id] = loaded
+        elif loaded is not None:
             depth = message.options.pipeline_depth
             self._models[model_id] = Model(
                 _governed(loaded, message.options),
@@ -508,6 +472,7 @@ class Loop:
                 self._line,
             )
             self._device = loaded.device or self._device
+        if loaded is not None:
             self._collector.loaded()
             self._tell_memory()
             self._link.send(wire.ModelLoaded(loaded.info))
@@ -523,17 +488,21 @@ class Loop:
             self._link.send(wire.Step(rows))
 
     def _unload_model(self, model_id: str) -> None:
-        model = self._models.pop(model_id, None)
         message = f"model {model_id!r} was unloaded"
-        if self._loads.drop(model_id):
-            self._load_ended(model_id, errors.ModelNotFound(message))
-        if model is not None:
+        for dropped in self._loads.drop(model_id):
+            self._load_ended(dropped, errors.ModelNotFound(message))
+        gone = [model_id]
+        if (model := self._models.pop(model_id, None)) is not None:
             self._link.send(model.end_all(errors.ModelNotFound.code, message))
+            gone = [*model.adapters, model_id]
             model.close()
-            del model
+        elif (model := self._answering(model_id)) is not None:
+            self._link.send(model.detach(model_id))
+        del model
         self._give_back()
         self._tell_memory()
-        self._link.send(wire.ModelUnloaded(model_id))
+        for name in gone:
+            self._link.send(wire.ModelUnloaded(name))
 
     def _give_back(self) -> None:
         self._collector.unloaded()

@@ -24,8 +24,9 @@ from pathlib import Path
 from mlx_serving import host
 from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
 from mlx_serving.runtime.collector import Collector, NoCollector
+from mlx_serving.runtime.link import Link
 from mlx_serving.runtime.loads import Loader
-from mlx_serving.runtime.loop import Link, Loop
+from mlx_serving.runtime.loop import Loop
 from mlx_serving.runtime.slices import Slices
 from mlx_serving.worker import wire
 

@@ -137,7 +137,8 @@ class Ceilings:
             self._tell(model)
 
     def loaded(self, info: ModelInfo) -> None:
-        if info.max_num_seqs:  # an encoder has no rows to speak of
+        # An encoder has no rows to speak of, and an adapter's are its model's.
+        if info.max_num_seqs and info.adapter_of is None:
             known = self._models.get(info.model_id)
             state = self._initial() if known is None else known.state
             told = Tune(model_id=info.model_id) if known is None else known.told

@@ -78,6 +78,9 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """A fault, for tests and rehearsals: each step is put off by so long."""
     memory_budget: float | None = None
     """What all models of the worker together may take: `Config.memory_budget`."""
+    adapter_of: str | None = None
+    """The folder holds an adapter of this loaded model, and it runs as that one does; no other option
+    counts."""
 
 
 class LoadModel(msgspec.Struct, frozen=True, tag="load"):

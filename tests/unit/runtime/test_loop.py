@@ -13,7 +13,8 @@ from mlx_serving import errors
 from mlx_serving.runtime.backend.model import LoadedModel
 from mlx_serving.runtime.collector import Collector, NoCollector
 from mlx_serving.runtime.core.plan import Forced, Limits, Sampled, StepPlan, StepResult
-from mlx_serving.runtime.loop import Link, Loop
+from mlx_serving.runtime.link import Link
+from mlx_serving.runtime.loop import Loop
 from mlx_serving.types import Grammar, ModelInfo, SamplingParams
 from mlx_serving.worker import wire
 

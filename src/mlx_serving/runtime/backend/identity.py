@@ -29,6 +29,13 @@ def identity(path: Path, config: dict[str, Any], **details: object) -> str:
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def adapter_identity(weights: Path, settings: Path) -> str:
+    """The same of an adapter's two files."""
+    return blake2b(
+        settings.read_bytes() + json.dumps(_file(weights)).encode(), digest_size=16
+    ).hexdigest()
+
+
 def _file(path: Path) -> tuple[str, int, int, str]:
     stat = path.stat()
     digest = blake2b(digest_size=16)

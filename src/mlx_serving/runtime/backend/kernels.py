@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from mlx_serving.runtime.slices import Slices
 
 _NATIVE = "mlx_serving.runtime.native"
 _INSTALL = f"{_NATIVE}.install"
+_FUSED = f"{_NATIVE}.fused"
 _IN_PLACE = "mlx_serving.runtime.backend.in_place"
 _SAMPLER = "mlx_serving.runtime.backend.native_sampler"
 _TRIAL_BUCKET = 16
@@ -38,6 +39,9 @@ class Kernels:
     """A row's result is the same bits beside any others, and wherever its prompt was cut."""
     packed_bytes: int = 0
     """Memory of the weights that the kernels have repacked."""
+    native: bool = False
+    fused: Any = None
+    """The `native.fused.FusedDecoder`, where one runs all layers at once."""
 
 
 def accelerate(model: Module, mode: str, gpu: bool) -> Slices[Any]:
@@ -66,14 +70,21 @@ def decoder_kernels(
     report = yield from accelerate(model, mode, gpu)
     if report is None:
         return Kernels(attention=plain)
-    sampler = importlib.import_module(_SAMPLER).NativeSampler
+    made = Kernels(
+        report.mode,
+        plain,
+        importlib.import_module(_SAMPLER).NativeSampler,
+        packed_bytes=report.packed_bytes,
+        native=True,
+        fused=importlib.import_module(_FUSED).decoder_of(model),
+    )
     module = importlib.import_module(_IN_PLACE)
     in_place: MakeKVLayer = module.InPlaceLayer
     if form is not None:
         in_place = partial(module.QuantizedInPlaceLayer, form=form)
     if report.is_fused:
-        attention = KVLayer if form is None else in_place
-        return Kernels(report.mode, attention, sampler, True, True, report.packed_bytes)
+        # In place, since forwards of an adapter's rows go layer by layer over the same slabs.
+        return replace(made, attention=in_place, in_place=True, invariant=True)
     tried: tuple[MakeKVLayer, ...] = plain, in_place
     if form is not None:
         # Layers that are compared round nothing: of two roundings of almost the same number, one may go up.
@@ -89,6 +100,5 @@ def decoder_kernels(
         )
 
     if report.row_mask and module.attends_in_place(model, trial_store, *tried):
-        every = report.every_product
-        return Kernels(report.mode, in_place, sampler, True, every, report.packed_bytes)
-    return Kernels(report.mode, plain, sampler, packed_bytes=report.packed_bytes)
+        return replace(made, attention=in_place, in_place=True, invariant=report.every_product)
+    return made

@@ -12,6 +12,7 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_serving.errors import ModelBroken
+from mlx_serving.runtime.backend.adapters import Adapters
 from mlx_serving.runtime.backend.arch import head_on_last, make_store
 from mlx_serving.runtime.backend.embedder import check_decoder, decoder_classes
 from mlx_serving.runtime.backend.grammar import Grammars, tokenizer_file
@@ -92,6 +93,7 @@ def load(
     judge = read_judge(path, config)
     prompts, default_prompt = read_prompts(path)
     backbone = head_on_last(model)
+    adapters = Adapters(model, native=kernels.native, fused=kernels.fused)
     runner = MLXRunner(
         model,
         store,
@@ -102,6 +104,7 @@ def load(
         pooler=RowPooler(pooling),
         foresight=_jumps(options, kernels, store),
         judge=judge,
+        adapters=adapters,
     )
     grammars = Grammars(tokenizer_file(path, options), vocab_size, eos, Bounds.of(options))
     grammars.warm()
@@ -183,7 +186,8 @@ def load(
         append_eos=is_embedder(path) and pooling.mode == "last",
         rank_form="" if judge is None else judge.form,
     )
-    return LoadedModel(info, runner, limits, grammars, on_disk, runner.close, device)
+    taken = adapters if kind == "decoder" else None
+    return LoadedModel(info, runner, limits, grammars, on_disk, runner.close, device, taken)
 
 
 def _jumps(options: ModelOptions, kernels: Kernels, store: KVStore) -> bool:

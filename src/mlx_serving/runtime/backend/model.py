@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from mlx_serving.runtime.core.disk import Scanned
 from mlx_serving.runtime.core.plan import Constraint, Limits, Runner
+from mlx_serving.runtime.slices import Slices
 from mlx_serving.types import Grammar, ModelInfo
 from mlx_serving.worker.wire import Memory
 
@@ -39,6 +41,28 @@ class Device(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """Weights beside a model's own, by which some of its sequences are computed."""
+
+    info: ModelInfo
+    """The model's, but for name, path and sizes."""
+    tag: str
+    """What the runner knows it by. It names what the weights are: another file's is another."""
+
+
+class AdapterHost(Protocol):
+    """The adapters of one loaded model."""
+
+    def load(self, model_id: str, path: Path, base: ModelInfo) -> Slices[LoadedAdapter]:
+        """Raises ModelBroken, which says what does not fit the model or cannot be run."""
+        ...
+
+    def unload(self, tag: str) -> None:
+        """Nothing is begun with it any more. What runs may end with it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     info: ModelInfo
     runner: Runner
@@ -49,3 +73,5 @@ class LoadedModel:
     close: Callable[[], None] = lambda: None
     """Ends the threads that the model has."""
     device: Device | None = None
+    adapters: AdapterHost | None = None
+    """None: it takes none."""

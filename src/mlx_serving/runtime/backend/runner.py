@@ -1,9 +1,9 @@
 """The MLX runner: turns step plans into forward passes, without waiting for them.
 
 A step is at most one unpadded `[1, N]` forward a prefill chunk, and one `[rows, 1]` decode forward
-over the dense prefix of rows. Nothing of a step reaches the host until `PendingStep.wait`: the
-token that a row sampled last is the next step's input straight from the device, so steps can be
-launched several deep.
+over the dense prefix of rows; a second one where some of them have adapters. Nothing of a step
+reaches the host until `PendingStep.wait`: the token that a row sampled last is the next step's input
+straight from the device, so steps can be launched several deep.
 
 Not thread-safe. MLX binds unevaluated arrays to the thread that built them: launch, wait and reset
 from one thread.
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 from mlx.nn.layers.base import Module
 
 from mlx_serving.errors import MLXServingError
+from mlx_serving.runtime.backend.adapters import Adapter, Adapters
 from mlx_serving.runtime.backend.arch import first_lines
 from mlx_serving.runtime.backend.judge import Judge
 from mlx_serving.runtime.backend.kv import KVStore
@@ -169,7 +171,7 @@ class MLXRunner:
     `backbone`: what `arch.head_on_last` returned for the model. `exact_batch`: decode always with
     `max_rows` rows, so that a row's arithmetic never depends on how many others there are. `pooler`:
     what makes a vector of a pooled sequence's hidden states. `judge`: what makes a score of its last
-    logits instead.
+    logits instead. `adapters`: the model's.
     """
 
     def __init__(
@@ -184,6 +186,7 @@ class MLXRunner:
         pooler: RowPooler | None = None,
         foresight: bool = False,
         judge: Judge | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self._model = model
         self._judge = judge
@@ -203,6 +206,9 @@ class MLXRunner:
         self._foresight = foresight
         self._foreseen: list[Forced] = []
         """Not yet told."""
+        self._adapters = adapters
+        self._adapted: dict[int, Adapter] = {}
+        """By row."""
 
     def foresee(self) -> list[Forced]:
         """Makes the draws that wait for a mask, and tells what the masks said of later ones."""
@@ -220,6 +226,7 @@ class MLXRunner:
             self.store.free(row)
             self.sampler.free(row)
             self._constrained.pop(row, None)
+            self._adapted.pop(row, None)
             self._pooler.free(row)
         for source, target in plan.moves:
             self._move(source, target)
@@ -238,8 +245,8 @@ class MLXRunner:
             else:
                 forwards += self._prefill(chunk)
             self._enqueue(forwards)
-        if plan.decode:
-            forwards += self._decode(plan.decode)
+        for decoded in self._decode(plan.decode):
+            forwards.append(decoded)
             self._enqueue(forwards)
         for publish in plan.publish:
             mx.async_eval(self.store.publish(publish.row, publish.start, publish.blocks))
@@ -316,6 +323,7 @@ class MLXRunner:
         self._constrained.clear()
         self._undrawn.clear()
         self._foreseen.clear()
+        self._adapted.clear()
         self._pooler.reset()
         self._last = mx.zeros((self._max_rows,), mx.int32)
 
@@ -327,7 +335,15 @@ class MLXRunner:
         `embeddings [1, N, hidden]` replace the tokens' own, where the model takes them.
         """
         caches = self.store.row_view(row, start, tokens.shape[1])
-        return self._forward(tokens, caches, embeddings)
+        with self._with_adapter(row):
+            return self._forward(tokens, caches, embeddings)
+
+    def _with_adapter(self, row: int) -> AbstractContextManager[None]:
+        adapter = self._adapted.get(row)
+        if adapter is None:
+            return nullcontext()
+        assert self._adapters is not None
+        return self._adapters.on(((adapter, None),))
 
     def _start(self, start: RowStart) -> None:
         if start.blocks:
@@ -341,6 +357,9 @@ class MLXRunner:
             matcher = start.constraint.matcher(output)
             foreseeable = self._foresight and start.foreseeable
             self._constrained[start.row] = _Constrained(matcher, foreseeable)
+        if start.adapter is not None:
+            assert self._adapters is not None
+            self._adapted[start.row] = self._adapters[start.adapter]
 
     def _move(self, source: int, target: int) -> None:
         self.store.move(source, target)
@@ -349,6 +368,8 @@ class MLXRunner:
         self._pooler.move(source, target)
         if source in self._constrained:
             self._constrained[target] = self._constrained.pop(source)
+        if source in self._adapted:
+            self._adapted[target] = self._adapted.pop(source)
 
     def _prefill(self, chunk: PrefillChunk) -> list[_Forward]:
         logits = self.forward_row(chunk.row, mx.array([chunk.token_ids]), chunk.start)
@@ -374,21 +395,37 @@ class MLXRunner:
         mx.async_eval(state)
         return {chunk.seq_id: state} if chunk.samples else {}
 
-    def _decode(self, rows: Sequence[DecodeRow]) -> list[_Forward]:
+    def _decode(self, rows: Sequence[DecodeRow]) -> Iterator[_Forward]:
+        """Each is to be enqueued before the next is built."""
         for row in rows:
             self.sampler.count(row.row, row.forced)
         # A first position has no state to batch with: its recurrent state begins here.
-        first = [row for row in rows if row.position == 0]
-        rest = [row for row in rows if row.position > 0]
-        forwards = [f for row in first for f in self._decode_first(row)]
+        for row in rows:
+            if row.position == 0:
+                yield from self._decode_first(row)
+        for group in self._groups([row for row in rows if row.position > 0]):
+            yield from self._decode_group(group)
+
+    def _decode_group(self, rows: Sequence[DecodeRow]) -> Iterator[_Forward]:
         if not self.store.ragged or self._exact_rows:
-            forwards += [self._decode_alone(row) for row in rest if row.forced]
-            rest = [row for row in rest if not row.forced]
-        if not rest:
-            return forwards
-        if not self._exact_rows and (len(rest) == 1 or not self.store.batched):
-            return forwards + [self._decode_alone(row) for row in rest]
-        return [*forwards, self._decode_batch(rest)]
+            yield from (self._decode_alone(row) for row in rows if row.forced)
+            rows = [row for row in rows if not row.forced]
+        if rows and (self._exact_rows or (len(rows) > 1 and self.store.batched)):
+            yield self._decode_batch(rows)
+        else:
+            yield from map(self._decode_alone, rows)
+
+    def _groups(self, rows: Sequence[DecodeRow]) -> list[list[DecodeRow]]:
+        """Rows that are lines of one forward pass: those of the model itself, those of adapters that mix,
+        and those of each adapter that does not."""
+        if not self._adapted:
+            return [list(rows)] if rows else []
+        groups: dict[str | None, list[DecodeRow]] = {}
+        for row in rows:
+            adapter = self._adapted.get(row.row)
+            kind = None if adapter is None else "mixed" if adapter.mixes else adapter.tag
+            groups.setdefault(kind, []).append(row)
+        return list(groups.values())
 
     def _decode_first(self, row: DecodeRow) -> list[_Forward]:
         assert row.token_id is not None
@@ -409,7 +446,10 @@ class MLXRunner:
         tokens = self._inputs(rows, lines)
         ahead = {row.row: len(row.forced) for row in rows if row.forced}
         caches = self.store.batch_view({row.row: row.position for row in rows}, lines, ahead)
-        with first_lines(self._backbone, lines if ahead else None):
+        with (
+            self._with_adapters(rows, lines),
+            first_lines(self._backbone, lines if ahead else None),
+        ):
             logits = self._forward(tokens[:, None], caches)[:lines]
         at: list[int | None] = [None] * lines
         seq_ids: list[int | None] = [None] * lines
@@ -419,6 +459,22 @@ class MLXRunner:
             seq_ids[row.row] = row.seq_id
             positions[row.row] = row.last + 1
         return self._sampled(_Forward(logits, at, seq_ids, positions))
+
+    def _with_adapters(self, rows: Sequence[DecodeRow], lines: int) -> AbstractContextManager[None]:
+        """Of rows that are decoded together, each on its line and on those behind `lines` that hold its
+        forced tokens, as `_inputs` has them."""
+        at: dict[str, list[int]] = {}
+        behind = lines
+        for row in rows:
+            if (adapter := self._adapted.get(row.row)) is not None:
+                forced = range(behind, behind + len(row.forced))
+                at.setdefault(adapter.tag, []).extend((row.row, *forced))
+            behind += len(row.forced)
+        if not at:
+            return nullcontext()
+        assert self._adapters is not None
+        of = {adapter.tag: adapter for adapter in self._adapted.values()}
+        return self._adapters.on([(of[tag], mx.array(own)) for tag, own in at.items()])
 
     def _inputs(self, rows: Sequence[DecodeRow], lines: int) -> mx.array:
         """The last token of each line's row and, behind them, those before it that are computed too."""

@@ -16,6 +16,7 @@ imported. Keys of that file, all optional but the first:
                      "text"   `token_ids`, then end of sequence
                      "cycle"  `token_ids` over and over
                      Where a request's grammar forbids a token, one that it allows comes instead.
+                     An adapter is a salt of the hash.
       token_ids      for "text" and "cycle"
       step_delay_ms  a step's tokens are there this long after its launch
       logprob        the log-probability of every token, default -0.5
@@ -39,10 +40,12 @@ from typing import Any, Literal
 
 import msgspec
 
+from mlx_serving.adapter_folder import CONFIG_FILE, BadAdapter, read_settings
 from mlx_serving.clock import monotonic
 from mlx_serving.errors import MLXServingError, ModelBroken
 from mlx_serving.runtime.backend.grammar import Grammars, tokenizer_file
-from mlx_serving.runtime.backend.model import LoadedModel
+from mlx_serving.runtime.backend.identity import adapter_identity
+from mlx_serving.runtime.backend.model import LoadedAdapter, LoadedModel
 from mlx_serving.runtime.backend.runaway import Bounds
 from mlx_serving.runtime.core.plan import (
     MAX_FORCED,
@@ -192,6 +195,8 @@ class ScriptedRunner:
         if self._script.fail_on in prompt:
             raise RuntimeError(f"scripted failure on token {self._script.fail_on}")
         salt = _mix(params.seed ^ _mix(params.choice)) if params.temperature > 0 else 0
+        if start.adapter is not None:
+            salt ^= _mix(int(start.adapter.rpartition("@")[2], 16))
         matcher = None if start.constraint is None else start.constraint.matcher(output)
         row = self._rows[start.row] = _Row(params, prompt, salt, matcher)
         row.foreseeable = self._foresight and start.foreseeable
@@ -337,8 +342,35 @@ def load(
     )
     bounds = Bounds.of(options)
     grammars = Grammars(tokenizer_file(path, options), parsed.vocab_size, parsed.eos, bounds)
+    adapters = ScriptedAdapters() if parsed.kind == "decoder" else None
     runner = ScriptedRunner(parsed, foresight=options.jump_forward != "off")
-    return LoadedModel(info, runner, limits, grammars, device=device)
+    return LoadedModel(info, runner, limits, grammars, device=device, adapters=adapters)
+
+
+class ScriptedAdapters:
+    """Of files that are never read. Implements `model.AdapterHost`."""
+
+    def load(self, model_id: str, path: Path, base: ModelInfo) -> Slices[LoadedAdapter]:
+        try:
+            weights = path / read_settings(path).file
+        except BadAdapter as bad:
+            raise ModelBroken(f"the adapter in {path} cannot be loaded: {bad}") from bad
+        size = weights.stat().st_size
+        info = msgspec.structs.replace(
+            base,
+            model_id=model_id,
+            path=str(path),
+            adapter_of=base.model_id,
+            weight_bytes=size,
+            held_bytes=size,
+            kv_bytes_per_token=0,
+            embedding_size=0,
+        )
+        yield
+        return LoadedAdapter(info, f"{model_id}@{adapter_identity(weights, path / CONFIG_FILE)}")
+
+    def unload(self, tag: str) -> None:
+        pass
 
 
 class ScriptedMemory:

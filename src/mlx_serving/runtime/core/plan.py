@@ -68,6 +68,8 @@ class RowStart:
     """Positions that are thereby computed."""
     second_at: int | None = None
     """Of a pair of texts: where the second one begins."""
+    adapter: str | None = None
+    """What is added to the model's weights for this row (`backend.model.LoadedAdapter.tag`)."""
 
     @property
     def foreseeable(self) -> bool:

@@ -1,8 +1,8 @@
 """Which prefixes are in which blocks: a tree of blocks, found by hash.
 
 A block holds what the model computed for the next `block_tokens` positions of some prefix. Its key
-hashes (salt, parent's key, its tokens), so a key names a whole prefix, and equal prefixes under
-different salts share nothing. Only blocks that nobody holds and that have no children are
+hashes (salt and adapter, parent's key, its tokens), so a key names a whole prefix, and equal prefixes
+under different salts or adapters share nothing. Only blocks that nobody holds and that have no children are
 evicted: what is found is always a whole prefix.
 
 Who goes first: the block of least value, `clock + uses × cost`. `uses` counts how often it was
@@ -47,16 +47,29 @@ def most_blocks(room: int, most: int) -> int:
 
 
 def extend_keys(
-    keys: list[bytes], salt: str | None, tokens: Sequence[int], block_tokens: int
+    keys: list[bytes],
+    salt: str | None,
+    tokens: Sequence[int],
+    block_tokens: int,
+    adapter: str | None = None,
 ) -> None:
     """Append the keys of those full blocks of `tokens` that `keys` lacks."""
     first, last = len(keys), len(tokens) // block_tokens
     if first >= last:
         return
-    parent = keys[-1] if keys else _hash(b"" if salt is None else b"s" + salt.encode())
+    parent = keys[-1] if keys else _root(salt, adapter)
     for start in range(first * block_tokens, last * block_tokens, block_tokens):
         parent = _hash(parent + array("q", tokens[start : start + block_tokens]).tobytes())
         keys.append(parent)
+
+
+def _root(salt: str | None, adapter: str | None) -> bytes:
+    """The parent of first blocks: no two pairs of salt and adapter have the same."""
+    root = b"" if salt is None else b"s" + salt.encode()
+    if adapter is not None:
+        tag = adapter.encode()
+        root = b"a%d:%s%s" % (len(tag), tag, root)
+    return _hash(root)
 
 
 def _hash(data: bytes) -> bytes:

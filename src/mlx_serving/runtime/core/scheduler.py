@@ -547,6 +547,7 @@ def _start(seq: Sequence, found: list[Block]) -> RowStart:
         blocks=tuple([block.id for block in found]),
         reused=seq.reused,
         second_at=seq.second_at,
+        adapter=seq.adapter,
     )
 
 

@@ -40,6 +40,8 @@ class Sequence:
     constraint: Constraint | None = None
     salt: str | None = None
     """It shares prefixes only with sequences of the same salt."""
+    adapter: str | None = None
+    """What is added to the model's weights for it; it shares prefixes only with sequences of the same."""
     turn: Turn = NO_TURN
     pooled: bool = False
     """It ends with its prompt, as a vector. It neither takes nor leaves prefix blocks: what is embedded

@@ -68,7 +68,7 @@ class Sharing:
 
     def _most(self, seq: Sequence) -> int:
         """Blocks that it may begin with."""
-        extend_keys(seq.keys, seq.salt, seq.tokens, self.block_tokens)
+        extend_keys(seq.keys, seq.salt, seq.tokens, self.block_tokens, seq.adapter)
         return (len(seq.tokens) - 1) // self.block_tokens
 
     def expect(self, seq: Sequence) -> None:
@@ -232,7 +232,7 @@ class Sharing:
     def _publish(self, seq: Sequence, done: int) -> Publish | None:
         """Blocks that are known already come first: a child never outlives its parent."""
         size, index = self.block_tokens, self.index
-        extend_keys(seq.keys, seq.salt, seq.tokens, size)
+        extend_keys(seq.keys, seq.salt, seq.tokens, size, seq.adapter)
         new: list[int] = []
         for at in range(seq.shared, done):
             key = seq.keys[at]

@@ -45,11 +45,13 @@ class FusedDecoder:
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         self.dtype = dtype
+        self.off = False
+        """Go layer by layer: something is added inside the layers, which this does not see."""
 
     def __call__(self, x: mx.array, caches: Sequence[Any] | None) -> mx.array | None:
         """Hidden states `[batch, length, hidden]` float32 after the final norm, or None if the caches
-        are of another kind. x: ids `[batch, length]` or embeddings `[batch, length, hidden]`."""
-        if not caches or not isinstance(caches[0], SlabCache):
+        are of another kind or it is off. x: ids `[batch, length]` or embeddings `[batch, length, hidden]`."""
+        if self.off or not caches or not isinstance(caches[0], SlabCache):
             return None
         view = caches[0].native_view()
         if view is None:
@@ -86,6 +88,11 @@ def fuse(
     object.__setattr__(inner, "_fused", decoder)
     inner.__class__ = _FUSED[type(inner)]
     return family
+
+
+def decoder_of(model: Module) -> FusedDecoder | None:
+    decoder: FusedDecoder | None = getattr(model, "model", model).__dict__.get("_fused")
+    return decoder
 
 
 def _forward(

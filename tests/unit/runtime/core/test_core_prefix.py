@@ -47,6 +47,19 @@ def test_a_key_names_salt_and_whole_prefix() -> None:
     assert keys == keys_of([1, 2, 3, 4, 5, 6])
 
 
+def test_a_key_names_the_adapter() -> None:
+    tokens = [1, 2, 3, 4]
+
+    def key(salt: str | None, adapter: str | None) -> bytes:
+        keys: list[bytes] = []
+        extend_keys(keys, salt, tokens, 2, adapter)
+        return keys[-1]
+
+    pairs = [(s, a) for s in (None, "", "s", "1:as") for a in (None, "", "s", "ss", "a1:s")]
+    assert len({key(*pair) for pair in pairs}) == len(pairs)
+    assert key(None, None) == keys_of(tokens)[-1]
+
+
 def test_the_longest_known_prefix_is_found() -> None:
     index = PrefixIndex(10, 2)
     chain = grow(index, keys_of([1, 2, 3, 4, 5, 6]))

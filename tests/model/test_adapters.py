@@ -1,0 +1,192 @@
+"""Adapters beside one model: mlx-lm's tokens for each, whatever the batch holds, and the model's own."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_serving.errors import ModelBroken
+from mlx_serving.runtime import native
+from mlx_serving.runtime.backend.loader import load
+from mlx_serving.runtime.backend.model import LoadedModel
+from mlx_serving.runtime.backend.runner import MLXRunner
+from mlx_serving.runtime.slices import whole
+from mlx_serving.types import SamplingParams
+from mlx_serving.worker.wire import ModelOptions
+from model import adapters, zoo
+from model.driver import Job, run
+
+LENGTHS = (5, 41, 23)
+TOKENS = 8
+GREEDY = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+KERNELS = ["off", *(["f32"] if native.available() else [])]
+
+
+def _prompts() -> list[tuple[int, ...]]:
+    rng = random.Random(11)
+    return [tuple(rng.randrange(1, zoo.VOCAB) for _ in range(n)) for n in LENGTHS]
+
+
+PROMPTS = _prompts()
+
+
+def opened(base: Path, kernels: str = "off", rows: int = 6) -> LoadedModel:
+    options = ModelOptions(max_num_seqs=rows, kernels=kernels, memory_budget=1 << 30)  # type: ignore[arg-type]
+    return load("m", base, options, lambda *_: None)
+
+
+def attach(model: LoadedModel, name: str, path: Path) -> str:
+    assert model.adapters is not None
+    return whole(model.adapters.load(f"m+{name}", path, model.info)).tag
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels", "keys"),
+    [
+        ("llama", "off", (*adapters.ATTENTION, "mlp.down_proj")),
+        ("gemma3_text", "auto", (*adapters.ATTENTION, "mlp.gate_proj")),
+        *(
+            pytest.param(name, kernels, keys, marks=pytest.mark.slow)
+            for kernels in KERNELS
+            for name, keys in (
+                ("llama", (*adapters.ATTENTION, "mlp.down_proj")),
+                ("qwen3", ("self_attn.k_proj", "mlp.up_proj")),
+                ("gemma3_text", (*adapters.ATTENTION, "mlp.gate_proj")),
+                ("gemma2", adapters.ATTENTION),
+                ("qwen3_next", ("linear_attn.out_proj", *adapters.ATTENTION)),
+            )
+        ),
+    ],
+)
+def test_tokens_are_those_of_mlx_lm_in_a_batch_of_all(
+    tmp_path: Path, name: str, kernels: str, keys: tuple[str, ...]
+) -> None:
+    base = zoo.write(name, tmp_path)
+    folders = [
+        adapters.write(tmp_path / "a", base, 1, keys=keys),
+        adapters.write(tmp_path / "b", base, 2, keys=keys[:1], rank=8),
+    ]
+    wanted = [adapters.expected(base, folder, PROMPTS, TOKENS) for folder in (None, *folders)]
+    assert wanted[0] != wanted[1] != wanted[2] != wanted[0]
+    model = opened(base, kernels)
+    tags = [None, *(attach(model, folder.name, folder) for folder in folders)]
+    jobs = {
+        10 * i + j: Job(prompt, GREEDY, joins=(3 * j + i) % 7, adapter=tag)
+        for i, tag in enumerate(tags)
+        for j, prompt in enumerate(PROMPTS)
+    }
+    result = run(model.runner, jobs, rows=6, depth=2)
+    for key, outcome in result.outcomes.items():
+        assert outcome.tokens == wanted[key // 10][key % 10], key
+    assert any(len(plan.decode) > 3 for plan in result.plans)
+
+
+@pytest.mark.skipif(not native.available(), reason=native.why())
+@pytest.mark.parametrize("bits", [None, 4])
+def test_bits_do_not_depend_on_who_else_is_in_the_batch(tmp_path: Path, bits: int | None) -> None:
+    """Nor those of the model itself, which keeps its fused layers."""
+    base = quantised(zoo.write("llama", tmp_path), bits)
+    folders = [adapters.write(tmp_path / name, base, i) for i, name in enumerate("ab")]
+    model = opened(base, "exact")
+    told = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, logprobs=1)
+
+    def job(tag: str | None, joins: int = 0) -> Job:
+        return Job(PROMPTS[1], told, joins=joins, adapter=tag)
+
+    before = run(model.runner, [job(None)], rows=6).outcomes[0].logprobs
+    tags = [None, *(attach(model, folder.name, folder) for folder in folders)]
+    alone = [run(model.runner, [job(tag)], rows=6).outcomes[0].logprobs for tag in tags]
+    assert alone[0] == before and alone[1] != before
+    jobs = [job(tag, joins=joins) for joins in (0, 3) for tag in tags]
+    together = run(model.runner, jobs, rows=6, prefill_step=64)
+    for i, outcome in together.outcomes.items():
+        assert outcome.logprobs == alone[i % 3], i
+
+
+@pytest.mark.parametrize(
+    ("dora", "kernels"),
+    [
+        (True, "auto"),
+        (False, "off"),
+        *(pytest.param(True, k, marks=pytest.mark.slow) for k in KERNELS),
+    ],
+)
+def test_peft_and_dora_say_the_same(tmp_path: Path, dora: bool, kernels: str) -> None:
+    base = quantised(zoo.write("qwen2", tmp_path), 8)
+    theirs = adapters.write(tmp_path / "a", base, 5, dora=dora)
+    wanted = adapters.expected(base, theirs, PROMPTS, TOKENS)
+    assert wanted != adapters.expected(base, None, PROMPTS, TOKENS)
+    model = opened(base, kernels)
+    for folder in (theirs, adapters.to_peft(theirs, tmp_path / "peft")):
+        tag = attach(model, folder.name, folder)
+        result = run(model.runner, [Job(p, GREEDY, adapter=tag) for p in PROMPTS], rows=6)
+        assert [outcome.tokens for outcome in result.outcomes.values()] == wanted
+
+
+def quantised(base: Path, bits: int | None) -> Path:
+    """The model in `base` with weights of so many bits, in its place."""
+    if bits is not None:
+        config = json.loads((base / "config.json").read_text())
+        model: Any = zoo.build(config["model_type"])
+        nn.quantize(model, group_size=32, bits=bits)
+        weights = dict(tree_flatten(model.parameters()))
+        mx.save_safetensors(str(base / "model.safetensors"), weights)
+        config["quantization"] = {"group_size": 32, "bits": bits}
+        (base / "config.json").write_text(json.dumps(config))
+    return base
+
+
+def test_an_adapter_leaves_no_trace(tmp_path: Path) -> None:
+    """Its memory is given back, its layers are as they were, and another of the name is another."""
+    base = zoo.write("llama", tmp_path)
+    model = opened(base)
+    assert isinstance(model.runner, MLXRunner) and model.adapters is not None
+    classes = [type(module) for module in model.runner._model.modules()]
+    first = attach(model, "a", adapters.write(tmp_path / "a", base, 1))
+    second = attach(model, "a", adapters.write(tmp_path / "b", base, 2))
+    assert first != second and first.partition("@")[0] == second.partition("@")[0] == "m+a"
+    model.adapters.unload(first)
+    left = run(model.runner, [Job(PROMPTS[0], GREEDY, adapter=second)]).outcomes[0].tokens
+    assert left == adapters.expected(base, tmp_path / "b", PROMPTS[:1], TOKENS)[0]
+    model.adapters.unload(second)
+    model.adapters.unload(second)
+    assert [type(module) for module in model.runner._model.modules()] == classes
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
+    base = zoo.write("llama", tmp_path)
+    (tmp_path / "other").mkdir()
+    other = zoo.write("llama", tmp_path / "other", hidden_size=32)
+    model = opened(base)
+    assert isinstance(model.runner, MLXRunner)
+    classes = [type(module) for module in model.runner._model.modules()]
+
+    def refusal(folder: Path) -> str:
+        with pytest.raises(ModelBroken) as refused:
+            attach(model, folder.name, folder)
+        return refused.value.message
+
+    wrong = adapters.write(tmp_path / "wrong", other, 1)
+    assert "is for a layer of 128 to 32 by rank 4; the model's is of 128 to 64" in refusal(wrong)
+    head = adapters.write(tmp_path / "head", base, 1, keys=("lm_head",))
+    assert attach(model, "head", head)
+    embeds = adapters.write(tmp_path / "embeds", base, 1, keys=("model.embed_tokens",))
+    assert "is no linear layer but Embedding" in refusal(embeds)
+    named = adapters.write(tmp_path / "named", base, 1)
+    weights: Any = mx.load(str(named / "adapters.safetensors"))
+    renamed = {name.replace("self_attn", "attention"): a for name, a in weights.items()}
+    mx.save_safetensors(str(named / "adapters.safetensors"), renamed)
+    assert "the model has no layer model.layers.0.attention" in refusal(named)
+    cut = adapters.write(tmp_path / "cut", base, 1)
+    data = (cut / "adapters.safetensors").read_bytes()
+    (cut / "adapters.safetensors").write_bytes(data[: len(data) // 2])
+    assert "adapters.safetensors: cannot be read" in refusal(cut)
+    model.adapters.unload(next(iter(model.adapters._loaded)))  # type: ignore[union-attr]
+    assert [type(module) for module in model.runner._model.modules()] == classes
