@@ -137,6 +137,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Larger request bodies are refused with 413."""
     rollouts_file: Annotated[str, Meta(min_length=1)] | None = None
     """Where canaries and A/B tests are kept; default for servers: rollouts-PORT.json in home."""
+    feature_flags: tuple[str, ...] = ()
+    """A share of the requests that is answered otherwise: 'NAME=PERCENT% use=MODEL', 'NAME=PERCENT% max_tokens=256' (docs/rollouts.md)."""
     slo: tuple[str, ...] = ()
     """A service level to watch: 'ttft p95 < 500ms', 'errors < 1%' (docs/service-levels.md)."""
     slo_remedies: tuple[Remedy, ...] = ()

@@ -36,6 +36,7 @@ from mlx_serving.traffic.admission import Admission, class_bounds
 from mlx_serving.traffic.ceilings import CEILING_SETTINGS, Ceilings
 from mlx_serving.traffic.company import Companies
 from mlx_serving.traffic.deadlines import TimeLimits, within
+from mlx_serving.traffic.feature_flags import UNSWITCHED, Switched
 from mlx_serving.traffic.response_cache import ResponseCache, bounds, moved, open_cache
 from mlx_serving.traffic.reuse import Reuse
 from mlx_serving.traffic.rollouts import Rollout, Rollouts, Spec, measured
@@ -91,8 +92,13 @@ class Gateway:
         file = config.rollouts_file
         self.rollouts = Rollouts(Path(file) if file else None)
         self._variants = Variants(
-            self.rollouts, self._slots, self.open, metrics.shadows_skipped.inc
+            self.rollouts,
+            self._slots,
+            partial(self.open, flagged=False),
+            metrics.shadows_skipped.inc,
+            lambda name, on: metrics.flagged.labels(name, "on" if on else "off").inc(),
         )
+        self._variants.flags = self._variants.parse_flags(config.feature_flags)
         self.watch = self._make_watch(config)
         self._limits = TimeLimits.of(config)
         self.live = LiveSettings(config, self._prepare)
@@ -119,10 +125,12 @@ class Gateway:
         old = self._config
         watched = differ(old, wanted, "slo", "alert_", "watch_drift", "baselines_file")
         watch = self._make_watch(wanted) if watched else None
+        flags = self._variants.parse_flags(wanted.feature_flags)
         cache = _cache(wanted, self._metrics) if moved(old, wanted) else self._reuse.cache
 
         async def apply() -> None:
             self._config, self._limits = wanted, TimeLimits.of(wanted)
+            self._variants.flags = flags
             self._admission.bounds = class_bounds(wanted.max_queue, wanted.class_queue)
             for slot, entry in zip(self._slots.bases, wanted.entries, strict=True):
                 for kept in (slot, *slot.adapters):
@@ -159,21 +167,27 @@ class Gateway:
         if self.watch is not None:
             self.watch.start()
 
-    async def open(self, request: GenerateRequest) -> Generation:
-        """Accept a request and start its sequences. Raises a typed error before any work is done."""
-        async with within(request.timeout_s):
-            return await self._open(request)
-
-    async def _open(self, request: GenerateRequest) -> Generation:
-        arrived_s = clock.monotonic()
+    async def open(self, request: GenerateRequest, *, flagged: bool = True) -> Generation:
+        """Accept a request and start its sequences. Raises a typed error before any work is done.
+        `flagged`: feature flags may have a say in it."""
         asked = self._slots.find(request.model)
+        switched = self._variants.switched(asked, request) if flagged else UNSWITCHED
+        request = switched.applied(request)
+        async with within(request.timeout_s):
+            return await self._open(asked, request, switched)
+
+    async def _open(
+        self, asked: ModelSlot[Served], request: GenerateRequest, switched: Switched
+    ) -> Generation:
+        arrived_s = clock.monotonic()
         self._admission.enter(arrived_s, request.priority)
         self._metrics.open_requests.inc()
         try:
-            slot, served, arm = await self._variants.answerer(asked, request)
+            answerer = await self._variants.answerer(asked, request, switched.use)
         except BaseException:
             self._leave(request.priority)
             raise
+        slot, served = answerer.slot, answerer.served
         try:
             check_generates(served.info)
             check_room(request.prompt, served.text.least_tokens(request.prompt), served.info)
@@ -191,14 +205,15 @@ class Gateway:
                 ended,
                 self._limits.asked(request.timeout_s),
             )
-            generation.arm, generation.meeting = arm, self.companies.meet(slot.model_id)
+            generation.arm, generation.meeting = answerer.arm, self.companies.meet(slot.model_id)
+            generation.asked, generation.flags = asked.model_id, switched.flags
             await generation.start(self._rows_for(served, request, token_ids, arrived_s))
         except BaseException:
             slot.release()
             self._leave(request.priority)
             raise
         self._running.add(generation)
-        self._variants.shadow(asked, request, generation)
+        self._variants.shadow(slot, request, generation)
         self._events.publish(
             RequestStarted(
                 request_id=request.request_id,

@@ -79,6 +79,10 @@ class Generation:
         """Its place in a rollout, if it has one."""
         self.meeting: Meeting | None = None
         """What it meets in its worker; None: nobody counts that."""
+        self.flags: tuple[str, ...] = ()
+        """The feature flags in whose share it is."""
+        self.asked = model_id
+        """The model that it was for."""
         self.ended = asyncio.Event()
         self.tokens: list[int] | None = None
         """The first choice's tokens, where they are to be compared with another model's."""
@@ -109,8 +113,8 @@ class Generation:
 
     @property
     def variant(self) -> str | None:
-        """The model that answers in place of the one asked for, because of a rollout."""
-        return self.arm.model if self.arm is not None and self.arm.is_variant else None
+        """The model that answers in place of the one asked for, because of a rollout or a flag."""
+        return None if self.model_id == self.asked else self.model_id
 
     @property
     def malformed(self) -> bool:

@@ -29,6 +29,7 @@ LIVE = frozenset(
         "coalesce",
         "coalesce_subscribers",
         "concurrency_limit",
+        "feature_flags",
         "find_knee",
         "first_token_timeout_s",
         "keep_alive_s",

@@ -1,17 +1,32 @@
-"""Who answers a request in place of the model that it asks for, and whose copies are compared: the
-rollouts (`traffic.rollouts`) among the served models."""
+"""Who answers a request in place of the model that it asks for, and whose copies are compared: feature
+flags (`traffic.feature_flags`) and rollouts (`traffic.rollouts`) among the served models.
+
+    asked for ─flag's use─▶ model ─rollout─▶ variant
+
+What cannot answer costs nobody an answer: the one before it does.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
 from mlx_serving.catalog.lifecycle import ModelSlot
-from mlx_serving.errors import MLXServingError, ModelNotFound
+from mlx_serving.errors import ConfigError, MLXServingError, ModelNotFound
 from mlx_serving.generation import Generation, Served
 from mlx_serving.roster import Roster
+from mlx_serving.traffic.feature_flags import (
+    PARAM,
+    UNSWITCHED,
+    Flag,
+    Switched,
+    concerning,
+    parse_all,
+    switched,
+)
 from mlx_serving.traffic.rollouts import FAILED, Arm, Rollout, Rollouts, Spec
 from mlx_serving.traffic.shadow import Shadows, disagreement
 from mlx_serving.types import GenerateRequest, Priority
@@ -21,13 +36,29 @@ log = logging.getLogger(__name__)
 Open = Callable[[GenerateRequest], Awaitable[Generation]]
 
 
+@dataclass(frozen=True, slots=True)
+class Answerer:
+    """The model that answers. It is in use."""
+
+    slot: ModelSlot[Served]
+    served: Served
+    arm: Arm | None
+
+
 class Variants:
-    """Args: open_: accepts a request, as the gateway does. on_skip: a copy was not made, for too many
-    run."""
+    """Args: open_: accepts a copy of a request, which no flag is about. on_skip: a copy was not made, for
+    too many run. on_flag(name, on): a request that a flag is about is in its share, or is not."""
 
     def __init__(
-        self, rollouts: Rollouts, slots: Roster, open_: Open, on_skip: Callable[[], None]
+        self,
+        rollouts: Rollouts,
+        slots: Roster,
+        open_: Open,
+        on_skip: Callable[[], None],
+        on_flag: Callable[[str, bool], None],
     ) -> None:
+        self.flags: tuple[Flag, ...] = ()
+        self._on_flag = on_flag
         self._rollouts = rollouts
         self._slots = slots
         self._open = open_
@@ -44,21 +75,49 @@ class Variants:
             spec = msgspec.structs.replace(spec, **{field: served})
         return self._rollouts.start(spec)
 
+    def parse_flags(self, texts: Sequence[str]) -> tuple[Flag, ...]:
+        """Raises ConfigError."""
+
+        def served(name: str) -> str:
+            try:
+                return self._slots.find(name).model_id
+            except ModelNotFound as error:
+                raise ConfigError(f"{PARAM}: {error.message}", param=PARAM) from None
+
+        return parse_all(texts, served)
+
+    def switched(self, asked: ModelSlot[Served], request: GenerateRequest) -> Switched:
+        """What the flags make of a request."""
+        if not self.flags:
+            return UNSWITCHED
+        found = switched(self.flags, asked.model_id, _key(request))
+        for name in concerning(self.flags, asked.model_id):
+            self._on_flag(name, name in found.flags)
+        return found
+
     async def answerer(
-        self, asked: ModelSlot[Served], request: GenerateRequest
-    ) -> tuple[ModelSlot[Served], Served, Arm | None]:
-        """The model that answers: the one asked for, or a variant in its place. It is in use then."""
+        self, asked: ModelSlot[Served], request: GenerateRequest, use: str | None
+    ) -> Answerer:
+        """Raises what becomes of the model asked for. `use`: what a flag has answer in its place."""
+        if use is not None and use != asked.model_id:
+            try:
+                return await self._in_rollout(self._slots.find(use), request)
+            except MLXServingError as error:
+                log.warning("feature flag: %s", error.message)
+        return await self._in_rollout(asked, request)
+
+    async def _in_rollout(self, asked: ModelSlot[Served], request: GenerateRequest) -> Answerer:
         arm = self._rollouts.arm(asked.model_id, _key(request))
         if arm is not None and arm.is_variant:
             try:
                 slot = self._slots.find(arm.model)
-                return slot, await slot.acquire(), arm
+                return Answerer(slot, await slot.acquire(), arm)
             except MLXServingError as error:
                 # The variant's fault is not the client's: the model itself answers.
                 log.warning("rollout %s: %s", arm.rollout, error.message)
                 self._rollouts.observe(arm, FAILED)
                 arm = None
-        return asked, await asked.acquire(), arm
+        return Answerer(asked, await asked.acquire(), arm)
 
     def shadow(
         self, asked: ModelSlot[Served], request: GenerateRequest, original: Generation

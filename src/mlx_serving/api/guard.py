@@ -254,6 +254,10 @@ class Metered:
         return self._generation.variant
 
     @property
+    def flags(self) -> tuple[str, ...]:
+        return self._generation.flags
+
+    @property
     def prompt_text(self) -> str | None:
         return self._generation.prompt_text
 

@@ -54,7 +54,12 @@ class Generation(Protocol):
 
     @property
     def variant(self) -> str | None:
-        """The model that answers in place of the one asked for, because of a rollout."""
+        """The model that answers in place of the one asked for, because of a rollout or a flag."""
+        ...
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The feature flags in whose share it is."""
         ...
 
     @property

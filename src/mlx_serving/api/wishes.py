@@ -89,9 +89,12 @@ def _session(exchange: Exchange) -> str | None:
 
 
 def variant(generations: Sequence[Generation]) -> Headers:
-    """`x-mlx-variant: MODEL`, where a rollout had another model answer."""
+    """`x-mlx-variant: MODEL`, where a rollout or a flag had another model answer, and `x-mlx-flags`: the
+    feature flags in whose share the request is."""
     names = {generation.variant for generation in generations} - {None}
-    return [(b"x-mlx-variant", name.encode()) for name in sorted(filter(None, names))]
+    said = [(b"x-mlx-variant", name.encode()) for name in sorted(filter(None, names))]
+    flags = dict.fromkeys(flag for generation in generations for flag in generation.flags)
+    return [*said, (b"x-mlx-flags", ", ".join(flags).encode("ascii"))] if flags else said
 
 
 def reused(generations: Sequence[Generation]) -> Headers:

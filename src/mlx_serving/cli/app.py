@@ -10,6 +10,7 @@ import typer
 
 from mlx_serving.cli.admin import Server, of_a_server
 from mlx_serving.cli.canary import ab_app, canary_app
+from mlx_serving.cli.feature import flag_app
 from mlx_serving.cli.flags import documented, from_typer
 
 app = typer.Typer(
@@ -282,6 +283,7 @@ def keys_new(
 app.add_typer(keys_app, name="keys")
 app.add_typer(canary_app, name="canary")
 app.add_typer(ab_app, name="ab")
+app.add_typer(flag_app, name="flag")
 
 
 @app.command()

@@ -191,6 +191,12 @@ class Metrics:
             ["model"],
             registry=r,
         )
+        self.flagged = Counter(
+            "mlx_serving_flagged_requests",
+            "Requests that a feature flag is about: in its share (on) and outside of it (off)",
+            ["flag", "state"],
+            registry=r,
+        )
         self.shadows_skipped = Counter(
             "mlx_serving_shadows_skipped",
             "Requests that a shadow did not copy, because too many of its copies ran",
