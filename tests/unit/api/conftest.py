@@ -78,6 +78,7 @@ class FakeGeneration:
         self.prompt_text = "Once upon"
         self.reused = None
         self.variant = None
+        self.flags: tuple[str, ...] = ()
         self.cancelled = False
         self.ended = False
         self._steps = steps
