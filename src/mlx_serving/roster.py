@@ -54,7 +54,8 @@ class Roster:
         of = self._find(base) if plus else None
         if of is not None:
             wanted = f"{of.model_id}+{adapter}"
-            return next((own for own in of.adapters if own.model_id == wanted), None)
+            named = (a for a in of.adapters if wanted == a.model_id or adapter == a.source)
+            return next(named, None)
         return next((slot for pattern, slot in self._patterns if fnmatchcase(model, pattern)), None)
 
     def describe(self, slot: Slot) -> ServedModel:

@@ -88,7 +88,9 @@ SETTINGS: Table = {
     "max_kv_size": Renamed("context_length"),
     "max_seq_nums": Renamed("max_num_seqs"),
     "cache_dir": Renamed("home"),
-    "adapter_path": Refused("adapters are not built yet"),
+    "adapter_path": Refused(
+        "adapter=['NAME=FOLDER'] is loaded beside the model; requests name MODEL+NAME"
+    ),
     "auto_fit_context": Refused(
         "set context_length; requests wait where memory is short", (False,)
     ),
@@ -121,7 +123,7 @@ OPTIONS: Table = {
     "structured": Renamed("response_format", _structured),
     "temp": Renamed("temperature"),
     "top_logprobs": Renamed("logprobs"),
-    "adapters": Refused("adapters are not built yet"),
+    "adapters": Refused("the model is named MODEL+NAME"),
     "draft_model": _NO_SPECULATION,
     "frequency_context_size": _WHOLE_CONTEXT,
     "hints": Refused("there is nothing to hint at", ({},)),

@@ -12,13 +12,15 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
+import byte_vocabulary
 from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime import native
+from mlx_serving.runtime.backend.grammar import Grammars
 from mlx_serving.runtime.backend.loader import load
 from mlx_serving.runtime.backend.model import LoadedModel
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.slices import whole
-from mlx_serving.types import SamplingParams
+from mlx_serving.types import Grammar, KVBits, SamplingParams
 from mlx_serving.worker.wire import ModelOptions
 from model import adapters, zoo
 from model.driver import Job, run
@@ -37,8 +39,8 @@ def _prompts() -> list[tuple[int, ...]]:
 PROMPTS = _prompts()
 
 
-def opened(base: Path, kernels: str = "off", rows: int = 6) -> LoadedModel:
-    options = ModelOptions(max_num_seqs=rows, kernels=kernels, memory_budget=1 << 30)  # type: ignore[arg-type]
+def opened(base: Path, kernels: str = "off", **options_: Any) -> LoadedModel:
+    options = ModelOptions(max_num_seqs=6, kernels=kernels, memory_budget=1 << 30, **options_)  # type: ignore[arg-type]
     return load("m", base, options, lambda *_: None)
 
 
@@ -190,3 +192,30 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     assert "adapters.safetensors: cannot be read" in refusal(cut)
     model.adapters.unload(next(iter(model.adapters._loaded)))  # type: ignore[union-attr]
     assert [type(module) for module in model.runner._model.modules()] == classes
+
+
+@pytest.mark.skipif(not native.available(), reason=native.why())
+@pytest.mark.parametrize("kv_bits", ["off", "8"])
+def test_tokens_that_a_grammar_forces_have_the_adapter_too(tmp_path: Path, kv_bits: KVBits) -> None:
+    """Computed together, behind the rows' own lines, or a step each."""
+    base = zoo.write("llama", tmp_path, head_dim=32)
+    folders = [adapters.write(tmp_path / name, base, i) for i, name in enumerate("ab")]
+    (tmp_path / "words").mkdir()
+    grammars = Grammars(byte_vocabulary.write(tmp_path / "words", eos=0), zoo.VOCAB, (0,))
+    code = Grammar(kind="regex", text=r"[a-f]{3} is the code of [0-9]{8}")
+    told = [SamplingParams(temperature=1.5, seed=i, max_tokens=40) for i in range(6)]
+
+    def outcomes(jump_forward: str) -> tuple[list[list[int]], int]:
+        model = opened(base, "exact", kv_bits=kv_bits, jump_forward=jump_forward)
+        tags = [None, *(attach(model, folder.name, folder) for folder in folders)]
+        constraint = grammars.compile(code)
+        jobs = [
+            Job((65 + i, 66, 67), told[i], joins=i, adapter=tags[i % 3], constraint=constraint)
+            for i in range(6)
+        ]
+        result = run(model.runner, jobs, rows=6, eos=(0,))
+        return [outcome.tokens for outcome in result.outcomes.values()], result.forced()
+
+    (jumped, forced), (stepped, none) = outcomes("auto"), outcomes("off")
+    assert forced > 0 == none
+    assert jumped == stepped and len(set(map(tuple, jumped))) > 3

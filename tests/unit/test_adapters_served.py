@@ -47,7 +47,7 @@ async def test_each_name_answers_with_its_own_weights(base, tmp_path):
         assert len(set(tokens)) == 3
         together = await asyncio.gather(*(say(engine, name) for name in names * 4))
         assert [done.text for done in together] == tokens * 4
-        for other in ("fr", "gpt-4+fr", f"{base}+fr"):
+        for other in ("fr", "gpt-4+fr", f"{base}+fr", f"base+{tmp_path / 'fr'}"):
             assert (await say(engine, other)).text == tokens[1]
         assert (await say(engine, "gpt-4")).text == tokens[0]
         model = {m.id: m for m in engine.gateway.models()}["base+fr"]

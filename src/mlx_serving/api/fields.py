@@ -35,7 +35,8 @@ __all__ = [
 ]
 
 _SAMPLING = {
-    "model": "a served model's id or alias; default: the first served model",
+    "model": "a served model's id or alias, MODEL+ADAPTER too; default: the first served model",
+    "adapters": "an adapter's name, or its folder as configured: short for MODEL+NAME as the model",
     "stream": "server-sent events, one a token",
     "stream_options": "include_usage: a last chunk with usage; only with stream",
     "n": "1 to 16 answers; the prompt is counted once",
@@ -93,7 +94,6 @@ _REFUSED: dict[str, Row] = {
     "frequency_context_size": "frequency_penalty looks at the whole output",
     "request_id": "send it as the header x-request-id",
     "cache_prompt": ("prefixes are always reused; see cache_salt", (True,)),
-    "adapters": "adapters are not built yet",
     "draft_model": "speculation is not built yet",
     "num_draft_tokens": "speculation is not built yet",
     "return_token_ids": ("not implemented", (False,)),

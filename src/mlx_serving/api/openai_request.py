@@ -77,6 +77,7 @@ class _Body(msgspec.Struct, kw_only=True):
     """What both routes honour. None: the client did not say."""
 
     model: Annotated[str, Meta(min_length=1)] | None = None
+    adapters: Annotated[str, Meta(min_length=1)] | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
@@ -177,7 +178,7 @@ def parse_chat(data: bytes, *, default_model: str) -> Call:
         advisory,
         prompts=[_chat_prompt(body)],
         call_id="chatcmpl-" + secrets.token_hex(12),
-        model=body.model or default_model,
+        model=_model(body, default_model),
         max_tokens=max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         echo=False,
@@ -202,12 +203,17 @@ def parse_completion(data: bytes, *, default_model: str, default_max_tokens: int
         advisory,
         prompts=_text_prompts(body.prompt, add_special),
         call_id="cmpl-" + secrets.token_hex(12),
-        model=body.model or default_model,
+        model=_model(body, default_model),
         max_tokens=fallback if body.max_tokens is None else body.max_tokens,
         logprobs=body.logprobs,
         echo=bool(body.echo),
         user=raw.get("user"),
     )
+
+
+def _model(body: _Body, default: str) -> str:
+    model = body.model or default
+    return model if body.adapters is None else f"{model}+{body.adapters}"
 
 
 def _call(

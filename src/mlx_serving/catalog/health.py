@@ -16,6 +16,8 @@ from typing import Any, Literal, assert_never
 
 import msgspec
 
+from mlx_serving.adapter_folder import BadAdapter, is_adapter
+from mlx_serving.catalog.adapters import read_adapter
 from mlx_serving.catalog.architectures import Modality, modalities, supported
 from mlx_serving.catalog.budget import estimate_folder
 from mlx_serving.catalog.folder import Problem, check, read_config, read_folder
@@ -23,7 +25,13 @@ from mlx_serving.config import Config
 from mlx_serving.errors import ModelBroken
 from mlx_serving.host import Host, look, memory_budget_bytes
 
-CauseKind = Literal["unsupported_architecture", "extra_missing", "custom_code", "model_too_large"]
+CauseKind = Literal[
+    "unsupported_architecture",
+    "unsupported_adapter",
+    "extra_missing",
+    "custom_code",
+    "model_too_large",
+]
 
 
 class Cause(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,12 +136,27 @@ def _gb(count: int) -> str:
 
 def examine(path: Path, machine: Machine, extra: Sequence[Problem] = ()) -> Verdict:
     """The verdict on a folder, its files' structure read; `extra` is what else is wrong with them."""
+    if is_adapter(path):
+        return _adapter(path, extra)
     problems = [*check(path), *extra]
     if problems:
         return Broken(tuple(problems))
     config = read_config(path)
     need = estimate_folder(read_folder(path, path.name), machine.dtype, machine.system)
     return judge((), config, modalities(config, path), need, machine)
+
+
+def _adapter(path: Path, extra: Sequence[Problem]) -> Verdict:
+    """Whether it fits a model is seen beside it."""
+    problems = list(extra)
+    try:
+        read_adapter(path)
+    except BadAdapter as bad:
+        if bad.kind == "unsupported":
+            why = Cause(kind="unsupported_adapter", detail=f"{bad.file}: {bad.detail}")
+            return Broken(tuple(problems)) if problems else Unable((why,))
+        problems.insert(0, Problem(file=bad.file, kind=bad.kind, detail=bad.detail))
+    return Broken(tuple(problems)) if problems else Healthy()
 
 
 def this_machine(config: Config | None = None, host: Host | None = None) -> Machine:

@@ -9,6 +9,8 @@ from typing import Literal
 
 import msgspec
 
+from mlx_serving.adapter_folder import BadAdapter, is_adapter
+from mlx_serving.catalog.adapters import AdapterFiles, read_adapter
 from mlx_serving.catalog.aliases import ALIASES, Alias
 from mlx_serving.catalog.digests import check_digests, expected
 from mlx_serving.catalog.facts import Facts, File, list_files, read_facts
@@ -41,6 +43,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """None for an alias that was not fetched yet."""
     drafts: tuple[str, ...] = ()
     """Models that could draft for it."""
+    adapter: AdapterFiles | None = None
+    """What it is, where it is no model."""
 
     @property
     def disk_bytes(self) -> int:
@@ -116,6 +120,10 @@ def describe(place: Place, machine: Machine, known: Known) -> Entry:
         return Entry(place=place, files=(), facts=None, verdict=None)
     wrong = check_digests(expected(path), known, "changed", Silent(), place.name)
     verdict = examine(path, machine, wrong)
+    if is_adapter(path):
+        return Entry(
+            place=place, files=list_files(path), facts=None, verdict=verdict, adapter=_adapter(path)
+        )
     try:
         facts = read_facts(path, place.name)
         if place.source == "alias":
@@ -123,6 +131,13 @@ def describe(place: Place, machine: Machine, known: Known) -> Entry:
     except ModelBroken:
         facts = None
     return Entry(place=place, files=list_files(path), facts=facts, verdict=verdict)
+
+
+def _adapter(path: Path) -> AdapterFiles | None:
+    try:
+        return read_adapter(path)
+    except BadAdapter:
+        return None
 
 
 def inventory(home: Path, cache: Path, machine: Machine) -> list[Entry]:

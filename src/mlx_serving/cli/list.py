@@ -32,6 +32,13 @@ def run(json: bool = False, say: Say | None = None) -> int:
     return Exit.OK
 
 
+def _what(entry: Entry) -> str:
+    if entry.adapter is not None:
+        return f"{entry.adapter.kind} adapter, rank {entry.adapter.rank}"
+    folder = entry.facts.folder if entry.facts else None
+    return (folder.architecture or folder.model_type) if folder else ""
+
+
 def _row(entry: Entry) -> tuple[str, ...]:
     facts = entry.facts
     folder = facts.folder if facts else None
@@ -40,7 +47,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
         entry.place.name,
         status,
         size(entry.disk_bytes) if entry.files else "",
-        (folder.architecture or folder.model_type) if folder else "",
+        _what(entry),
         count(facts.parameters if facts else None),
         (folder.quantization or folder.dtype or "") if folder else "",
         str((folder.context_length if folder else None) or ""),

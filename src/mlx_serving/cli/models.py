@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from mlx_serving import config as settings
+from mlx_serving.catalog.adapters import AdapterFiles
 from mlx_serving.catalog.facts import Facts
 from mlx_serving.catalog.health import Broken, Unable, Verdict
 from mlx_serving.catalog.health import describe as in_words
@@ -43,7 +44,15 @@ def entry_json(entry: Entry) -> dict[str, Any]:
         **verdict_json(entry.verdict),
         **_facts_json(entry.facts),
         "drafts": list(entry.drafts),
+        "adapter": _adapter_json(entry.adapter),
     }
+
+
+def _adapter_json(found: AdapterFiles | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    names = ("kind", "writer", "rank", "layers", "held_bytes")
+    return {name: getattr(found, name) for name in names}
 
 
 def verdict_json(verdict: Verdict | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from mlx_serving.adapter_folder import is_adapter
 from mlx_serving.catalog import jobs
 from mlx_serving.catalog.health import Healthy, this_machine
 from mlx_serving.catalog.inventory import Entry, Place, describe, inventory, locate
@@ -45,6 +46,8 @@ def run(model: str, json: bool = False, say: Say | None = None) -> int:
         return failed(error, say)
     entry = _entry(place, shelf)
     assert place.path is not None
+    if is_adapter(place.path):
+        return _show_adapter(entry, json)
     chat = chat_of(place.path, shelf.config)
     caches = _caches(entry)
     if json:
@@ -54,9 +57,30 @@ def run(model: str, json: bool = False, say: Say | None = None) -> int:
         print(to_json.dumps(report))
     else:
         print_facts([*_identity(entry), *_chat_facts(chat), *_cache_facts(caches)])
-        print("files")
-        print_facts([(f"  {file.name}", size(file.size_bytes)) for file in entry.files])
+        _print_files(entry)
     return Exit.OK
+
+
+def _show_adapter(entry: Entry, json: bool) -> int:
+    files, found = msgspec.to_builtins(entry.files), entry.adapter
+    if json:
+        print(to_json.dumps(entry_json(entry) | {"files": files, "chat": None, "caches": None}))
+        return Exit.OK
+    facts = _identity(entry)
+    if found is not None:
+        facts += [
+            ("adapter", f"{found.kind} of rank {found.rank}, written by {found.writer}"),
+            ("changes", f"{found.layers} layers"),
+            ("in memory", size(found.held_bytes)),
+        ]
+    print_facts([*facts, ("serve it", f"beside its model: --adapter NAME={entry.place.path}")])
+    _print_files(entry)
+    return Exit.OK
+
+
+def _print_files(entry: Entry) -> None:
+    print("files")
+    print_facts([(f"  {file.name}", size(file.size_bytes)) for file in entry.files])
 
 
 def _entry(place: Place, shelf: Shelf) -> Entry:

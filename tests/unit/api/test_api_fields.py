@@ -30,6 +30,7 @@ def chat_prompt(request: GenerateRequest) -> ChatPrompt:
 
 SHARED: dict[str, tuple[Any, Read, Any]] = {
     "model": ("small", lambda r: r.model, "small"),
+    "adapters": ("fr", lambda r: r.model.rpartition("+")[2], "fr"),
     "n": (3, lambda r: r.n, 3),
     "temperature": (0, lambda r: r.sampling.temperature, 0.0),
     "top_p": (0.25, lambda r: r.sampling.top_p, 0.25),
