@@ -229,7 +229,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     memory_wait_s: Annotated[float, Meta(ge=0)] = 120.0
     """How long a request may wait for a model that does not fit beside those in use; then 503."""
     prefetch: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    """Confidence from which the model that usually comes next is read into the page cache; 0: never."""
+    """Confidence from which the model that usually comes next is loaded, or its files read, ahead; 0: never."""
     exact_batch: bool = False
     """Always decode max-num-seqs rows, so that logits are bit-equal whatever the batch."""
     jump_forward: JumpForward = "auto"
@@ -249,6 +249,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How long one step may take before its worker is taken for hung and replaced."""
     silence_timeout_s: Annotated[float, Meta(ge=5)] = 60.0
     """How long a worker may give no sign of life, which it does every second or two."""
+    worker_rss_limit_bytes: Annotated[int, Meta(ge=0)] = 0
+    """A worker whose resident memory grows beyond this is replaced; its streams go on in the next one; 0: no limit."""
     resume_timeout_s: Annotated[float, Meta(ge=0)] = 300.0
     """How long streams whose worker died wait for the next one."""
     max_request_deaths: Annotated[int, Meta(ge=1)] = 3

@@ -17,6 +17,9 @@ def contradictions(config: Config, places: Mapping[str, str]) -> Iterator[str]:
     yield from _contradicting_models(config, places)
     if config.tls_key is not None and config.tls_cert is None:
         yield f"{places.get('tls_key', 'tls_key')}: a key without a certificate (tls_cert)"
+    if config.worker_rss_limit_bytes and not config.supervise:
+        place = places.get("worker_rss_limit_bytes", "worker_rss_limit_bytes")
+        yield f"{place}: without a supervisor (supervise) no worker can be replaced"
     for origin in config.cors_origin:
         if not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/*\s]+/?", origin):
             place = places.get("cors_origin", "cors_origin")

@@ -33,12 +33,15 @@ from mlx_serving.catalog.prefetch import Prefetch
 from mlx_serving.config import FIELDS, Config, override
 from mlx_serving.gateway import Gateway
 from mlx_serving.generation import Generation
+from mlx_serving.live import Apply
 from mlx_serving.models import Models
 from mlx_serving.spellings import OPTIONS, normalise, normalise_settings, spelled_back
 from mlx_serving.telemetry.events import EventBus, Subscription, WorkerDied, WorkerStarted
 from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.types import Embeddings, Ranking
 from mlx_serving.worker import port
+from mlx_serving.worker.growth import Growth
+from mlx_serving.worker.watchdog import Deadlines
 from mlx_serving.worker.wire import StepStats
 
 log = logging.getLogger(__name__)
@@ -79,6 +82,8 @@ class Engine:
         self.gateway = Gateway(
             self.config, self._models.slots, self._worker, self.metrics, self.events
         )
+        self.gateway.live.own(self._models.prepare)
+        self.gateway.live.own(self._prepare)
 
     # Life
 
@@ -103,8 +108,7 @@ class Engine:
             self._starting.cancel()
             await asyncio.gather(self._starting, return_exceptions=True)
         await self._models.close()
-        if self._prefetch is not None:
-            await self._prefetch.close()
+        await self._prefetch.close()
         await self._worker.stop()
         await self.gateway.close()
 
@@ -249,12 +253,24 @@ class Engine:
             request = to_request(prompt, model or self.gateway.default_model(), given.values)
             return await self.gateway.open(request)
 
-    def _make_prefetch(self) -> Prefetch | None:
-        if not self.config.prefetch:
-            return None
-        slots = {slot.model_id: slot for slot in self._models.slots}
+    def _prepare(self, wanted: Config) -> Apply:
+        """See `live.Prepare`."""
+
+        async def apply() -> None:
+            self.config = wanted
+            self._prefetch.threshold = wanted.prefetch
+            self._worker.bound(
+                _deadlines(wanted), wanted.resume_timeout_s, wanted.worker_rss_limit_bytes
+            )
+
+        return apply
+
+    def _make_prefetch(self) -> Prefetch:
         prefetch = Prefetch(
-            slots, self.config.prefetch, lambda o: self.metrics.prefetches.labels(o).inc()
+            {slot.model_id: slot for slot in self._models.slots},
+            self._models.residency,
+            self.config.prefetch,
+            lambda outcome: self.metrics.prefetches.labels(outcome).inc(),
         )
         self.events.add_hook(prefetch.hear)
         return prefetch
@@ -264,17 +280,13 @@ class Engine:
         worker: port.WorkerClient
         if self.config.supervise:
             from mlx_serving.worker.supervisor import Supervisor
-            from mlx_serving.worker.watchdog import Deadlines
 
             c = self.config
             worker = Supervisor(
-                deadlines=Deadlines(
-                    load_s=c.load_timeout_s,
-                    step_s=c.step_timeout_s,
-                    silence_s=c.silence_timeout_s,
-                ),
+                deadlines=_deadlines(c),
                 max_deaths=c.max_request_deaths,
                 resume_timeout_s=c.resume_timeout_s,
+                growth=Growth(c.worker_rss_limit_bytes),
             )
         else:
             from mlx_serving.worker.inprocess import InProcessWorker
@@ -295,6 +307,8 @@ class Engine:
             case port.WorkerExited(pid, cause):
                 m.worker_up.set(0)
                 self.events.publish(WorkerDied(pid=pid, cause=cause))
+            case port.ModelReady(info):
+                self._models.reloaded(info.model_id)
             case port.MemoryUse(memory):
                 self._models.residency.budget_bytes = memory.budget_bytes
                 for kind, count in memory.kinds().items():
@@ -324,3 +338,11 @@ class Engine:
         m.kv_capacity.labels(model).set(stats.kv_capacity_tokens)
         if stats.cache is not None:
             m.prefix_cache.take(model, stats.cache)
+
+
+def _deadlines(config: Config) -> Deadlines:
+    return Deadlines(
+        load_s=config.load_timeout_s,
+        step_s=config.step_timeout_s,
+        silence_s=config.silence_timeout_s,
+    )

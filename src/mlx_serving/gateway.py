@@ -27,7 +27,7 @@ from mlx_serving.errors import (
 )
 from mlx_serving.generation import Generation, OpenRows, Served
 from mlx_serving.live import Apply, LiveSettings, differ
-from mlx_serving.roster import Roster
+from mlx_serving.roster import Roster, brief
 from mlx_serving.settle import check_generates, check_ids, check_room, constrain, settle
 from mlx_serving.telemetry.events import EventBus, ModelLoaded, RequestFinished, RequestStarted
 from mlx_serving.telemetry.metrics import Metrics
@@ -60,6 +60,7 @@ from mlx_serving.types import (
 )
 from mlx_serving.variants import Variants
 from mlx_serving.worker.port import WorkerClient
+from mlx_serving.worker.wire import Pin
 
 if TYPE_CHECKING:
     from mlx_serving.traffic.watch import Watch
@@ -101,7 +102,8 @@ class Gateway:
         self._variants.flags = self._variants.parse_flags(config.feature_flags)
         self.watch = self._make_watch(config)
         self._limits = TimeLimits.of(config)
-        self.live = LiveSettings(config, self._prepare)
+        self.live = LiveSettings(config)
+        self.live.own(self._prepare)
         self._running: set[Generation] = set()
         self._idle = asyncio.Event()
 
@@ -127,10 +129,12 @@ class Gateway:
         watch = self._make_watch(wanted) if watched else None
         flags = self._variants.parse_flags(wanted.feature_flags)
         cache = _cache(wanted, self._metrics) if moved(old, wanted) else self._reuse.cache
+        aliases = self._slots.resolved(_patterns(wanted, self._slots.bases))
 
         async def apply() -> None:
             self._config, self._limits = wanted, TimeLimits.of(wanted)
             self._variants.flags = flags
+            self._slots.aliases = aliases
             self._admission.bounds = class_bounds(wanted.max_queue, wanted.class_queue)
             for slot, entry in zip(self._slots.bases, wanted.entries, strict=True):
                 for kept in (slot, *slot.adapters):
@@ -261,6 +265,7 @@ class Gateway:
         """Whether a model may leave memory by itself; it comes into it when it is asked for."""
         slot = self._slots.find(model)
         slot.pin(pinned)
+        self._worker.order(Pin(model_id=slot.model_id, pinned=pinned))
         return self._slots.describe(slot)
 
     def model_id(self, model: str) -> str:
@@ -302,7 +307,7 @@ class Gateway:
             ],
             "pid": os.getpid(),
             "workers": [msgspec.to_builtins(w) for w in workers],
-            "models": [{"id": m.id, "status": m.status, "reason": m.reason} for m in models],
+            "models": [brief(m) for m in models],
             "open_requests": self._admission.open_requests,
             **({"ceilings": ceilings} if (ceilings := self.ceilings.report()) else {}),
             **(self.watch.health() if self.watch is not None else {}),

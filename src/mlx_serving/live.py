@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -22,20 +22,36 @@ T = TypeVar("T")
 
 LIVE = frozenset(
     {
+        "admin_key",
         "alert_format",
         "alert_webhook",
+        "allowed_host",
+        "api_key",
+        "api_keys_file",
         "baselines_file",
+        "body_timeout_s",
         "class_queue",
         "coalesce",
         "coalesce_subscribers",
         "concurrency_limit",
+        "cors_origin",
+        "drain_timeout_s",
         "feature_flags",
         "find_knee",
         "first_token_timeout_s",
+        "header_timeout_s",
         "keep_alive_s",
+        "load_timeout_s",
         "log_level",
+        "max_body_bytes",
+        "max_header_bytes",
         "max_queue",
         "max_tokens",
+        "memory_wait_s",
+        "model_aliases",
+        "pin",
+        "ping_interval_s",
+        "prefetch",
         "queue_timeout_s",
         "request_timeout_s",
         "response_cache",
@@ -44,12 +60,18 @@ LIVE = frozenset(
         "response_cache_tokens",
         "response_cache_ttl_s",
         "response_cache_url",
+        "resume_timeout_s",
+        "silence_timeout_s",
         "slo",
         "slo_dry_run",
         "slo_remedies",
         "step_limit_ms",
+        "step_timeout_s",
+        "unknown_fields",
         "usual_num_seqs",
         "watch_drift",
+        "worker_rss_limit_bytes",
+        "write_timeout_s",
     }
 )
 """Settings whose owners take a new value while requests run. The others need a restart."""
@@ -57,9 +79,11 @@ LIVE = frozenset(
 HIDDEN = SECRETS | {"alert_webhook", "response_cache_url"}
 """Never shown: keys, and URLs that may carry one."""
 
-Apply = Callable[[], Awaitable[None]]
+Apply = Callable[[], Awaitable[Sequence[str] | None]]
 Prepare = Callable[[Config], Apply]
-"""Checks a configuration against the one in force (raises ConfigError); what it returns applies it."""
+"""Checks a configuration against the one in force (raises ConfigError); what it returns applies it. On
+a reload the configuration may be the same: files that it names may say something else now, and applying
+returns the settings that name them."""
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -74,13 +98,15 @@ class Change(msgspec.Struct, frozen=True):
 class LiveSettings:
     """Args: read: where the settings come from, for `reload`; blocks. None: they came from code."""
 
-    def __init__(
-        self, config: Config, prepare: Prepare, read: Callable[[], Config] | None = None
-    ) -> None:
+    def __init__(self, config: Config, read: Callable[[], Config] | None = None) -> None:
         self.config = config
         self.read = read
-        self._prepare = prepare
+        self._owners: list[Prepare] = []
         self._changing = asyncio.Lock()
+
+    def own(self, prepare: Prepare) -> None:
+        """Whoever holds settings is asked before anything changes, and told in order of coming."""
+        self._owners.append(prepare)
 
     def shown(self) -> dict[str, Any]:
         """Every setting in force; of secrets, whether they are set."""
@@ -101,6 +127,8 @@ class LiveSettings:
                         param=name,
                         code="needs_restart",
                     )
+            if with_values == self.config:
+                return Change({})
             return await self._take(with_values, ())
 
     async def reload(self) -> Change:
@@ -118,10 +146,10 @@ class LiveSettings:
 
     async def _take(self, wanted: Config, needs_restart: tuple[str, ...]) -> Change:
         names = differences(self.config, wanted)
-        apply = _checked(lambda: self._prepare(wanted))
-        if names:
-            await apply()
-            self.config = wanted
+        applies = _checked(lambda: [prepare(wanted) for prepare in self._owners])
+        for apply in applies:
+            names += [name for name in await apply() or () if name not in names]
+        self.config = wanted
         applied = {name: shown(wanted, name) for name in names}
         for name, value in applied.items():
             log.info("%s is %s now", name, msgspec.json.encode(value).decode())
@@ -150,3 +178,17 @@ def _checked(make: Callable[[], T]) -> T:
         return make()
     except ConfigError as error:
         raise InvalidRequest(error.message, param=error.param, code=error.code) from error
+
+
+class InForce:
+    """The configuration as it is now, for who looks at it with every request."""
+
+    def __init__(self, config: Config, live: LiveSettings) -> None:
+        self.config = config
+        live.own(self._prepare)
+
+    def _prepare(self, wanted: Config) -> Apply:
+        async def apply() -> None:
+            self.config = wanted
+
+        return apply

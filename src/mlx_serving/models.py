@@ -7,6 +7,7 @@ it is asked for, or at the start as far as the budget holds.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -32,6 +33,7 @@ from mlx_serving.config import Config
 from mlx_serving.content.text import TextSide
 from mlx_serving.errors import ConfigError, MLXServingError
 from mlx_serving.generation import Served
+from mlx_serving.live import Apply
 from mlx_serving.model_entry import ModelEntry, parse_adapter
 from mlx_serving.telemetry.events import (
     EventBus,
@@ -40,10 +42,12 @@ from mlx_serving.telemetry.events import (
     ModelLoading,
     ModelUnloaded,
 )
-from mlx_serving.types import ModelInfo
+from mlx_serving.types import ModelInfo, Priority
 from mlx_serving.warm_up import warm_up
 from mlx_serving.worker.port import WorkerClient
-from mlx_serving.worker.wire import ModelOptions
+from mlx_serving.worker.wire import ModelOptions, Pin
+
+log = logging.getLogger(__name__)
 
 Slot = ModelSlot[Served]
 
@@ -64,6 +68,8 @@ class Models:
         self._events = events
         self._progress = progress
         self._machine = machine or host.look()
+        self._warming: dict[str, asyncio.Task[None]] = {}
+        """Warm-ups in a worker that took another's place. One that failed is not repeated."""
         self._own: dict[str, tuple[ModelEntry, Config]] = {}
         """Each model's entry and settings, by its id."""
         self.slots: Sequence[Slot] = self._make_slots()
@@ -81,6 +87,42 @@ class Models:
     async def close(self) -> None:
         for slot in self.slots:
             await slot.close()
+        for task in self._warming.values():
+            task.cancel()
+        await asyncio.gather(*self._warming.values(), return_exceptions=True)
+
+    def reloaded(self, model_id: str) -> None:
+        """A worker has a model. Where it had been loaded before, and the worker has died since, it is
+        warmed up again, behind the streams that go on."""
+        slot = next(slot for slot in self.slots if slot.model_id == model_id)
+        task = self._warming.get(model_id)
+        if slot.base is not None or not isinstance(slot.state, Ready):
+            return
+        prompts = self._own[model_id][0].warm_up
+        if not prompts:
+            return
+        if task is None or (task.done() and not task.cancelled() and task.exception() is None):
+            again = warm_up(self._worker, slot.state.loaded, prompts, Priority.LOW)
+            self._warming[model_id] = asyncio.create_task(again, name=f"warm up {model_id} again")
+            self._warming[model_id].add_done_callback(_say_why)
+
+    def prepare(self, wanted: Config) -> Apply:
+        """See `live.Prepare`. Who was pinned by a request stays so, unless the setting changes that."""
+        before = self._pinned(self._config.pin, self.slots)
+        after = self._pinned(wanted.pin, self.slots)
+
+        async def apply() -> None:
+            self._config = wanted
+            self.residency.wait_s = wanted.memory_wait_s
+            for slot in self.slots:
+                if (slot in after) != (slot in before):
+                    self.pin(slot, slot in after)
+
+        return apply
+
+    def pin(self, slot: Slot, pinned: bool) -> None:
+        slot.pin(pinned)
+        self._worker.order(Pin(model_id=slot.model_id, pinned=pinned))
 
     # lifecycle.Hands
 
@@ -146,6 +188,7 @@ class Models:
     async def _load(self, slot: Slot, folder: ModelFolder) -> Served:
         entry, own = self._own[slot.model_id]
         options = _options(entry, own, folder.tokenizer_path)
+        self._worker.order(Pin(model_id=slot.model_id, pinned=slot.pinned))
         loading = asyncio.create_task(
             self._worker.load_model(slot.model_id, str(folder.path), options)
         )
@@ -199,12 +242,21 @@ class Models:
                 "Two models have the same name; set served_model_name, or the entries' name.",
                 param="models",
             )
-        for name in c.pin:
-            slot = next((s for s in slots if s.answers_to(name)), None)
-            if slot is None:
-                raise ConfigError(f"pin: '{name}' names no served model", param="pin")
+        for slot in self._pinned(c.pin, slots):
             slot.pinned = True
         return slots
+
+    def _pinned(self, names: Sequence[str], slots: Sequence[Slot]) -> list[Slot]:
+        """Those that `pin` names, and those whose entry says so. Raises ConfigError."""
+        for name in names:
+            if not any(slot.answers_to(name) for slot in slots):
+                raise ConfigError(f"pin: '{name}' names no served model", param="pin")
+        return [
+            slot
+            for slot in slots
+            if any(map(slot.answers_to, names))
+            or (slot.base is None and self._own[slot.model_id][0].pinned)
+        ]
 
     def _make_adapters(self, models: Sequence[Slot]) -> list[Slot]:
         """A slot for each adapter, behind its model's."""
@@ -232,6 +284,11 @@ class Models:
             model.adapters.append(slot)
             made.append(slot)
         return made
+
+
+def _say_why(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.warning("%s", error)
 
 
 def _model_id(config: Config, index: int, entry: ModelEntry) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from mlx_serving.catalog.lifecycle import Failed, ModelSlot, Ready, status_of
@@ -22,7 +22,7 @@ class Roster:
         assert slots, "a gateway serves at least one model"
         self._slots = slots
         self._worker = worker
-        self._patterns = [self._pattern(alias) for alias in aliases]
+        self.aliases = self.resolved(aliases)
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(self._slots)
@@ -56,13 +56,14 @@ class Roster:
             wanted = f"{of.model_id}+{adapter}"
             named = (a for a in of.adapters if wanted == a.model_id or adapter == a.source)
             return next(named, None)
-        return next((slot for pattern, slot in self._patterns if fnmatchcase(model, pattern)), None)
+        return next((slot for pattern, slot in self.aliases if fnmatchcase(model, pattern)), None)
 
     def describe(self, slot: Slot) -> ServedModel:
         """Why the worker cannot serve it comes before what the slot believes."""
         broken = self._worker.broken.get(slot.model_id)
         status, reason = status_of(slot.state) if broken is None else ("failed", broken.message)
         loaded = slot.state.loaded if isinstance(slot.state, Ready) else None
+        wired = self._worker.wired.get(slot.model_id)
         error = slot.state.error if isinstance(slot.state, Failed) and not broken else broken
         return ServedModel(
             id=slot.model_id,
@@ -75,12 +76,18 @@ class Roster:
             context_length=loaded.info.context_length if loaded else None,
             pinned=slot.pinned,
             expires_in_s=slot.expires_in_s,
+            wired_bytes=wired.bytes if wired else 0,
+            not_wired=wired.why_not if wired and slot.pinned else None,
         )
 
     def _plain_names(self, slot: Slot) -> list[str]:
         """The patterns that can only be this one name."""
-        ours = (pattern for pattern, other in self._patterns if other is slot)
+        ours = (pattern for pattern, other in self.aliases if other is slot)
         return [name for name in ours if not set("*?[") & set(name)]
+
+    def resolved(self, aliases: Iterable[str]) -> list[tuple[str, Slot]]:
+        """Patterns, and where each leads. Raises ConfigError."""
+        return [self._pattern(alias) for alias in aliases]
 
     def _pattern(self, alias: str) -> tuple[str, Slot]:
         pattern, _, name = alias.partition("=")
@@ -90,3 +97,15 @@ class Roster:
                 f"model_aliases: '{alias}' names no served model", param="model_aliases"
             )
         return pattern, slot
+
+
+def brief(model: ServedModel) -> dict[str, object]:
+    """As /health has it."""
+    pinned = {"wired_bytes": model.wired_bytes, "not_wired": model.not_wired}
+    return {
+        "id": model.id,
+        "status": model.status,
+        "reason": model.reason,
+        "pinned": model.pinned,
+        **(pinned if model.pinned else {}),
+    }

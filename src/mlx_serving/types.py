@@ -506,3 +506,7 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     pinned: bool = False
     expires_in_s: float | None = None
     """Until it leaves memory if nobody asks for it; None: it does not."""
+    wired_bytes: int = 0
+    """What of a pinned model's weights cannot be paged out."""
+    not_wired: str | None = None
+    """Why nothing of a pinned model is."""

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_serving import Engine
 from mlx_serving.config import FIELDS, Config
-from mlx_serving.errors import ConfigError, InvalidRequest, Overloaded
+from mlx_serving.errors import ConfigError, InvalidRequest, ModelNotFound, Overloaded
 from mlx_serving.live import HIDDEN, LIVE, LiveSettings
 
 
@@ -25,7 +25,9 @@ def settings(config: Config | None = None, **more) -> tuple[LiveSettings, list[C
 
         return apply
 
-    return LiveSettings(config or Config(), prepare, **more), taken
+    live = LiveSettings(config or Config(), **more)
+    live.own(prepare)
+    return live, taken
 
 
 def test_what_is_named_is_a_setting():
@@ -40,7 +42,7 @@ def test_what_is_named_is_a_setting():
         ({"max_queue": "3 or so"}, "max_queue", "invalid_config"),
         ({"max_queue": 3, "max_tokens": -1}, "max_tokens", "invalid_config"),
         ({"max_queue": 3, "port": 9}, "port", "needs_restart"),
-        ({"max_queue": 3, "api_key": ["x"]}, "api_key", "needs_restart"),
+        ({"max_queue": 3, "kernels": "off"}, "kernels", "needs_restart"),
         ({"max_queue": 3, "slo": ["none"]}, "slo", "invalid_config"),
         ({"class_queue": ["urgent=3"]}, "class_queue", "invalid_config"),
     ],
@@ -172,6 +174,42 @@ async def test_a_model_s_own_time_in_memory_stays_its_own(scripted):
             await engine.gateway.load(name)
         left = {model.id: model.expires_in_s for model in engine.gateway.models()}
         assert left["a"] > 500 and left["b"] <= 7
+
+
+async def test_pins_follow_their_setting_and_leave_others_alone(scripted):
+    models = [str(scripted(name=name)) for name in "abc"] + [
+        {"model": str(scripted(name="d")), "pinned": True}
+    ]
+    async with Engine(models, pin=["a"]) as engine:
+        gateway = engine.gateway
+
+        def pinned() -> str:
+            return "".join(m.id for m in gateway.models() if m.pinned)
+
+        assert pinned() == "ad"
+        gateway.pin("c", True)
+        await gateway.live.change({"pin": ["a", "b"]})
+        assert pinned() == "abcd"
+        with pytest.raises(InvalidRequest, match="'x' names no served model"):
+            await gateway.live.change({"pin": ["x"]})
+        await gateway.live.change({"pin": []})
+        assert pinned() == "cd"
+        while gateway.models()[3].not_wired is None:  # the worker has answered  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert "no weights" in gateway.models()[3].not_wired
+        assert gateway.models()[0].not_wired is None
+
+
+async def test_more_names_come_and_go(scripted):
+    async with Engine(str(scripted(name="a")), model_aliases=["claude-*"]) as engine:
+        gateway = engine.gateway
+        assert gateway.model_id("claude-x") == "a"
+        with pytest.raises(InvalidRequest, match="'gpt=z' names no served model"):
+            await gateway.live.change({"model_aliases": ["gpt=z"]})
+        await gateway.live.change({"model_aliases": ["gpt-4", "gpt-5=a"]})
+        assert gateway.model_id("gpt-4") == gateway.model_id("gpt-5") == "a"
+        with pytest.raises(ModelNotFound):
+            gateway.model_id("claude-x")
 
 
 async def test_the_log_gets_more_or_less(scripted):

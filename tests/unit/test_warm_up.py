@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +52,32 @@ async def test_a_prompt_that_cannot_be_answered_fails_the_load_and_is_named(scri
         assert not worker["models"]
     finally:
         await engine.stop()
+
+
+async def test_a_worker_that_takes_another_s_place_is_warmed_up_again(scripted: Any) -> None:
+    models = [{"model": str(scripted(mode="hash")), "name": "m", "warm_up": [{"system": SYSTEM}]}]
+    async with Engine(models) as engine:
+        warming = engine._models._warming
+
+        def worker() -> dict[str, Any]:
+            (worker,) = engine.gateway.health()["workers"]
+            return worker
+
+        before = (await engine.chat(chat("Who?"), max_tokens=4)).usage.cached_tokens
+        os.kill(worker()["pid"], signal.SIGKILL)
+        await until(lambda: "m" in warming and warming["m"].done())
+        first = warming["m"]
+        assert first.exception() is None and worker()["restarts"] == 1
+        engine.restart()
+        await until(lambda: warming["m"] is not first and warming["m"].done())
+        assert warming["m"].exception() is None
+        again = (await engine.chat(chat("Why?"), max_tokens=4)).usage.cached_tokens
+        assert again == before >= len(SYSTEM) - 32
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - the condition is another process's
+        await asyncio.sleep(0.01)
 
 
 async def test_an_embedder_is_warmed_up_too(scripted: Any) -> None:

@@ -46,6 +46,7 @@ from mlx_serving.api.settings import SettingsRoutes
 from mlx_serving.api.tokens import TokenRoutes
 from mlx_serving.config import Config
 from mlx_serving.errors import InvalidRequest, MLXServingError, ModelNotFound
+from mlx_serving.live import InForce
 from mlx_serving.types import ServedModel
 from mlx_serving.unknown import left_out
 
@@ -77,15 +78,16 @@ class MethodNotAllowed(InvalidRequest):
 
 def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
     """The application over `gateway`. Raises ConfigError where the API keys cannot be read."""
-    keyring = load_keys(config)
-    rollouts = RolloutRoutes(gateway, config)
+    now, keyring = InForce(config, gateway.live), load_keys(config)
+    gateway.live.own(keyring.prepare)
+    rollouts = RolloutRoutes(gateway, now)
     gateway = Guard(gateway, keyring)
-    openai, info = OpenAIRoutes(gateway, config), InfoRoutes(gateway)
-    anthropic, ollama = AnthropicRoutes(gateway, config), OllamaRoutes(gateway, config)
-    responses, tokens = ResponsesRoutes(gateway, config), TokenRoutes(gateway, config)
-    embeddings, ollama_embed = EmbeddingRoutes(gateway, config), OllamaEmbedRoutes(gateway, config)
+    openai, info = OpenAIRoutes(gateway, now), InfoRoutes(gateway)
+    anthropic, ollama = AnthropicRoutes(gateway, now), OllamaRoutes(gateway, now)
+    responses, tokens = ResponsesRoutes(gateway, now), TokenRoutes(gateway, now)
+    embeddings, ollama_embed = EmbeddingRoutes(gateway, now), OllamaEmbedRoutes(gateway, now)
     requests, cache = RequestRoutes(), CacheRoutes(gateway)
-    settings = SettingsRoutes(gateway, config)
+    settings = SettingsRoutes(gateway, now)
     exact: Mapping[str, Methods] = {
         "/": {"GET": public(info.index)},
         "/health": {"GET": public(info.health)},
@@ -137,7 +139,7 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
             await send({"type": "websocket.close", "code": 1000})
         else:
             exchange = Exchange(scope, receive, send)
-            left_out.set([] if config.unknown_fields == "warn" else None)
+            left_out.set([] if now.config.unknown_fields == "warn" else None)
             with requests.tracked(exchange):
                 await _answer(exchange, table)
 
@@ -367,6 +369,8 @@ def _model(served: ServedModel) -> dict[str, object]:
         "context_length": served.context_length,
         "pinned": served.pinned,
         "expires_in_s": served.expires_in_s,
+        "wired_bytes": served.wired_bytes,
+        "not_wired": served.not_wired,
     }
 
 

@@ -7,7 +7,7 @@ work by then), and so is one to a loopback server by another name than its own (
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from mlx_serving.api.access import is_loopback
@@ -23,6 +23,7 @@ from mlx_serving.api.exchange import (
 )
 from mlx_serving.config import Config
 from mlx_serving.errors import Forbidden
+from mlx_serving.live import Apply, LiveSettings
 
 PREFLIGHT_S = 600
 _METHODS = b"GET, POST, PUT, PATCH, DELETE, OPTIONS"
@@ -76,10 +77,25 @@ def _is_own(origin: str, host: str | None) -> bool:
     return scheme in ("http", "https") and host is not None and rest.lower() == host.lower()
 
 
-def keeping_out(app: ASGIApp, rules: Policy) -> ASGIApp:
-    """`app` behind the rules, with CORS headers for the origins that are named."""
+class Rules:
+    """The policy in force."""
+
+    def __init__(self, config: Config, live: LiveSettings) -> None:
+        self.policy = policy(config)
+        live.own(self._prepare)
+
+    def _prepare(self, wanted: Config) -> Apply:
+        async def apply() -> None:
+            self.policy = policy(wanted)
+
+        return apply
+
+
+def keeping_out(app: ASGIApp, policies: Callable[[], Policy]) -> ASGIApp:
+    """`app` behind the policy in force, with CORS headers for the origins that are named."""
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        rules = policies()
         if scope["type"] != "http":
             await app(scope, receive, send)
             return

@@ -15,7 +15,7 @@ from mlx_serving.api.keys import Key, Keyring
 from mlx_serving.api.port import GatewayPort, Generation
 from mlx_serving.errors import Forbidden, MLXServingError
 from mlx_serving.live import LiveSettings
-from mlx_serving.traffic.allowance import Allowance
+from mlx_serving.traffic.allowance import Allowance, Limits
 from mlx_serving.traffic.rollouts import Rollout, Rollouts, Spec
 from mlx_serving.traffic.source import Reused
 from mlx_serving.types import (
@@ -42,14 +42,14 @@ class Guard:
     def __init__(self, gateway: GatewayPort, keyring: Keyring) -> None:
         self._gateway = gateway
         self._keyring = keyring
-        self._allowances = {key.name: Allowance(key.name, key.limits) for key in keyring.keys}
+        self._allowances: dict[tuple[str, Limits], Allowance] = {}
 
     async def open(self, request: GenerateRequest) -> Generation:
         key = caller.get().key
         if key is None:
             return await self._gateway.open(request)
         self._check(request.model)
-        allowance = self._allowances[key.name]
+        allowance = self._allowance(key)
         allowance.enter(clock.monotonic())
         try:
             generation = await self._gateway.open(signed(request, key))
@@ -154,7 +154,7 @@ class Guard:
             yield
             return
         self._check(model)
-        allowance = self._allowances[key.name]
+        allowance = self._allowance(key)
         allowance.enter(clock.monotonic())
         try:
             yield
@@ -163,7 +163,14 @@ class Guard:
 
     def _spend(self, usage: Usage) -> None:
         if (key := caller.get().key) is not None:
-            self._allowances[key.name].spend(usage.total_tokens, clock.monotonic())
+            self._allowance(key).spend(usage.total_tokens, clock.monotonic())
+
+    def _allowance(self, key: Key) -> Allowance:
+        """One for each key and what it allows, which may change while its requests run."""
+        made = self._allowances.get((key.name, key.limits))
+        if made is None:
+            made = self._allowances[key.name, key.limits] = Allowance(key.name, key.limits)
+        return made
 
     def _check(self, model: str) -> None:
         """Raises Forbidden for a model that the caller may not use, whether or not it exists."""

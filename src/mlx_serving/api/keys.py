@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from mlx_serving.config import Config
 from mlx_serving.errors import ConfigError
+from mlx_serving.live import Apply
 from mlx_serving.secret import hashed, is_hash, is_name, same
 from mlx_serving.traffic.allowance import Limits
 from mlx_serving.types import MAX_WEIGHT, Priority
@@ -44,6 +45,17 @@ class Keyring:
     def __init__(self, keys: Sequence[Key] = (), admin_hash: str | None = None) -> None:
         self.keys = keys
         self.admin_hash = admin_hash
+
+    def prepare(self, wanted: Config) -> Apply:
+        """See `live.Prepare`: requests that come later need one of the new keys; the file is read again."""
+        found = load_keys(wanted)
+
+        async def apply() -> tuple[str, ...]:
+            same = (found.keys, found.admin_hash) == (self.keys, self.admin_hash)
+            self.keys, self.admin_hash = found.keys, found.admin_hash
+            return () if same or wanted.api_keys_file is None else ("api_keys_file",)
+
+        return apply
 
     def find(self, presented: str) -> Key | None:
         """The key that `presented` is; every key is looked at, whichever it is."""

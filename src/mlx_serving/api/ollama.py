@@ -15,8 +15,8 @@ from mlx_serving.api.exchange import Exchange
 from mlx_serving.api.ollama_request import OllamaCall, parse_chat, parse_generate
 from mlx_serving.api.port import GatewayPort
 from mlx_serving.api.sse import NDJSON
-from mlx_serving.config import Config
 from mlx_serving.errors import InvalidRequest, ModelNotFound
+from mlx_serving.live import InForce
 from mlx_serving.types import ServedModel
 
 PROTOCOL = "0.12.11"
@@ -25,9 +25,9 @@ GREETING = "Ollama is running"
 
 
 class OllamaRoutes:
-    def __init__(self, gateway: GatewayPort, config: Config) -> None:
+    def __init__(self, gateway: GatewayPort, now: InForce) -> None:
         self._gateway = gateway
-        self._config = config
+        self._now = now
 
     async def chat(self, exchange: Exchange) -> None:
         await self._serve(exchange, "chat", parse_chat)
@@ -45,7 +45,7 @@ class OllamaRoutes:
         await _json(exchange, {"models": models})
 
     async def show(self, exchange: Exchange) -> None:
-        body = read_object(await exchange.body(self._config.max_body_bytes))
+        body = read_object(await exchange.body(self._now.config.max_body_bytes))
         name = body.get("model") or body.get("name")
         if not isinstance(name, str):
             raise InvalidRequest("'model' must be a string.", param="model")
@@ -62,7 +62,7 @@ class OllamaRoutes:
         self, exchange: Exchange, route: response.Route, parse: Callable[..., OllamaCall]
     ) -> None:
         started_s = clock.monotonic()
-        body = await exchange.body(self._config.max_body_bytes)
+        body = await exchange.body(self._now.config.max_body_bytes)
         call = parse(body, default_model=self._gateway.default_model())
         reply = response.Reply(route, call.model, started_s)
         served = self._find(call.model)
@@ -79,7 +79,7 @@ class OllamaRoutes:
             await drive.serve(
                 exchange,
                 self._gateway,
-                self._config,
+                self._now.config,
                 msgspec.structs.replace(call.request, model=model),
                 answer=reply.whole,
                 writer=reply.writer if call.stream else None,

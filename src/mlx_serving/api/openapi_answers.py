@@ -102,6 +102,8 @@ _MODEL = _object(
     context_length=_null_or(COUNT),
     pinned={"type": "boolean"},
     expires_in_s=_null_or({"type": "number", "minimum": 0}),
+    wired_bytes=COUNT,
+    not_wired=_null_or(TEXT),
 )
 _ANTHROPIC_MODELS = _object(
     data=_list(

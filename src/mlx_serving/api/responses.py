@@ -13,21 +13,21 @@ from mlx_serving.api.port import GatewayPort, Generation
 from mlx_serving.api.responses_request import parse_response
 from mlx_serving.api.responses_response import ResponseWriter, whole
 from mlx_serving.api.responses_store import ResponseStore
-from mlx_serving.config import Config
 from mlx_serving.errors import RequestNotFound
+from mlx_serving.live import InForce
 from mlx_serving.types import Message
 
 PREFIX = "/v1/responses/"
 
 
 class ResponsesRoutes:
-    def __init__(self, gateway: GatewayPort, config: Config) -> None:
+    def __init__(self, gateway: GatewayPort, now: InForce) -> None:
         self._gateway = gateway
-        self._config = config
+        self._now = now
         self._store = ResponseStore()
 
     async def create(self, exchange: Exchange) -> None:
-        body = await exchange.body(self._config.max_body_bytes)
+        body = await exchange.body(self._now.config.max_body_bytes)
 
         def recall(response_id: str) -> Sequence[Message] | None:
             stored = self._store.get(response_id, exchange.client)
@@ -45,7 +45,7 @@ class ResponsesRoutes:
             await drive.serve(
                 exchange,
                 self._gateway,
-                self._config,
+                self._now.config,
                 call.request,
                 answer=lambda generation, collected: whole(generation, call, keep, collected),
                 writer=writer if call.stream else None,

@@ -10,7 +10,7 @@ import msgspec
 from mlx_serving.api.body import convert, read_object
 from mlx_serving.api.exchange import Exchange
 from mlx_serving.api.port import GatewayPort
-from mlx_serving.config import Config
+from mlx_serving.live import InForce
 from mlx_serving.traffic.rollouts import Report, Spec
 
 PREFIX = "/v1/rollouts/"
@@ -38,12 +38,12 @@ ANSWERS: Mapping[str, type[msgspec.Struct]] = {
 
 
 class RolloutRoutes:
-    def __init__(self, gateway: GatewayPort, config: Config) -> None:
+    def __init__(self, gateway: GatewayPort, now: InForce) -> None:
         self._gateway = gateway
-        self._max_body_bytes = config.max_body_bytes
+        self._now = now
 
     async def start(self, exchange: Exchange) -> None:
-        spec = convert(read_object(await exchange.body(self._max_body_bytes)), Spec)
+        spec = convert(read_object(await exchange.body(self._now.config.max_body_bytes)), Spec)
         found = self._gateway.start_rollout(spec)
         await self._report(exchange, found.spec.name)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
 import resource
@@ -27,6 +26,7 @@ from mlx_serving.api.exchange import ASGIApp
 from mlx_serving.api.port import GatewayPort
 from mlx_serving.config import Config
 from mlx_serving.errors import ConfigError
+from mlx_serving.live import InForce
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
@@ -59,10 +59,12 @@ async def serve(
     handled in the main thread only. Raises ConfigError if the address cannot be listened on.
     """
     stops = asyncio.Queue[None](maxsize=2)
-    context = tls.context(config)
-    app = browsers.keeping_out(app, browsers.policy(config))
+    context, now = tls.context(config), InForce(config, gateway.live)
+    rules = browsers.Rules(config, gateway.live)
+    app = browsers.keeping_out(app, lambda: rules.policy)
     with _listen(config) as (listener, address), _signals(stops):
-        made = _uvicorn_config(app, Limits.of(config, _raise_file_limit()), context)
+        files = _raise_file_limit()
+        made = _uvicorn_config(app, lambda: Limits.of(now.config, files), context)
         server = _Server(made, lambda: on_started and on_started(address))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         watching = asyncio.create_task(_watch(should_stop, stops))
@@ -73,7 +75,7 @@ async def serve(
                 serving.result()
             if on_draining is not None:
                 on_draining()
-            drained = await _drain(gateway, config.drain_timeout_s, stops)
+            drained = await _drain(gateway, now.config.drain_timeout_s, stops)
             await _close(server, serving, drained=drained)
         finally:
             for task in (first, watching, serving):
@@ -128,11 +130,14 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _uvicorn_config(app: ASGIApp, limits: Limits, context: ssl.SSLContext | None) -> uvicorn.Config:
+def _uvicorn_config(
+    app: ASGIApp, limits: Callable[[], Limits], context: ssl.SSLContext | None
+) -> uvicorn.Config:
+    """`limits`: of a connection that is made now."""
     config = uvicorn.Config(
         app,
         loop="none",
-        http=functools.partial(Connection, limits=limits),  # type: ignore[arg-type]
+        http=lambda *args, **more: Connection(*args, limits=limits(), **more),  # type: ignore[arg-type]
         ws="none",
         interface="asgi3",
         lifespan="off",

@@ -10,8 +10,7 @@ import msgspec
 from mlx_serving.api.body import read_object
 from mlx_serving.api.exchange import Exchange
 from mlx_serving.api.port import GatewayPort
-from mlx_serving.config import Config
-from mlx_serving.live import LIVE, Change
+from mlx_serving.live import LIVE, Change, InForce
 
 
 class Settings(msgspec.Struct):
@@ -28,9 +27,9 @@ ANSWERS: Mapping[str, type[msgspec.Struct]] = {
 
 
 class SettingsRoutes:
-    def __init__(self, gateway: GatewayPort, config: Config) -> None:
+    def __init__(self, gateway: GatewayPort, now: InForce) -> None:
         self._gateway = gateway
-        self._max_body_bytes = config.max_body_bytes
+        self._now = now
 
     async def show(self, exchange: Exchange) -> None:
         """Every setting, and which of them can change while the server runs."""
@@ -38,7 +37,7 @@ class SettingsRoutes:
         await exchange.respond(200, msgspec.json.encode(Settings(live.shown(), sorted(LIVE))))
 
     async def change(self, exchange: Exchange) -> None:
-        values = read_object(await exchange.body(self._max_body_bytes))
+        values = read_object(await exchange.body(self._now.config.max_body_bytes))
         await exchange.respond(200, msgspec.json.encode(await self._gateway.live.change(values)))
 
     async def reload(self, exchange: Exchange) -> None:

@@ -8,11 +8,11 @@ import os
 import sys
 from pathlib import Path
 
-from mlx_serving.bench import compare, gaps, overhead, prefix, report, schema
+from mlx_serving.bench import compare, gaps, overhead, prefix, report, schema, switch
 from mlx_serving.catalog.ensure import ensure
 from mlx_serving.config import DEFAULT_MODEL, Config
 
-PARTS = ("overhead", "depth", "schema", "jump", "bare", "compare", "prefix", "gaps")
+PARTS = ("overhead", "depth", "schema", "jump", "bare", "compare", "prefix", "gaps", "switch")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -89,6 +89,9 @@ async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> 
         print("a long prompt beside running streams …", file=sys.stderr, flush=True)
         found = await gaps.measure(stored, (0.0, *args.max_itl_ms), args.prompt_tokens)
         sections.append(report.gaps(found, args.prompt_tokens))
+    if "switch" in parts:
+        print("switching between models …", file=sys.stderr, flush=True)
+        sections.append(report.switch(await switch.measure(stored, rounds=3 * args.rounds)))
     return "\n".join(sections)
 
 

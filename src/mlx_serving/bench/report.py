@@ -14,6 +14,7 @@ from mlx_serving.bench.gaps import Gaps
 from mlx_serving.bench.overhead import Overhead
 from mlx_serving.bench.prefix import Replay, Reuse
 from mlx_serving.bench.schema import Jumps, SchemaCost
+from mlx_serving.bench.switch import Switch
 
 
 def machine(model: str) -> str:
@@ -182,6 +183,24 @@ def gaps(found: Sequence[Gaps], prompt_tokens: int) -> str:
     head = ("--max-itl-ms", "gap, p50", "p99", "longest", "the prompt's TTFT")
     title = f"## 8 streams while {prompt_tokens:,} tokens are prefilled (kernels: auto)"
     return _table(title, head, rows)
+
+
+def switch(s: Switch) -> str:
+    def ms(seconds: float) -> str:
+        return f"{seconds * 1e3:.1f} ms"
+
+    rows = [
+        ("none: the same model again", ms(s.same_s), "", ""),
+        ("in memory", f"{s.resident_s * 1e3:+.1f} ms", "", "< 5 ms more"),
+        ("loaded, its files from the disk", ms(s.cold_s), "1", ""),
+        ("loaded, its files from the page cache", ms(s.cached_s), f"{s.cached_ratio:.2f}", ""),
+        ("prefetched, no room: files read ahead", ms(s.read_ahead_s), f"{s.read_ahead_ratio:.2f}", "≤ 0.4"),
+        ("prefetched: loaded ahead", ms(s.loaded_ahead_s), f"{s.loaded_ahead_ratio:.2f}", "≤ 0.4"),
+    ]  # fmt: skip
+    kept = f"\nThe system kept {s.pages_kept:.0%} of the pages that were to be dropped.\n"
+    header = ("the request's model is", "time to first token", "of cold", "aim")
+    table = _table("## Another model than the last request's", header, rows)
+    return table + (kept if s.pages_kept > 0.01 else "")
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

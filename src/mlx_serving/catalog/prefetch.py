@@ -1,6 +1,8 @@
-"""Reads the files of the model that is likely next into the page cache, while another one answers.
+"""Prepares for the model that is likely next, while another one answers.
 
-`succession` guesses; this obeys, one model at a time, and counts whether it was right.
+`succession` guesses; this obeys, one model at a time, and counts whether it was right. The model is
+loaded where the budget has room, or gets it from idle models other than the present one; otherwise
+its files are read into the page cache.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from mlx_serving.catalog.lifecycle import Absent, AnySlot
+from mlx_serving.catalog.residency import Residency
 from mlx_serving.catalog.succession import Succession
 from mlx_serving.telemetry.events import Event, ModelLoaded, ModelLoading, RequestStarted
 
@@ -23,7 +26,7 @@ PIECE_BYTES = 32 << 20
 """Asked for at once: between pieces it can be told to stop."""
 
 Outcome = Literal["begun", "hit", "miss"]
-"""`hit`: a model is loaded whose files were read ahead; `miss`: one whose files were not, though they
+"""`hit`: a model is asked for that was prepared; `miss`: one is loaded that was not, though its files
 were known."""
 
 
@@ -33,50 +36,69 @@ class Prefetch:
     def __init__(
         self,
         slots: Mapping[str, AnySlot],
+        residency: Residency,
         threshold: float,
         count: Callable[[Outcome], None],
     ) -> None:
+        self.threshold = threshold
         self._slots = slots
-        self._threshold = threshold
+        self._residency = residency
         self._count = count
         self._succession = Succession()
         self._folders: dict[str, Path] = {}
         """Of models that were loaded before."""
         self._ahead: set[str] = set()
-        """Read since they were loaded last."""
-        self._reading: asyncio.Task[int] | None = None
+        """Prepared, and not asked for since."""
+        self._coming: str | None = None
+        """What is being loaded without having been asked for."""
+        self._task: asyncio.Task[None] | None = None
         self._stopped = threading.Event()
 
     def hear(self, event: Event) -> None:
         match event:
-            case ModelLoading(model_id=model_id) if model_id in self._folders:
-                self._count("hit" if model_id in self._ahead else "miss")
-                self._ahead.discard(model_id)
+            case ModelLoading(model_id=model_id):
+                if model_id != self._coming and model_id in self._folders:
+                    self._asked(model_id, "miss")
             case ModelLoaded(model_id=model_id, info=info):
                 self._folders[model_id] = Path(info.path)
             case RequestStarted(model_id=model_id):
+                self._asked(model_id, None)
                 self._succession.observe(model_id)
-                self._consider()
+                self._consider(model_id)
             case _:
                 pass
 
     async def close(self) -> None:
         self._stopped.set()
-        if self._reading is not None:
-            await self._reading
+        if self._task is not None:
+            await self._task
 
-    def _consider(self) -> None:
-        guess = self._succession.guess()
-        if guess is None or guess.confidence < self._threshold or guess.model_id in self._ahead:
+    def _asked(self, model_id: str, otherwise: Outcome | None) -> None:
+        outcome: Outcome | None = "hit" if model_id in self._ahead else otherwise
+        self._ahead.discard(model_id)
+        if outcome is not None:
+            self._count(outcome)
+
+    def _consider(self, present: str) -> None:
+        guess = self._succession.guess() if self.threshold else None
+        if guess is None or guess.confidence < self.threshold or guess.model_id in self._ahead:
             return
-        folder = self._folders.get(guess.model_id)
-        absent = isinstance(self._slots[guess.model_id].state, Absent)
-        if folder is None or not absent or not (self._reading is None or self._reading.done()):
+        slot, folder = self._slots[guess.model_id], self._folders.get(guess.model_id)
+        free = self._task is None or self._task.done()
+        if folder is None or not isinstance(slot.state, Absent) or not free:
             return
         self._ahead.add(guess.model_id)
         self._count("begun")
-        log.info("%s is likely next (%.2f): reading ahead", guess.model_id, guess.confidence)
-        self._reading = asyncio.create_task(asyncio.to_thread(read_ahead, folder, self._stopped))
+        log.info("%s is likely next (%.2f)", guess.model_id, guess.confidence)
+        self._task = asyncio.create_task(self._prepare(slot, folder, present))
+
+    async def _prepare(self, slot: AnySlot, folder: Path, present: str) -> None:
+        if await self._residency.clear_for(slot, present) and not self._stopped.is_set():
+            self._coming = slot.model_id
+            await asyncio.wait([slot.start(asked=False)])
+            self._coming = None
+        if isinstance(slot.state, Absent):
+            await asyncio.to_thread(read_ahead, folder, self._stopped)
 
 
 def read_ahead(folder: Path, stopped: threading.Event) -> int:

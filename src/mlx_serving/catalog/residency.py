@@ -38,7 +38,7 @@ class Residency:
     def __init__(self, budget_bytes: int, *, wait_s: float, patience_s: float = PATIENCE_S) -> None:
         self.budget_bytes = budget_bytes
         self.evictions = 0
-        self._wait_s = wait_s
+        self.wait_s = wait_s
         self._patience_s = patience_s
         self._slots: dict[str, AnySlot] = {}
         self._needs: dict[str, int] = {}
@@ -97,6 +97,24 @@ class Residency:
         if isinstance(decision, Evict):
             self._unload(decision.model_ids)
 
+    async def clear_for(self, slot: AnySlot, spared: str) -> bool:
+        """Have idle models leave for one that is likely next, the least recently used first and never
+        `spared`. False: it does not fit so, or was never loaded, or others wait for memory."""
+        need = self._measured.get(slot.model_id)
+        if need is None or self._turn.locked():
+            return False
+        bases = [s.base.model_id for s in (slot, self._slots[spared]) if s.base is not None]
+        kept = {spared, *bases}
+        residents = [
+            replace(r, busy=r.busy or r.model_id in kept)
+            for r in self._residents()
+            if r.model_id != slot.model_id
+        ]
+        decision = decide(self.budget_bytes, residents, need)
+        if isinstance(decision, Evict):
+            await asyncio.wait(self._unload(decision.model_ids))
+        return isinstance(decision, Fits | Evict)
+
     async def _try(self, slot: AnySlot, need: int, began_s: float, asked: bool) -> bool:
         """One look; True: it fits."""
         waited_s = time.monotonic() - began_s
@@ -128,7 +146,7 @@ class Residency:
 
     async def _wait(self, slot: AnySlot, waited_s: float) -> None:
         """Until something changes, or patience or the time is over."""
-        if waited_s >= self._wait_s:
+        if waited_s >= self.wait_s:
             raise Overloaded(
                 f"Model '{slot.model_id}' does not fit beside the models in use; "
                 f"waited {waited_s:.0f} s for them.",
@@ -137,9 +155,9 @@ class Residency:
             )
         slot.enter(LoadBegan("it waits for memory that other models use"))
         self._changed.clear()
-        until_s = self._patience_s if waited_s < self._patience_s else self._wait_s
+        until_s = self._patience_s if waited_s < self._patience_s else self.wait_s
         with suppress(TimeoutError):
-            async with asyncio.timeout(max(0.01, min(until_s, self._wait_s) - waited_s)):
+            async with asyncio.timeout(max(0.01, min(until_s, self.wait_s) - waited_s)):
                 await self._changed.wait()
 
     def _unload(self, model_ids: Iterable[str]) -> list[asyncio.Task[None]]:

@@ -13,7 +13,7 @@ from mlx_serving.cli.say import Say, size
 from mlx_serving.cli.table import print_table
 
 TIMEOUT_S = 5.0
-HEADERS = ("MODEL", "STATUS", "WEIGHTS", "CONTEXT", "RUNNING", "WAITING", "REASON")
+HEADERS = ("MODEL", "STATUS", "WEIGHTS", "CONTEXT", "RUNNING", "WAITING", "PINNED", "REASON")
 _GAUGE = re.compile(r'mlx_serving_(running|waiting)_sequences\{model="((?:[^"\\]|\\.)*)"\} (\S+)')
 
 
@@ -95,5 +95,15 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
         str(model["context_length"] or ""),
         str(model["running"]),
         str(model["waiting"]),
+        _pinned(model),
         model["reason"] or "",
     )
+
+
+def _pinned(model: dict[str, Any]) -> str:
+    """And whether its weights are in physical memory for good."""
+    if not model.get("pinned"):
+        return ""
+    if model["wired_bytes"]:
+        return f"{size(model['wired_bytes'])} locked"
+    return f"not locked: {model['not_wired']}" if model["not_wired"] else "yes"

@@ -100,7 +100,7 @@ async def _serve(config: Config, say: Say, args: ServeArgs) -> int:
             engine.gateway,
             config,
             on_started=on_started,
-            on_draining=lambda: manager.stopping(config.drain_timeout_s),
+            on_draining=lambda: manager.stopping(engine.gateway.live.config.drain_timeout_s),
             should_stop=give_up,
         )
     finally:

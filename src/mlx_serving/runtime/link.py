@@ -8,7 +8,7 @@ import threading
 from contextlib import suppress
 from typing import Literal
 
-from mlx_serving import clock
+from mlx_serving import clock, host
 from mlx_serving.worker import wire
 
 RECEIVE_BYTES = 256 * 1024
@@ -84,13 +84,13 @@ class Pulse:
         self._ended.set()
         self._busy.set()
 
-    def _tell(self) -> None:
+    def _tell(self, rss_bytes: int = 0) -> None:
         elapsed_s = 0.0 if self.phase == "idle" else self._now() - self._began_s
-        self._link.send(wire.Phase(self.phase, self._detail, elapsed_s))
+        self._link.send(wire.Phase(self.phase, self._detail, elapsed_s, rss_bytes))
 
     def _repeat(self) -> None:
         # The parent may have gone; the loop notices when it is back at its socket.
         with suppress(OSError):
             while self._busy.wait() and not self._ended.wait(self._every_s):
                 if self._busy.is_set():
-                    self._tell()
+                    self._tell(host.rss_bytes())

@@ -20,7 +20,7 @@ from itertools import count
 from pathlib import Path
 from typing import assert_never
 
-from mlx_serving import clock, errors
+from mlx_serving import clock, errors, host
 from mlx_serving.runtime.backend.model import Device, LoadedAdapter, LoadedModel
 from mlx_serving.runtime.collector import Collector
 from mlx_serving.runtime.core.memory import share
@@ -32,6 +32,7 @@ from mlx_serving.runtime.line import Launched, Line
 from mlx_serving.runtime.link import Link, Pulse
 from mlx_serving.runtime.loads import Loader, Loads
 from mlx_serving.runtime.slices import Slices
+from mlx_serving.runtime.wired import Wiring
 from mlx_serving.types import CacheStats, Grammar
 from mlx_serving.worker import wire
 
@@ -65,6 +66,7 @@ class Model:
         self._scheduler = Scheduler(loaded.limits, loaded.on_disk, arrivals)
         self.claim, self.grant = self._scheduler.claim, self._scheduler.grant
         self.close = loaded.close
+        self.weights = loaded.weights
         self._grammars = loaded.grammars
         self._host = loaded.adapters
         self.adapters: dict[str, LoadedAdapter] = {}
@@ -313,6 +315,7 @@ class Loop:
         self._load = load
         self._loads = Loads(self._begin_load, now)
         self._device: Device | None = None
+        self._wiring = Wiring()
         self._arrivals = count()
         self._short_bytes = 0
         """What a waiting sequence lacks until idle models leave."""
@@ -380,7 +383,7 @@ class Loop:
             self._pulse.enter("idle")
         while not self._link.wait(self._heartbeat_s):
             self._collector.idle()
-            self._link.send(wire.Phase("idle"))
+            self._link.send(wire.Phase("idle", rss_bytes=host.rss_bytes()))
             if self._short_bytes:
                 self._link.send(wire.Short(self._short_bytes))
 
@@ -410,6 +413,8 @@ class Loop:
             case wire.Tune(model_id=model_id):
                 if (model := self._models.get(model_id)) is not None:
                     model.tune(message)
+            case wire.Pin(model_id=model_id, pinned=pinned):
+                self._pin(model_id, pinned)
             case wire.ClearCache(model_id):
                 model = self._models.get(model_id)
                 stats = CacheStats() if model is None else model.clear_cache()
@@ -433,6 +438,13 @@ class Loop:
         if model is None:
             raise errors.ModelNotFound(f"model {options.adapter_of!r} is not loaded")
         return model.attach(model_id, path)
+
+    def _pin(self, model_id: str, pinned: bool) -> None:
+        if (model := self._models.get(model_id)) is None:
+            return
+        wiring = self._wiring
+        told = wiring.wire(model_id, model.weights) if pinned else wiring.release(model_id)
+        self._link.send(told)
 
     def _submit(self, request: wire.Submit) -> None:
         model = self._answering(request.model_id)
@@ -495,6 +507,7 @@ class Loop:
         if (model := self._models.pop(model_id, None)) is not None:
             self._link.send(model.end_all(errors.ModelNotFound.code, message))
             gone = [*model.adapters, model_id]
+            self._wiring.release(model_id)
             model.close()
         elif (model := self._answering(model_id)) is not None:
             self._link.send(model.detach(model_id))

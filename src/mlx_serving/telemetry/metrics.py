@@ -151,7 +151,7 @@ class Metrics:
         )
         self.prefetches = Counter(
             "mlx_serving_prefetches",
-            "Models read ahead (begun); loads of models that had been (hit) and had not been (miss)",
+            "Models prepared (begun); requests for such (hit); loads of models that were not (miss)",
             ["outcome"],
             registry=r,
         )

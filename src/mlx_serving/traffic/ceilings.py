@@ -227,7 +227,7 @@ class Ceilings:
         told, model.told = model.told, tuning(model.info, wishes, model.state)
         name, row = model.info.model_id, self._row(model)
         if model.told != told:
-            self._worker.tune(model.told)
+            self._worker.order(model.told)
             line = "%s: at most %d sequences at once, %d tokens of prefill a step; guard: %s"
             level = logging.WARNING if isinstance(model.state, Degraded) else logging.INFO
             if isinstance(model.search, knee.Trying):

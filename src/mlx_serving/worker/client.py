@@ -225,7 +225,10 @@ class Connection(asyncio.Protocol):
         self.hello: asyncio.Future[wire.Hello] = loop.create_future()
         self.lost: asyncio.Future[None] = loop.create_future()
         self.models: dict[str, ModelInfo] = {}
+        self.wired: dict[str, wire.Wired] = {}
         self.phase: wire.Phase | None = None
+        self.rss_bytes = 0
+        """As it told last."""
         self.on_memory: Callable[[wire.Memory | wire.Short], None] = lambda _: None
         self._on_stats = on_stats
         self._on_phase = on_phase
@@ -379,6 +382,7 @@ class Connection(asyncio.Protocol):
                         stream.starting = True
             case wire.Phase():
                 self.phase = message
+                self.rss_bytes = message.rss_bytes or self.rss_bytes
                 self._on_phase(message)
             case wire.Memory() | wire.Short():
                 self.on_memory(message)
@@ -396,8 +400,11 @@ class Connection(asyncio.Protocol):
                 clear = self._clears.pop(model_id, None)
                 if clear is not None and not clear.done():
                     clear.set_result(stats)
+            case wire.Wired(model_id):
+                self.wired[model_id] = message
             case wire.ModelUnloaded(model_id):
                 self.models.pop(model_id, None)
+                self.wired.pop(model_id, None)
                 unload = self._unloads.pop(model_id, None)
                 if unload is not None and not unload.done():
                     unload.set_result(None)

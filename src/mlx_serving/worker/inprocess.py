@@ -68,5 +68,11 @@ class InProcessWorker(Supervisor):
     def __init__(
         self, *, load_timeout_s: float = math.inf, spawn: Callable[[], Process] = RuntimeThread
     ) -> None:
-        deadlines = Deadlines(math.inf, math.inf, load_timeout_s, math.inf)
-        super().__init__(deadlines=deadlines, revive=False, spawn=spawn)
+        super().__init__(deadlines=_of_loads(load_timeout_s), revive=False, spawn=spawn)
+
+    def bound(self, deadlines: Deadlines, resume_timeout_s: float, rss_limit_bytes: int) -> None:
+        super().bound(_of_loads(deadlines.load_s), resume_timeout_s, rss_limit_bytes)
+
+
+def _of_loads(load_s: float) -> Deadlines:
+    return Deadlines(math.inf, math.inf, load_s, math.inf)

@@ -1,4 +1,4 @@
-"""What a worker should have loaded, how it is tuned, and what is held against its models.
+"""What a worker should have loaded, the orders for each model, and what is held against them.
 
 A model is blamed for a death when the worker was loading it, or was giving the token of a probe.
 Blamed for `limit` deaths in a row it is quarantined: refused, and not loaded again, until
@@ -8,15 +8,15 @@ Blamed for `limit` deaths in a row it is quarantined: refused, and not loaded ag
 from __future__ import annotations
 
 from mlx_serving.errors import MLXServingError, ModelBroken
-from mlx_serving.worker.wire import ModelOptions, Tune
+from mlx_serving.worker.wire import ModelOptions, Order
 
 
 class Models:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._wanted: dict[str, tuple[str, ModelOptions]] = {}
-        self._tunings: dict[str, Tune] = {}
-        """What was last said of a model, loaded or not; what is as it was loaded is not kept."""
+        self._orders: dict[tuple[str, type[Order]], Order] = {}
+        """The last of each kind for a model, loaded or not; those that take one back are not kept."""
         self._broken: dict[str, MLXServingError] = {}
         """Those that the present worker could not reload, and why."""
         self._quarantined: dict[str, ModelBroken] = {}
@@ -41,15 +41,16 @@ class Models:
         self._broken.pop(model_id, None)
         self.acquit(model_id)
 
-    def tune(self, tuning: Tune) -> None:
+    def order(self, order: Order) -> None:
         """What every worker that loads the model is to be told from now on."""
-        if tuning == Tune(model_id=tuning.model_id):
-            self._tunings.pop(tuning.model_id, None)
+        kind = type(order)
+        if order == kind(model_id=order.model_id):
+            self._orders.pop((order.model_id, kind), None)
         else:
-            self._tunings[tuning.model_id] = tuning
+            self._orders[order.model_id, kind] = order
 
-    def tuning(self, model_id: str) -> Tune | None:
-        return self._tunings.get(model_id)
+    def orders(self, model_id: str) -> list[Order]:
+        return [order for (of, _), order in self._orders.items() if of == model_id]
 
     def not_reloaded(self, model_id: str, why: MLXServingError) -> None:
         self._broken[model_id] = why

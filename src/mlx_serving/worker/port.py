@@ -22,7 +22,8 @@ from mlx_serving.types import (
     Turn,
 )
 from mlx_serving.worker.client import SequenceStream
-from mlx_serving.worker.wire import Memory, ModelOptions, StepStats, Tune
+from mlx_serving.worker.watchdog import Deadlines
+from mlx_serving.worker.wire import Memory, ModelOptions, Order, StepStats, Wired
 
 
 class Starting(msgspec.Struct, frozen=True, tag="starting"):
@@ -190,9 +191,13 @@ class WorkerClient(Protocol):
         """Its running sequences end with ModelNotFound. Unknown ids are not an error."""
         ...
 
-    def tune(self, tuning: Tune) -> None:
-        """How much a model takes on at once, from its next step on and in every later worker; it need
-        not be loaded."""
+    def order(self, order: Order) -> None:
+        """How a model is run, from its next step on and in every later worker; it need not be loaded."""
+        ...
+
+    def bound(self, deadlines: Deadlines, resume_timeout_s: float, rss_limit_bytes: int) -> None:
+        """When a worker is taken for stuck, how long streams wait for the next one, and what its resident
+        set may grow to (0: no limit), from now on."""
         ...
 
     async def clear_cache(self, model_id: str) -> CacheStats:
@@ -231,6 +236,11 @@ class WorkerClient(Protocol):
     @property
     def models(self) -> tuple[ModelInfo, ...]:
         """Loaded now."""
+        ...
+
+    @property
+    def wired(self) -> Mapping[str, Wired]:
+        """What became of the pinned ones' weights."""
         ...
 
     @property

@@ -111,3 +111,12 @@ def _how(status: int) -> str:
         return f"was killed by {signal.Signals(-status).name}"
     except ValueError:
         return f"was killed by signal {-status}"
+
+
+async def ended(process: Process, deadline_s: float) -> int:
+    """Wait for the exit; kill at the deadline. Returns the exit status: it is reaped."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(deadline_s):
+            return await asyncio.shield(process.exited)
+    process.kill()
+    return await process.exited

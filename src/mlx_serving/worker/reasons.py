@@ -1,9 +1,10 @@
-"""What clients are told when there is no worker for them."""
+"""What is told of a worker's state, and to clients when there is no worker for them."""
 
 from __future__ import annotations
 
 from mlx_serving.errors import Overloaded
 from mlx_serving.worker import port
+from mlx_serving.worker.breaker import Breaker, Closed, HalfOpen, Open
 
 DOWN_RETRY_S = 30.0
 
@@ -32,3 +33,18 @@ def brief(cause: str) -> str:
     how, *words = cause.splitlines() or [""]
     telling = words[-1:] if words and words[0].startswith("Traceback") else words[:1]
     return "\n".join((how, *telling))
+
+
+def tag(state: port.WorkerState) -> str:
+    """As /health has it."""
+    return str(state.__struct_config__.tag)
+
+
+def breaker_name(breaker: Breaker) -> str:
+    match breaker:
+        case Closed():
+            return "closed"
+        case Open():
+            return "open"
+        case HalfOpen():
+            return "half_open"

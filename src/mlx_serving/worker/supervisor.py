@@ -42,8 +42,9 @@ from mlx_serving.worker.breaker import (
     after_wait,
 )
 from mlx_serving.worker.client import Connection, SequenceStream
+from mlx_serving.worker.growth import Growth
 from mlx_serving.worker.models import Models
-from mlx_serving.worker.process import Process, WorkerProcess
+from mlx_serving.worker.process import Process, WorkerProcess, ended
 from mlx_serving.worker.watchdog import Deadlines, stuck
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Supervisor:
         park_timeout_s: how long loads and new streams wait for a worker that is (re)starting.
         resume_timeout_s: how long streams of a worker that died wait for the next one.
         replace_timeout_s: how long a worker that is being replaced may take to finish its step.
+        growth: when a worker is replaced for its size.
         revive: start another worker when one has died; otherwise streams end with WorkerDied.
         seed: of the back-off's jitter.
     """
@@ -78,6 +80,7 @@ class Supervisor:
         park_timeout_s: float = 30.0,
         resume_timeout_s: float = 300.0,
         replace_timeout_s: float = 5.0,
+        growth: Growth | None = None,
         revive: bool = True,
         seed: int | None = None,
         spawn: Callable[[], Process] = WorkerProcess,
@@ -90,6 +93,9 @@ class Supervisor:
         self._park_timeout_s = park_timeout_s
         self._resume_timeout_s = resume_timeout_s
         self._replace_timeout_s = replace_timeout_s
+        self._growth = growth or Growth()
+        self._ready_s = now()
+        """When the present worker was."""
         self._revive = revive
         self._random = random.Random(seed)
         self._spawn = spawn
@@ -103,7 +109,8 @@ class Supervisor:
         self._breaker: Breaker = Closed()
         self._hurry = asyncio.Event()
         """Start the next worker without waiting for the back-off."""
-        self._replacing = False
+        self._replacing = ""
+        """Why the present worker is."""
         self._stuck: str | None = None
         """What the watchdog ended the present worker for."""
         self._models = Models(max_deaths)
@@ -127,6 +134,10 @@ class Supervisor:
         return tuple(self._connection.models.values()) if self._connection is not None else ()
 
     @property
+    def wired(self) -> dict[str, wire.Wired]:
+        return self._connection.wired if self._connection is not None else {}
+
+    @property
     def broken(self) -> dict[str, errors.MLXServingError]:
         return self._models.broken
 
@@ -137,12 +148,12 @@ class Supervisor:
         return [
             port.WorkerHealth(
                 pid=self._process.pid if self._process is not None else None,
-                state=_tag(state),
+                state=reasons.tag(state),
                 phase=connection.phase.phase if connection is not None and connection.phase else "",
                 models=tuple(info.model_id for info in self.models),
                 cause=None if serves else reasons.brief(cause) or None,
                 restarts=self._restarts,
-                breaker=_breaker_name(self._breaker),
+                breaker=reasons.breaker_name(self._breaker),
                 retry_in_s=reasons.retry_in_s(state, self._now()),
                 broken={model_id: error.message for model_id, error in self.broken.items()},
                 streams_waiting=len(self._backlog),
@@ -173,7 +184,7 @@ class Supervisor:
         if process is not None:
             if connection is None:
                 process.kill()
-            await _end(process, deadline_s)
+            await ended(process, deadline_s)
 
     def restart(self) -> None:
         """Replace the worker; streams go on in the next one. Lifts quarantines and back-off."""
@@ -183,9 +194,12 @@ class Supervisor:
         self._models.pardon()
         self._breaker = Closed()
         self._hurry.set()
+        self._replace("as asked")
+
+    def _replace(self, why: str) -> None:
         connection, process = self._connection, self._process
         if connection is not None and process is not None and not self._replacing:
-            self._replacing = True
+            self._replacing = why
             connection.send(wire.Shutdown())
             asyncio.get_running_loop().call_later(self._replace_timeout_s, process.kill)
 
@@ -207,7 +221,7 @@ class Supervisor:
                 self.on_event(port.ModelLoadFailed(model_id, error.code, error.message))
                 raise
         self._models.loaded(model_id, path, options)
-        self._retune(connection, model_id)
+        self._give_orders(connection, model_id)
         self.on_event(port.ModelReady(info))
         return info
 
@@ -218,10 +232,14 @@ class Supervisor:
             await connection.unload_model(model_id)
             self.on_event(port.ModelGone(model_id))
 
-    def tune(self, tuning: wire.Tune) -> None:
-        self._models.tune(tuning)
+    def order(self, order: wire.Order) -> None:
+        self._models.order(order)
         if self._connection is not None:
-            self._connection.send(tuning)
+            self._connection.send(order)
+
+    def bound(self, deadlines: Deadlines, resume_timeout_s: float, rss_limit_bytes: int) -> None:
+        self._deadlines, self._resume_timeout_s = deadlines, resume_timeout_s
+        self._growth.limit_bytes = rss_limit_bytes
 
     async def clear_cache(self, model_id: str) -> CacheStats:
         connection = self._usable()
@@ -307,7 +325,7 @@ class Supervisor:
         """Move the breaker. Returns the seconds to wait."""
         self._hurry.clear()
         if self._replacing:
-            self._replacing = False
+            self._replacing = ""
             return 0.0
         assert not isinstance(self._breaker, Open)
         wait = after_death(self._policy, self._breaker, self._now(), self._random.random())
@@ -331,31 +349,42 @@ class Supervisor:
             await connection.lost
         finally:
             watching.cancel()
-        status = await _end(process, EXIT_TIMEOUT_S)
+        status = await ended(process, EXIT_TIMEOUT_S)
         self._connection = None
         cause = process.cause(status)
         if self._stuck is not None:
             cause = f"{self._stuck}; {cause}"
         elif self._replacing:
-            cause = f"replaced as asked; {cause}"
+            cause = f"replaced {self._replacing}; {cause}"
         self._bury(connection, cause)
         return cause
 
     async def _watch(self, connection: Connection, process: Process) -> None:
         """End a worker that is stuck, after its last words."""
-        tick_s = self._deadlines.tick_s
         while self._stuck is None:
+            tick_s = self._deadlines.tick_s
             before_s = self._now()
             await asyncio.sleep(tick_s)
             late_s = self._now() - before_s - tick_s
             if late_s > tick_s:
                 connection.excuse(late_s)
+            self._check_size(connection, process)
             self._stuck = stuck(self._deadlines, connection.vitals())
         log.error("worker %d is stuck: %s", process.pid, self._stuck)
         process.explain()
         await asyncio.sleep(EXPLAIN_S)
         process.kill()
         connection.close()
+
+    def _check_size(self, connection: Connection, process: Process) -> None:
+        age_s = self._now() - self._ready_s
+        if not self._revive or self._usable() is None or connection.loading:
+            return
+        if self._growth.outgrown(connection.rss_bytes, age_s):
+            self._growth.replaced(age_s)
+            held, limit = connection.rss_bytes >> 20, self._growth.limit_bytes >> 20
+            log.warning("worker %d has grown to %d MiB: it is replaced", process.pid, held)
+            self._replace(f"because it had {held} MiB, more than worker_rss_limit_bytes ({limit})")
 
     async def _prepare(self, connection: Connection, process: Process) -> None:
         """Hello, then the models that the last worker had, then its streams. Returns early when
@@ -374,6 +403,7 @@ class Supervisor:
         assert not isinstance(self._breaker, Open)
         self._breaker = after_probe(self._breaker)
         self._set_state(port.Ready(process.pid))
+        self._ready_s = self._now()
         self._backlog.hand_over(lambda stream: self._send_or_fail(stream, connection))
 
     def _reconcile(self, connection: Connection, hello: wire.Hello) -> None:
@@ -403,14 +433,14 @@ class Supervisor:
         if isinstance(self._breaker, HalfOpen) and not await self._probe(connection, model_id):
             return False
         self._models.acquit(model_id)
-        self._retune(connection, model_id)
+        self._give_orders(connection, model_id)
         self.on_event(port.ModelReady(info))
         return True
 
-    def _retune(self, connection: Connection, model_id: str) -> None:
-        """Tell a worker that has just loaded a model; before any sequence of it is sent."""
-        if (tuning := self._models.tuning(model_id)) is not None:
-            connection.send(tuning)
+    def _give_orders(self, connection: Connection, model_id: str) -> None:
+        """To a worker that has just loaded a model; before any sequence of it is sent."""
+        for order in self._models.orders(model_id):
+            connection.send(order)
 
     async def _probe(self, connection: Connection, model_id: str) -> bool:
         """One token of a prompt of ours, so that the next death is not a client's. False: it died."""
@@ -560,26 +590,3 @@ async def _first(*futures: asyncio.Future[Any]) -> None:
 async def _ended(stream: SequenceStream) -> None:
     async for _ in stream:
         pass
-
-
-async def _end(process: Process, deadline_s: float) -> int:
-    """Wait for the exit; kill at the deadline. Returns the exit status: it is reaped."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(deadline_s):
-            return await asyncio.shield(process.exited)
-    process.kill()
-    return await process.exited
-
-
-def _tag(state: port.WorkerState) -> str:
-    return str(state.__struct_config__.tag)
-
-
-def _breaker_name(breaker: Breaker) -> str:
-    match breaker:
-        case Closed():
-            return "closed"
-        case Open():
-            return "open"
-        case HalfOpen():
-            return "half_open"

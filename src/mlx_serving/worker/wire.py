@@ -4,9 +4,9 @@ Frames on a Unix stream socket: 4 bytes little-endian length, then one MessagePa
 message, told apart by its tag. Both ends are the same version of this package (the
 supervisor starts the worker), so fields may change freely between releases.
 
-    to the worker      LoadModel  UnloadModel  Tune  ClearCache  Submit  Cancel  Pause  Resume
+    to the worker      LoadModel  UnloadModel  Tune  Pin  ClearCache  Submit  Cancel  Pause  Resume
                        Shutdown
-    from the worker    Hello  Phase  ModelLoaded  ModelFailed  ModelUnloaded  Memory  Short
+    from the worker    Hello  Phase  ModelLoaded  ModelFailed  ModelUnloaded  Wired  Memory  Short
                        CacheCleared  Started  Step
 
 One `Step` frame a step carries the new tokens of every sequence.
@@ -105,6 +105,17 @@ class Tune(msgspec.Struct, frozen=True, tag="tune", kw_only=True):
     one a step remains."""
 
 
+class Pin(msgspec.Struct, frozen=True, tag="pin", kw_only=True):
+    """Whether a loaded model's weights are to stay in physical memory; answered by Wired."""
+
+    model_id: str
+    pinned: bool = False
+
+
+Order = Tune | Pin
+"""How a model is run from now on; the defaults take an earlier order back."""
+
+
 class ClearCache(msgspec.Struct, frozen=True, tag="clear_cache"):
     """Forget every prefix that no running sequence uses, on disk too."""
 
@@ -152,7 +163,9 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Leave now; running sequences are dropped (draining is the gateway's business)."""
 
 
-ToWorker = LoadModel | UnloadModel | Tune | ClearCache | Submit | Cancel | Pause | Resume | Shutdown
+ToWorker = (
+    LoadModel | UnloadModel | Order | ClearCache | Submit | Cancel | Pause | Resume | Shutdown
+)
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello", kw_only=True):
@@ -173,6 +186,8 @@ class Phase(msgspec.Struct, frozen=True, tag="phase"):
     detail: str = ""
     elapsed_s: float = 0.0
     """Since the phase began."""
+    rss_bytes: int = 0
+    """The process's resident set, when it is repeated; 0: not looked at."""
 
 
 class ModelLoaded(msgspec.Struct, frozen=True, tag="loaded"):
@@ -187,6 +202,15 @@ class ModelFailed(msgspec.Struct, frozen=True, tag="failed"):
 
 class ModelUnloaded(msgspec.Struct, frozen=True, tag="unloaded"):
     model_id: str
+
+
+class Wired(msgspec.Struct, frozen=True, tag="wired"):
+    """What of a model's weights cannot be paged out."""
+
+    model_id: str
+    bytes: int = 0
+    why_not: str | None = None
+    """Why nothing is, although it is pinned."""
 
 
 class CacheCleared(msgspec.Struct, frozen=True, tag="cache_cleared"):
@@ -280,6 +304,7 @@ FromWorker = (
     | ModelLoaded
     | ModelFailed
     | ModelUnloaded
+    | Wired
     | Memory
     | Short
     | CacheCleared

@@ -112,10 +112,6 @@ class FakeGeneration:
         )
 
 
-async def _nothing() -> None:
-    pass
-
-
 class FakeGateway:
     """Plays `script`; keeps the requests it saw and the generations it opened."""
 
@@ -132,7 +128,7 @@ class FakeGateway:
         self.cache = CacheStats(memory_blocks=3, disk_lost=1)
         self.loads: list[tuple[str, float | None]] = []
         self.unloads: list[str] = []
-        self.live = LiveSettings(Config(), lambda wanted: _nothing)
+        self.live = LiveSettings(Config())
 
     def default_model(self) -> str:
         return "tiny"

@@ -43,6 +43,8 @@ async def test_models(client: httpx.AsyncClient) -> None:
         "context_length": 8192,
         "pinned": False,
         "expires_in_s": None,
+        "wired_bytes": 0,
+        "not_wired": None,
     }
     assert body["data"][1]["reason"] == "no such file"
 

@@ -7,7 +7,7 @@ import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -46,16 +46,40 @@ def test_what_comes_next(requests: str, guess: Guess | None) -> None:
 
 @dataclass
 class FakeSlot:
+    model_id: str
     state: Any
+    starts: int = 0
+
+    def start(self, *, asked: bool) -> asyncio.Task[None]:
+        assert not asked
+        self.starts += 1
+        self.state = Ready(None)
+        return asyncio.create_task(asyncio.sleep(0))
+
+
+class FakeResidency:
+    """Has room, or has not; and says for whom it was asked, and who was spared."""
+
+    def __init__(self, room: bool) -> None:
+        self._room = room
+        self.asked: list[tuple[str, str]] = []
+
+    async def clear_for(self, slot: FakeSlot, spared: str) -> bool:
+        self.asked.append((slot.model_id, spared))
+        return self._room
 
 
 class Listening:
     """A `Prefetch` over the models a, b and c, of which those in `absent` are not in memory."""
 
-    def __init__(self, tmp_path: Path, absent: str, threshold: float = 0.7) -> None:
-        slots: Any = {m: FakeSlot(Absent() if m in absent else Ready(None)) for m in "abc"}
+    def __init__(
+        self, tmp_path: Path, absent: str, threshold: float = 0.7, *, room: bool = False
+    ) -> None:
+        self.slots = {m: FakeSlot(m, Absent() if m in absent else Ready(None)) for m in "abc"}
+        self.residency = FakeResidency(room)
         self.outcomes: list[str] = []
-        self.prefetch = Prefetch(slots, threshold, self.outcomes.append)
+        slots, residency = cast(Any, self.slots), cast(Any, self.residency)
+        self.prefetch = Prefetch(slots, residency, threshold, self.outcomes.append)
         for m in "abc":
             self.prefetch.hear(ModelLoaded(model_id=m, info=info(m, tmp_path)))
 
@@ -97,6 +121,31 @@ async def test_a_likely_model_is_read_once_and_its_load_is_a_hit(tmp_path: Path)
     await all_.prefetch.close()
 
 
+async def test_a_likely_model_is_loaded_where_there_is_room(tmp_path: Path) -> None:
+    all_ = Listening(tmp_path, absent="b", room=True)
+    all_.requests("ababa")
+    assert all_.outcomes == ["begun"]
+    while not all_.slots["b"].starts:
+        await asyncio.sleep(0)
+        all_.hear(ModelLoading(model_id="b"))
+    assert all_.residency.asked == [("b", "a")]
+    all_.requests("ab")
+    assert all_.outcomes == ["begun", "hit"]
+    all_.requests("bab")
+    assert all_.outcomes == ["begun", "hit"] and all_.slots["b"].starts == 1
+    await all_.prefetch.close()
+
+
+async def test_a_threshold_of_0_is_never(tmp_path: Path) -> None:
+    never = Listening(tmp_path, absent="b", threshold=0.0)
+    never.requests("ababa")
+    assert never.outcomes == []
+    never.prefetch.threshold = 0.7
+    never.requests("a")
+    assert never.outcomes == ["begun"]
+    await never.prefetch.close()
+
+
 async def test_no_model_is_read_that_is_in_memory_or_unlikely(tmp_path: Path) -> None:
     resident = Listening(tmp_path, absent="c")
     resident.requests("ababa")
@@ -110,7 +159,7 @@ async def test_one_model_is_read_at_a_time(tmp_path: Path) -> None:
     os.mkfifo(weights)  # opening it waits for somebody who writes
     three = Listening(tmp_path, absent="abc")
     three.requests("ababa")
-    three.requests("cbcbcb")
+    three.requests("cacaca")
     assert three.outcomes == ["begun"]
     writer = asyncio.to_thread(lambda: weights.open("wb").close())
     await asyncio.gather(writer, three.prefetch.close())

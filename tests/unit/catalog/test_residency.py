@@ -84,6 +84,35 @@ async def test_who_does_not_fit_in_time_may_come_again() -> None:
     assert error.value.retry_after_s and error.value.code == "no_memory_now"
 
 
+@pytest.mark.parametrize(
+    ("pinned", "busy", "spared", "log"),
+    [
+        ("", "", "b", ["-a"]),
+        ("", "", "a", ["-b"]),
+        ("", "a", "b", None),
+        ("a", "", "b", None),
+    ],
+)
+async def test_for_a_guess_idle_models_leave_but_the_present_one(
+    pinned: str, busy: str, spared: str, log: list[str] | None
+) -> None:
+    house = House(10, {"a": 5, "b": 5, "c": 5})
+    assert not await house.residency.clear_for(house.slots["c"], spared)  # of unknown size
+    for name in "cab":
+        await house.slots[name].ready()
+    house.log.clear()
+    for name in pinned:
+        house.slots[name].pin(True)
+    for name in busy:
+        await house.slots[name].acquire()
+    assert await house.residency.clear_for(house.slots["c"], spared) == (log is not None)
+    assert house.log == (log or [])
+    if log:
+        assert await house.residency.clear_for(house.slots["c"], spared)
+        await asyncio.wait([house.slots["c"].start(asked=False)])
+        assert house.log == [*log, "+c"]
+
+
 async def test_unasked_nobody_leaves_for_it() -> None:
     house = House(10, {"a": 10, "b": 10})
     await house.slots["a"].ready()

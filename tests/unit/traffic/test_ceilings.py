@@ -55,7 +55,7 @@ class Worker:
     def __init__(self) -> None:
         self.told: list[Tune] = []
 
-    def tune(self, tuning: Tune) -> None:
+    def order(self, tuning: Tune) -> None:
         self.told.append(tuning)
 
 

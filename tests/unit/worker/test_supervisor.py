@@ -412,7 +412,7 @@ async def test_restart_replaces_the_worker_under_its_streams(worker):
 async def test_a_tuning_holds_in_every_later_worker_until_it_is_taken_back(worker):
     seen: list[StepStats] = []
     worker.on_stats = seen.append
-    worker.tune(wire.Tune(model_id="m", max_num_seqs=1))  # before there is such a model
+    worker.order(wire.Tune(model_id="m", max_num_seqs=1))  # before there is such a model
     await worker.load_model("m", "any")
 
     async def most_rows() -> int:
@@ -427,10 +427,23 @@ async def test_a_tuning_holds_in_every_later_worker_until_it_is_taken_back(worke
     await worker.unload_model("m")
     await worker.load_model("m", "any")
     assert await most_rows() == 1
-    worker.tune(wire.Tune(model_id="m"))
+    worker.order(wire.Tune(model_id="m"))
     for k in range(1, 5):
         submit(worker, 100 * k, FOREVER)  # nobody reads, so that it does not end
     await until(lambda: seen[-1].running == 4)
+
+
+async def test_a_pin_holds_in_every_later_worker_and_is_answered(worker):
+    worker.order(wire.Pin(model_id="m", pinned=True))
+    await worker.load_model("m", "any")
+    await until(lambda: worker.wired)
+    assert worker.wired == {"m": wire.Wired("m", 0, "it has no weights")}
+    os.kill(worker.health()[0].pid, signal.SIGKILL)
+    await until(lambda: worker.health()[0].restarts == 1 and worker.wired)
+    worker.order(wire.Pin(model_id="m"))
+    await until(lambda: worker.wired == {"m": wire.Wired("m")})
+    await worker.unload_model("m")
+    assert worker.wired == {}
 
 
 async def test_restart_ends_a_worker_that_does_not_heed_it(spawn):

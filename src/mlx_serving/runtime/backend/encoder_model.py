@@ -18,6 +18,7 @@ from mlx.nn.layers.quantized import QuantizedLinear, quantize
 
 from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime.backend.encoder import Encoder, EncoderConfig, TextEncoder, pack, rename
+from mlx_serving.runtime.backend.held import weights_of
 from mlx_serving.runtime.backend.kernels import accelerate
 from mlx_serving.runtime.backend.memory import MLXMemory, budget_bytes
 from mlx_serving.runtime.backend.mlx_model import (
@@ -200,7 +201,8 @@ def load(
     )
     device = MLXMemory(budget_bytes(options.memory_budget, mx.device_info(), gpu))
     limits = _limits(context, longest, step_tokens)
-    return LoadedModel(info, runner, limits, device=device)
+    weights = weights_of(model, info.held_bytes, gpu)
+    return LoadedModel(info, runner, limits, device=device, weights=weights)
 
 
 def _limits(context: int, longest: int, step_tokens: int) -> Limits:

@@ -16,6 +16,7 @@ from mlx_serving.runtime.backend.adapters import Adapters
 from mlx_serving.runtime.backend.arch import head_on_last, make_store
 from mlx_serving.runtime.backend.embedder import check_decoder, decoder_classes
 from mlx_serving.runtime.backend.grammar import Grammars, tokenizer_file
+from mlx_serving.runtime.backend.held import weights_of
 from mlx_serving.runtime.backend.judge import Judge, read_judge
 from mlx_serving.runtime.backend.kernels import Kernels, decoder_kernels
 from mlx_serving.runtime.backend.kv import KVStore
@@ -187,7 +188,10 @@ def load(
         rank_form="" if judge is None else judge.form,
     )
     taken = adapters if kind == "decoder" else None
-    return LoadedModel(info, runner, limits, grammars, on_disk, runner.close, device, taken)
+    weights = weights_of(model, held_bytes, gpu)
+    return LoadedModel(
+        info, runner, limits, grammars, on_disk, runner.close, device, taken, weights
+    )
 
 
 def _jumps(options: ModelOptions, kernels: Kernels, store: KVStore) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from mlx_serving.runtime.core.disk import Scanned
 from mlx_serving.runtime.core.plan import Constraint, Limits, Runner
@@ -38,6 +38,23 @@ class Device(Protocol):
     def give_back(self) -> None:
         """Return to the system what an unloaded model has left."""
         ...
+
+
+class Span(NamedTuple):
+    """Of this process's memory."""
+
+    address: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Where a model's weights lie."""
+
+    device: Literal["cpu", "metal", "cuda"]
+    held_bytes: int
+    spans: Callable[[], list[Span]]
+    """On the CPU; they may overlap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +92,4 @@ class LoadedModel:
     device: Device | None = None
     adapters: AdapterHost | None = None
     """None: it takes none."""
+    weights: Weights | None = None

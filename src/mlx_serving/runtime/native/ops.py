@@ -22,7 +22,7 @@ they are. In each, a row's result does not depend on the rows beside it."""
 Activation = Literal["silu", "gelu_tanh", "gelu_erf"]
 
 Packed = Any
-"""A packed weight: `.n` outputs, `.k` inputs, `.bits`, `.group_size`, `.nbytes`, and
+"""A packed weight: `.n` outputs, `.k` inputs, `.bits`, `.group_size`, `.nbytes`, their `.address`, and
 `.slice(start, stop)`, outputs that share its memory (start a multiple of 16)."""
 
 KVCode = tuple[int, int, int, mx.Dtype]

@@ -30,6 +30,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("bits", &Packed::bits)
       .def_prop_ro("group_size", &Packed::group)
       .def_prop_ro("nbytes", &Packed::nbytes)
+      .def_prop_ro("address", [](const Packed& p) { return reinterpret_cast<uintptr_t>(p.weight().data); })
       .def("slice", &Packed::slice, "start"_a, "stop"_a);
   nb::class_<RopeTable>(m, "RopeTable")
       .def_prop_ro("dims", &RopeTable::dims)
