@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import sys
@@ -88,6 +89,7 @@ def accelerating(
     # Fused layers first: they pack q, k and v together, and the single layers share that memory.
     if fused:
         report.fused = yield from fuse(model, mode, _pack_into, keep, kv_dtype)
+    _unshare(model)
     for path, module in model.named_modules():
         if _move(path, module, mode, keep, report):
             yield
@@ -100,6 +102,15 @@ def accelerating(
                 seen.add(id(packed))
                 report.packed_bytes += packed.nbytes
     return report
+
+
+def _unshare(model: Module) -> None:
+    """Give the model its own of what moves without weights: mlx-lm has one activation for all experts of
+    all models, as a default argument."""
+    for _, parent in model.named_modules():
+        for name, child in parent.children().items():
+            if isinstance(child, Module) and not child and _bound(type(child)):
+                parent[name] = copy.copy(child)
 
 
 def _move(path: str, module: Module, mode: ops.Mode, keep: set[str], report: Report) -> bool:

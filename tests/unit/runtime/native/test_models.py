@@ -197,6 +197,28 @@ def test_classes_are_not_patched() -> None:
     assert type(other.layers[0].self_attn) is llama.Attention
 
 
+def test_what_models_share_stays_as_it_was() -> None:
+    """mlx-lm's experts share one activation object."""
+    from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
+
+    from mlx_serving.runtime.native.install import accelerate
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = SwitchGLU(32, 32, 2)
+
+    first, second = Experts(), Experts()
+    assert first.experts.activation is second.experts.activation
+    x, chosen = mx.random.normal((3, 32)), mx.array([[0], [1], [0]])
+    want = np.array(first.experts(x, chosen))
+    report = accelerate(first, "f32")
+    assert report.replaced["SwiGLU"] == 1
+    assert np.abs(np.array(first.experts(x, chosen)) - want).max() < 1e-5
+    assert type(second.experts.activation) is SwiGLU
+    assert accelerate(second, "f32").replaced == report.replaced
+
+
 def test_bfloat16_model_keeps_its_cache_type() -> None:
     from mlx_serving.runtime.native.install import accelerate
 

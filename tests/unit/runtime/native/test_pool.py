@@ -1,13 +1,19 @@
-"""What a cgroup's quota, v1 or v2, makes of the number of threads."""
+"""What a cgroup's quota, v1 or v2, makes of the number of threads, and what threads do without work."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
-from mlx_serving.runtime.native import _load
+from mlx_serving.runtime import native
+from mlx_serving.runtime.native import _load, ops
 
 NONE = 1e9
 Cpus = Callable[[str, Mapping[str, str]], float]
@@ -55,3 +61,41 @@ def test_v1_without_a_quota(cpus: Cpus) -> None:
 @pytest.mark.parametrize("text", ["", "garbage", "0::", ":::::", "0::/gone/away"])
 def test_what_cannot_be_read_limits_nothing(cpus: Cpus, text: str) -> None:
     assert cpus(text, {}) == NONE
+
+
+def others() -> list[str]:
+    """The states of this process's other threads: R runs or would, S sleeps."""
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            if task.name != str(threading.get_native_id()):
+                found.append((task / "stat").read_text().rpartition(")")[2].split()[0])
+    return found
+
+
+def test_helpers_park_when_there_is_nothing_to_do() -> None:
+    packed = ops.pack_dense(mx.random.normal((4096, 256)))
+    x = mx.random.normal((64, 256))
+    threads = native.threads()
+    native.set_threads(4)
+    try:
+        for _ in range(3):
+            mx.eval(ops.linear(x, packed))
+    finally:
+        native.set_threads(threads)
+    assert len(others()) >= 3
+    # One that spun on would be seen running for ever; another test's thread may run now and then.
+    asleep = 0
+    while asleep < 20:
+        asleep = asleep + 1 if set(others()) == {"S"} else 0
+        time.sleep(0.005)
+
+
+def test_threads_are_what_affinity_allows() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert _load.require().available_threads() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert 1 <= _load.require().available_threads() <= len(allowed)
