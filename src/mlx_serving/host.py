@@ -301,6 +301,14 @@ def rss_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def peak_rss_bytes() -> int:
+    """The largest that this process's resident set was."""
+    import resource
+
+    unit = 1024 if sys.platform == "linux" else 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def parse_version(text: str) -> Version | None:
     parts = text.split(".")
     return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else None

@@ -5,17 +5,29 @@ from __future__ import annotations
 import asyncio
 import gc
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
-from mlx_serving import Engine
+from mlx_serving import Engine, host
 from mlx_serving.runtime.backend.memory import STEP_MIN_BYTES
 
 pytestmark = pytest.mark.model
 MIB = 1 << 20
+FREED = 32 * MIB
+"""MLX's allocator keeps so much of what was freed."""
+
+
+def forget_peak() -> int:
+    """From now on the peak of the resident set is anew; returns what it is now. What MLX counts as
+    allocated is no measure: rows take memory as they are written."""
+    if sys.platform != "linux":
+        pytest.skip("the peak of a resident set cannot be forgotten here")
+    Path("/proc/self/clear_refs").write_text("5")
+    return host.rss_bytes()
 
 
 async def pressed(model: Path, streams: int, fitting: int) -> None:
@@ -38,12 +50,12 @@ async def pressed(model: Path, streams: int, fitting: int) -> None:
         str(model), supervise=False, memory_budget=budget, max_num_seqs=4 * fitting
     ) as engine:
         before = mx.get_active_memory() - others
-        mx.reset_peak_memory()
+        resident = forget_peak()
         answers = await asyncio.gather(*(ask(engine, prompt) for prompt in prompts))
-        peak = mx.get_peak_memory() - others
+        peak = before + host.peak_rss_bytes() - resident
     assert answers[:: max(1, streams // 4)] == alone
     assert before < budget
-    assert peak <= budget, f"{peak / MIB:.0f} of {budget / MIB:.0f} MiB"
+    assert peak <= budget + FREED, f"{peak / MIB:.0f} of {budget / MIB:.0f} MiB"
 
 
 async def test_a_few_streams_of_which_fewer_fit(model_dir: Path) -> None:

@@ -11,9 +11,10 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from mlx_serving.runtime.backend.arch import head_on_last
-from mlx_serving.runtime.backend.kv import RowSlots, SeparateRows
+from mlx_serving.runtime.backend.kv import RowSlots
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.backend.sampler import Sampler
+from mlx_serving.runtime.backend.separate_rows import SeparateRows
 from mlx_serving.runtime.core.plan import DecodeRow, PrefillChunk, RowStart, StepPlan
 from mlx_serving.types import SamplingParams
 from model import zoo

@@ -23,7 +23,7 @@ from mlx_serving.runtime.core.plan import (
     StepPlan,
     StepResult,
 )
-from mlx_serving.runtime.core.rows import rectangle
+from mlx_serving.runtime.core.rows import held
 from mlx_serving.types import SamplingParams, TokenLogprob
 from sim.fake_disk import FakeDisk
 
@@ -141,9 +141,9 @@ class FakeRunner:
             self._publish(publish)
         if self.disk is not None:
             self.disk.after(plan, self.blocks)
-        longest = max((len(row.kv) for row in self.rows.values()), default=0)
-        held = rectangle(len(self.rows), longest, self.limits.kv_bucket_tokens)
-        assert held <= self.limits.kv_capacity_tokens, "KV memory overdrawn"
+        limits, lengths = self.limits, [len(row.kv) for row in self.rows.values()]
+        taken = held(lengths, limits.kv_bucket_tokens, own=limits.kv_own_rows)
+        assert taken <= limits.kv_capacity_tokens, "KV memory overdrawn"
         self._rng.shuffle(result.sampled)
         return _Done(result, self.disk, plan.disk.wait)
 

@@ -120,6 +120,7 @@ def scenario(seed: int, *, crowded: bool = True) -> Scenario:
         context_length=context,
         kv_capacity_tokens=rng.choice([roomy, tight, tight]),
         kv_bucket_tokens=bucket,
+        kv_own_rows=random.Random(seed ^ 0x0A7).random() < 0.5,
         eos_token_ids=rng.choice([(), (0,), (0, 1)]),
     )
     horizon_s = rng.choice([1.0, 30.0, 100.0])

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=24)
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--kernels", nargs="*", default=["off", "auto"])
-    parser.add_argument("--max-itl-ms", type=float, nargs="*", default=[60.0, 120.0])
+    parser.add_argument("--max-itl-ms", type=float, nargs="*", default=[60.0, 120.0, 250.0])
     parser.add_argument("--prompt-tokens", type=int, default=6000, help="of the part `gaps`")
     parser.add_argument("--chats", type=int, default=20)
     parser.add_argument("--turns", type=int, default=8)
@@ -87,7 +87,7 @@ async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> 
         sections += await _prefix(args, folder, stored)
     if "gaps" in parts:
         print("a long prompt beside running streams …", file=sys.stderr, flush=True)
-        found = await gaps.measure(stored, (0.0, *args.max_itl_ms), args.prompt_tokens)
+        found = await gaps.measure(stored, (0.0, *args.max_itl_ms), args.prompt_tokens, args.rounds)
         sections.append(report.gaps(found, args.prompt_tokens))
     if "switch" in parts:
         print("switching between models …", file=sys.stderr, flush=True)

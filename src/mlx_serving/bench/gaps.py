@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,21 +26,41 @@ class Gaps:
     p99_ms: float
     most_ms: float
     prompt_s: float
-    """The long prompt's time to its first token."""
+    """The long prompt's time to its first token, median of the rounds."""
 
 
-async def measure(folder: Path, targets_ms: Sequence[float], prompt_tokens: int) -> list[Gaps]:
-    """One server after another, each with its target; 0 is none."""
-    found = []
-    for target_ms in targets_ms:
-        flags = ("--prefix-cache-bytes", "0", "--max-itl-ms", str(target_ms))
-        async with servers.serving(folder, *flags) as server:
-            found.append(await _gaps(server, target_ms, prompt_tokens))
-    return found
+@dataclass(frozen=True, slots=True)
+class _Round:
+    gaps_s: list[float]
+    prompt_s: float
 
 
-async def _gaps(server: servers.Server, target_ms: float, prompt_tokens: int) -> Gaps:
-    rng = random.Random(4)
+async def measure(
+    folder: Path, targets_ms: Sequence[float], prompt_tokens: int, rounds: int
+) -> list[Gaps]:
+    """One server after another, each with its target; 0 is none. In every round each has its turn."""
+    found: dict[float, list[_Round]] = {target_ms: [] for target_ms in targets_ms}
+    for number in range(rounds):
+        for target_ms, before in found.items():
+            async with servers.serving(folder, "--max-itl-ms", str(target_ms)) as server:
+                before.append(await _round(server, prompt_tokens, number))
+    return [_summary(target_ms, runs) for target_ms, runs in found.items()]
+
+
+def _summary(target_ms: float, runs: Sequence[_Round]) -> Gaps:
+    """Over all rounds' gaps; the longest is the median of the rounds' longest."""
+    gaps = sorted(gap for run in runs for gap in run.gaps_s)
+    return Gaps(
+        target_ms,
+        statistics.median(gaps) * 1e3,
+        gaps[int(0.99 * (len(gaps) - 1))] * 1e3,
+        statistics.median(max(run.gaps_s) for run in runs) * 1e3,
+        statistics.median(run.prompt_s for run in runs),
+    )
+
+
+async def _round(server: servers.Server, prompt_tokens: int, seed: int) -> _Round:
+    rng = random.Random(seed)
 
     def body(length: int, max_tokens: int) -> dict[str, Any]:
         prompt = [rng.randrange(100, 40_000) for _ in range(length)]
@@ -58,18 +79,9 @@ async def _gaps(server: servers.Server, target_ms: float, prompt_tokens: int) ->
     for task in streams:
         task.cancel()
     await asyncio.gather(*streams, return_exceptions=True)
-    gaps = sorted(
-        b - a for times in arrivals for a, b in pairwise(times) if began_s <= b <= ended_s
-    )
+    gaps = [b - a for times in arrivals for a, b in pairwise(times) if began_s <= b <= ended_s]
     assert gaps, "the streams had ended"
-    at_99 = gaps[int(0.99 * (len(gaps) - 1))]
-    return Gaps(
-        target_ms,
-        gaps[len(gaps) // 2] * 1e3,
-        at_99 * 1e3,
-        gaps[-1] * 1e3,
-        ended_s - began_s,
-    )
+    return _Round(gaps, ended_s - began_s)
 
 
 async def _watch(server: servers.Server, body: dict[str, Any], times: list[float]) -> None:

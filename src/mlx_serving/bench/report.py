@@ -170,6 +170,8 @@ def replays(found: Sequence[Replay]) -> str:
 
 
 def gaps(found: Sequence[Gaps], prompt_tokens: int) -> str:
+    """`lost`: of the prefill's throughput without a target, the first of them."""
+    free_s = found[0].prompt_s
     rows = [
         (
             f"{one.target_ms:.0f} ms" if one.target_ms else "none",
@@ -177,10 +179,12 @@ def gaps(found: Sequence[Gaps], prompt_tokens: int) -> str:
             f"{one.p99_ms:.0f} ms",
             f"{one.most_ms:.0f} ms",
             f"{one.prompt_s:.1f} s",
+            f"{prompt_tokens / one.prompt_s:.0f} tok/s",
+            f"{1 - free_s / one.prompt_s:.0%}",
         )
         for one in found
     ]
-    head = ("--max-itl-ms", "gap, p50", "p99", "longest", "the prompt's TTFT")
+    head = ("--max-itl-ms", "gap, p50", "p99", "longest", "the prompt's TTFT", "prefill", "lost")
     title = f"## 8 streams while {prompt_tokens:,} tokens are prefilled (kernels: auto)"
     return _table(title, head, rows)
 

@@ -20,9 +20,9 @@ from mlx_serving.runtime.backend.kv import (
     KVStore,
     MakeKVLayer,
     RowSlots,
-    SeparateRows,
     UnsupportedCache,
 )
+from mlx_serving.runtime.backend.separate_rows import SeparateRows
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 A pool is `[blocks, kv_heads, block_tokens, dim]` for each slab of an attention layer, `[blocks, …]` for
 each array of a recurrent one: the state after the block's last position. Pools grow with the
-highest block in use. A row copies blocks at its start and publishes what it has computed; between,
+highest block in use or, where there is a `Space`, have all blocks and take memory as they are
+written. A row copies blocks at its start and publishes what it has computed; between,
 attention reads contiguous rows.
 
 As with slabs, no reference to a pool may outlive the call that took it.
@@ -16,6 +17,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from mlx_serving.runtime.backend.block_file import Array, Layout
+from mlx_serving.runtime.backend.space import HOLDERS, Space
 from mlx_serving.runtime.core.prefix import pool_blocks
 
 Index = slice | mx.array | tuple[slice, ...]
@@ -48,11 +50,18 @@ class BlockLayer(Protocol):
 class BlockPool:
     """At most `capacity` blocks of `size` positions of every layer."""
 
-    def __init__(self, layers: Sequence[BlockLayer], capacity: int, size: int) -> None:
+    def __init__(
+        self, layers: Sequence[BlockLayer], capacity: int, size: int, space: Space | None = None
+    ) -> None:
         self.capacity = capacity
         self.size = size
         self._layers = layers
         self._pools: list[list[mx.array | None]] = [[] for _ in layers]
+        self._space = space
+        self._written = 0
+        """Blocks up to the highest that was."""
+        if space is not None:
+            HOLDERS.add(self)
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -104,13 +113,35 @@ class BlockPool:
             self.drop()
             return
         index = mx.array(list(blocks), dtype=mx.int32)
-        self._pools = [[None if p is None else p[index] for p in pools] for pools in self._pools]
-        mx.eval(self.arrays)
+        self._written = len(blocks)
+        for pools in self._pools:
+            for i, pool in enumerate(pools):
+                if pool is not None:
+                    pools[i] = self._chosen(pool, index)
+
+    def _chosen(self, pool: mx.array, index: mx.array) -> mx.array:
+        chosen = pool[index]
+        if self._space is not None:
+            reserved = self._space.reserve(pool.shape, pool.dtype)
+            chosen = place(reserved, slice(index.size), chosen)
+        mx.eval(chosen)
+        return chosen
 
     def drop(self) -> None:
         self._pools = [[] for _ in self._layers]
+        self._written = 0
+
+    @property
+    def unwritten_bytes(self) -> int:
+        spare = self.capacity - self._written
+        return spare * sum(pool.nbytes // pool.shape[0] for pool in self.arrays)
 
     def _fitted(self, pool: mx.array | None, part: mx.array, highest: int) -> mx.array:
+        if self._space is not None:
+            self._written = max(self._written, highest + 1)
+            if pool is None:
+                return self._space.reserve((self.capacity, *part.shape[1:]), part.dtype)
+            return pool
         held = 0 if pool is None else pool.shape[0]
         if pool is not None and highest < held:
             return pool

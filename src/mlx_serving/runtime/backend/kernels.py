@@ -15,11 +15,13 @@ from mlx_serving.runtime.backend.arch import make_store
 from mlx_serving.runtime.backend.kv import KVLayer, KVStore, MakeKVLayer
 from mlx_serving.runtime.backend.quantized_kv import AS_COMPUTED, KVFormat, QuantizedLayer
 from mlx_serving.runtime.backend.sampler import Sampler
+from mlx_serving.runtime.backend.space import Space
 from mlx_serving.runtime.slices import Slices
 
 _NATIVE = "mlx_serving.runtime.native"
 _INSTALL = f"{_NATIVE}.install"
 _FUSED = f"{_NATIVE}.fused"
+_OPS = f"{_NATIVE}.ops"
 _IN_PLACE = "mlx_serving.runtime.backend.in_place"
 _SAMPLER = "mlx_serving.runtime.backend.native_sampler"
 _TRIAL_BUCKET = 16
@@ -37,6 +39,8 @@ class Kernels:
     """Attention reads KV where it lies, by row and position."""
     invariant: bool = False
     """A row's result is the same bits beside any others, and wherever its prompt was cut."""
+    space: Space | None = None
+    """Where slabs may lie whose rows take memory as they are written."""
     packed_bytes: int = 0
     """Memory of the weights that the kernels have repacked."""
     native: bool = False
@@ -74,6 +78,7 @@ def decoder_kernels(
         report.mode,
         plain,
         importlib.import_module(_SAMPLER).NativeSampler,
+        space=importlib.import_module(_OPS),
         packed_bytes=report.packed_bytes,
         native=True,
         fused=importlib.import_module(_FUSED).decoder_of(model),

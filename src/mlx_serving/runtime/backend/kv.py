@@ -1,6 +1,7 @@
 """KV and recurrent state of every sequence in flight: row slabs under mlx-lm's cache interface.
 
-A slab is `[slots, kv_heads, capacity, head_dim]`; a sequence owns one row of every layer's slab.
+A slab is `[slots, kv_heads, capacity, head_dim]`; a sequence owns one row of every layer's slab. Where
+there is a `Space`, slabs have all rows at full width and take memory as rows are written.
 `Rows` holds what all layers share: lengths, the slabs' size, and the view that the next forward
 pass takes of them. A view is one row (`RowView`: integer offset, masks as for a single stream) or
 the dense prefix of rows (`BatchView`: a device array of offsets, a mask a row). The layers stand in
@@ -17,8 +18,7 @@ takes `native_view`, `native_slabs` and `native_store` instead (`runtime.native.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ from mlx_lm.models.cache import (
 
 from mlx_serving.runtime.backend.block_file import Layout
 from mlx_serving.runtime.backend.blocks import BlockPool, place
+from mlx_serving.runtime.backend.space import HOLDERS, Space
 from mlx_serving.runtime.backend.views import BatchView, Mask, Rows, RowView, View
 from mlx_serving.types import PrefixReuse
 
@@ -152,11 +153,11 @@ class KVLayer:
         self.keys, self.values = keys, values
 
     def _fitted(self, slab: mx.array | None, heads: int, dim: int, dtype: mx.Dtype) -> mx.array:
-        slots, capacity = self.rows.slots, self.rows.capacity
         if slab is None:
-            return mx.zeros((slots, heads, capacity, dim), dtype)
-        if (slab.shape[0], slab.shape[2]) == (slots, capacity):
+            return self.rows.new_slab(heads, dim, dtype)
+        if self.rows.fits(slab):
             return slab
+        slots, capacity = self.rows.slots, self.rows.capacity
         rows, tokens = min(slots, slab.shape[0]), min(capacity, slab.shape[2])
         fitted = mx.zeros((slots, slab.shape[1], capacity, slab.shape[3]), slab.dtype)
         fitted[:rows, :, :tokens] = slab[:rows, :, :tokens]
@@ -295,6 +296,7 @@ class KVStore(Protocol):
     def bytes_per_token(self) -> int: ...
     def scratch_bytes_per_token(self) -> int: ...
     def set_budget(self, tokens: int, /) -> None: ...
+    def reserve(self, space: Space, row_tokens: int, token_bytes: int, /) -> bool: ...
     def open_pool(self, blocks: int, size: int, /) -> None: ...
     def keep_blocks(self, blocks: Sequence[int], /) -> None: ...
     def copy_blocks(self, row: int, blocks: Sequence[int], /) -> None: ...
@@ -346,8 +348,25 @@ class RowSlots:
     def free(self, row: int) -> None:
         self.rows.used.discard(row)
         self.rows.lengths[row] = 0
-        if not self.rows.used:
+        if self.rows.used:
+            self._give_back(row)
+        else:
             self._release()
+
+    def _give_back(self, row: int) -> None:
+        """The memory that a row's KV took, where rows have memory of their own."""
+        space = self.rows.space
+        layers = [layer for layer in self._kv_layers if not layer.empty()]
+        if space is None or not layers:
+            return
+        slabs = [slab for layer in layers for slab in layer.arrays]
+        for layer in layers:
+            layer.drop()
+        slabs = space.give_back(slabs, row)
+        # Now, so that the next write finds slabs that nothing else refers to.
+        mx.async_eval(slabs)
+        for i, layer in enumerate(layers):
+            layer.native_store(*slabs[2 * i : 2 * i + 2])
 
     def move(self, source: int, target: int) -> None:
         """Copy one row over another. The copies exist before a slab is written: while somebody has yet
@@ -361,6 +380,7 @@ class RowSlots:
         rows.lengths[target], rows.lengths[source] = rows.lengths[source], 0
         rows.used.discard(source)
         rows.used.add(target)
+        self._give_back(source)
 
     def truncate(self, row: int, length: int) -> None:
         """Forget a row's tokens from `length` on. Recurrent layers also need `restore`."""
@@ -418,25 +438,44 @@ class RowSlots:
 
     def bytes_per_token(self) -> int:
         """KV bytes that one token of one row takes; known once a forward pass was built."""
-        total = 0
-        for layer in self.layers:
-            if isinstance(layer, KVLayer):
-                total += sum(a.nbytes // (a.shape[0] * a.shape[2]) for a in layer.arrays)
-        return total
+        arrays = [array for layer in self._kv_layers for array in layer.arrays]
+        return sum(a.nbytes // (a.shape[0] * a.shape[2]) for a in arrays)
 
     def scratch_bytes_per_token(self) -> int:
         """What reading one token of one row takes for a while."""
-        layers = [layer for layer in self.layers if isinstance(layer, KVLayer)]
         # MLX begins the next layer's before it has given back the last one's.
-        return 2 * max((layer.scratch_bytes_per_token() for layer in layers), default=0)
+        return 2 * max((layer.scratch_bytes_per_token() for layer in self._kv_layers), default=0)
 
     def set_budget(self, tokens: int) -> None:
         """Hold at most this many row tokens, unless the sequences in flight need more."""
         self.rows.budget_tokens = tokens
 
+    def reserve(self, space: Space, row_tokens: int, token_bytes: int) -> bool:
+        """From now on every row has address space for so many tokens, and takes memory as it is
+        written. False, and nothing is changed: there is not as much. Not while there are slabs."""
+        assert not self.arrays()
+        pieces = 2 * len(self._kv_layers)
+        if not space.can_reserve(self.rows.max_rows * row_tokens * token_bytes, pieces):
+            return False
+        self.rows.reserve(space, row_tokens)
+        HOLDERS.add(self)
+        return True
+
+    @property
+    def unwritten_bytes(self) -> int:
+        """Of slabs that are address space."""
+        rows = self.rows
+        slabs = [slab for layer in self._kv_layers for slab in layer.arrays]
+        written = sum(rows.lengths[row] for row in rows.used)
+        return sum(s.nbytes - s.nbytes // (s.shape[0] * s.shape[2]) * written for s in slabs)
+
+    @property
+    def _kv_layers(self) -> list[KVLayer]:
+        return [layer for layer in self.layers if isinstance(layer, KVLayer)]
+
     def open_pool(self, blocks: int, size: int) -> None:
         """Keep so many prefix blocks of `size` positions each."""
-        self.pool = BlockPool(self.layers, blocks, size)
+        self.pool = BlockPool(self.layers, blocks, size, self.rows.space)
 
     def keep_blocks(self, blocks: Sequence[int]) -> None:
         """Keep these, as 0, 1, …, and give the memory of the others back."""
@@ -484,117 +523,3 @@ class RowSlots:
         self.rows.shrink()
         for layer in self.layers:
             layer.drop()
-
-
-def _leaves(tree: Any) -> Iterator[mx.array]:
-    if isinstance(tree, mx.array):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for branch in tree:
-            yield from _leaves(branch)
-
-
-class SeparateRows:
-    """mlx-lm's own caches, a list a row: for models whose caches have no slab form. Decoding then
-    costs a forward pass a row."""
-
-    batched = ragged = False
-    prefix_reuse: PrefixReuse = "none"
-
-    def __init__(self, model: Module, max_rows: int) -> None:
-        self._model = model
-        self._caches: list[list[Any] | None] = [None] * max_rows
-        self._lengths = [0] * max_rows
-
-    def start(self, row: int, _length: int) -> None:
-        self._caches[row] = make_prompt_cache(self._model)
-        self._lengths[row] = 0
-
-    def free(self, row: int) -> None:
-        self._caches[row] = None
-        self._lengths[row] = 0
-
-    def move(self, source: int, target: int) -> None:
-        self._caches[target], self._caches[source] = self._caches[source], None
-        self._lengths[target], self._lengths[source] = self._lengths[source], 0
-
-    def truncate(self, row: int, length: int) -> None:
-        """Raises UnsupportedCache where a layer's cache cannot be trimmed."""
-        drop = self._lengths[row] - length
-        assert drop >= 0
-        caches = self._caches[row]
-        assert caches is not None
-        if not all(c.is_trimmable() for c in caches):
-            raise UnsupportedCache("cannot be trimmed; restore a snapshot")
-        for cache in caches:
-            cache.trim(drop)
-        self._lengths[row] = length
-
-    def snapshot(self, row: int) -> tuple[int, Any]:
-        return self._lengths[row], copy.deepcopy(self._caches[row])
-
-    def restore(self, row: int, state: tuple[int, Any]) -> None:
-        self._lengths[row], self._caches[row] = state[0], copy.deepcopy(state[1])
-
-    def row_view(self, row: int, start: int, count: int) -> list[Any]:
-        assert start == self._lengths[row], (row, start, self._lengths[row])
-        self._lengths[row] = start + count
-        caches = self._caches[row]
-        assert caches is not None
-        return caches
-
-    def batch_view(
-        self,
-        _positions: dict[int, int],
-        _rows: int,
-        _ahead: Mapping[int, int] = MappingProxyType({}),
-    ) -> list[Any]:
-        raise UnsupportedCache("no batch over separate rows")
-
-    def length(self, row: int) -> int:
-        return self._lengths[row]
-
-    def arrays(self) -> list[mx.array]:
-        state = [c.state for caches in self._caches if caches for c in caches if c is not None]
-        return list(_leaves(state))
-
-    def bytes_per_token(self) -> int:
-        """An estimate: a row's arrays by the tokens that they have room for."""
-        total = 0
-        caches = next((c for c in self._caches if c), [])
-        for cache in caches:
-            keys = getattr(cache, "keys", None)
-            if isinstance(keys, mx.array):
-                total += 2 * keys.nbytes // keys.shape[-2]
-        return total
-
-    def scratch_bytes_per_token(self) -> int:
-        return 0
-
-    def set_budget(self, _tokens: int) -> None:
-        """Caches are as large as their sequences already."""
-
-    def open_pool(self, _blocks: int, _size: int) -> None:
-        raise UnsupportedCache("separate rows have no blocks")
-
-    def keep_blocks(self, _blocks: Sequence[int]) -> None:
-        raise UnsupportedCache("separate rows have no blocks")
-
-    def copy_blocks(self, _row: int, _blocks: Sequence[int]) -> None:
-        raise UnsupportedCache("separate rows have no blocks")
-
-    def publish(self, _row: int, _start: int, _blocks: Sequence[int]) -> list[mx.array]:
-        raise UnsupportedCache("separate rows have no blocks")
-
-    def copy_out(self, _blocks: Sequence[int]) -> tuple[Layout, mx.array]:
-        raise UnsupportedCache("separate rows have no blocks")
-
-    def fill_blocks(self, _blocks: Sequence[int], _layout: Layout, _data: mx.array) -> None:
-        raise UnsupportedCache("separate rows have no blocks")
-
-    def state_bytes(self) -> int:
-        return 0
-
-    def reset(self) -> None:
-        self._caches = [None] * len(self._caches)
-        self._lengths = [0] * len(self._lengths)

@@ -43,10 +43,14 @@ class MLXMemory:
     def use(self) -> Memory:
         import mlx.core as mx
 
+        from mlx_serving.runtime.backend.space import HOLDERS, unwritten_bytes
+
+        peak = mx.get_peak_memory()
         return Memory(
             budget_bytes=self.budget_bytes,
-            active_bytes=mx.get_active_memory(),
-            peak_bytes=mx.get_peak_memory(),
+            active_bytes=mx.get_active_memory() - unwritten_bytes(),
+            # Nobody knows how much of it was written then.
+            peak_bytes=min(peak, host.peak_rss_bytes()) if HOLDERS else peak,
             cache_bytes=mx.get_cache_memory(),
             rss_bytes=host.rss_bytes(),
         )

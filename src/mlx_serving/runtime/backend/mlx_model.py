@@ -118,8 +118,6 @@ def load(
     prefix = prefix_plan(
         store.prefix_reuse, step_size, kernels.invariant, kv_bytes, state_bytes, room, options
     )
-    if prefix.blocks:
-        store.open_pool(prefix.blocks, prefix.block_tokens)
     context = context_length(config, path)
     if options.context_length is not None:
         context = min(context, options.context_length)
@@ -130,6 +128,13 @@ def load(
     held_kv_bytes = kv_bytes + store.scratch_bytes_per_token()
     capacity = _kv_capacity(held_bytes, room - fixed, held_kv_bytes, most)
     store.set_budget(capacity)
+    row_tokens = round_up(min(context, capacity), KV_BUCKET) + KV_BUCKET
+    # What attention reads in another form than it is kept is as wide as the longest row anyway.
+    plain = 0 < kv_bytes == held_kv_bytes and not options.exact_batch
+    space = kernels.space if plain else None
+    own_rows = space is not None and store.reserve(space, row_tokens, kv_bytes)
+    if prefix.blocks:
+        store.open_pool(prefix.blocks, prefix.block_tokens)
     if options.exact_batch:
         # The slabs then always have every row.
         context = min(context, max(KV_BUCKET, capacity // rows // KV_BUCKET * KV_BUCKET))
@@ -146,6 +151,7 @@ def load(
         kv_capacity_tokens=capacity,
         kv_bytes_per_token=0 if options.exact_batch else held_kv_bytes,
         kv_bucket_tokens=KV_BUCKET,
+        kv_own_rows=own_rows,
         eos_token_ids=eos,
         max_itl_s=options.max_itl_ms / 1e3,
         prefill_grain=prefill_grain(store.prefix_reuse, kernels.invariant, step_size, options),

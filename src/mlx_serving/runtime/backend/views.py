@@ -12,6 +12,8 @@ from functools import cached_property
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
+from mlx_serving.runtime.backend.space import Space
+
 FETCH_TOKENS = 32
 """A batch reads its slabs up to the longest active row, rounded up to this."""
 
@@ -153,7 +155,12 @@ View = RowView | BatchView
 
 
 class Rows:
-    """What all layers share: each row's length, the slabs' size, the view of the next forward."""
+    """What all layers share: each row's length, the slabs' size, the view of the next forward.
+
+    Slabs are as large as the rows in use need, every row as wide as the longest, and are copied when
+    that changes. With a `space` they have all rows at full width from the start, never move, and a
+    row takes the memory of its own length.
+    """
 
     def __init__(self, max_rows: int, bucket: int, min_slots: int = 1) -> None:
         self.max_rows = max_rows
@@ -165,12 +172,16 @@ class Rows:
         self.capacity = bucket
         self.budget_tokens: int | None = None
         """Slots are doubled, and keep what the longest sequence needed, only up to this."""
+        self.space: Space | None = None
         self.view: View = RowView(0, 0, 1)
 
     def fit(self, row: int, length: int) -> None:
         """Make the slabs large enough for `length` tokens in `row`; layers follow at next use."""
         while self.slots <= row:
             self.slots = min(self.max_rows, self.slots * 2)
+        if self.space is not None:
+            assert length <= self.capacity, (length, self.capacity)
+            return
         self.capacity = max(self.capacity, round_up(length, self.bucket))
         if self.budget_tokens is not None and self.slots * self.capacity > self.budget_tokens:
             longest = max(length, *(self.lengths[r] for r in self.used), 0)
@@ -178,4 +189,21 @@ class Rows:
             self.capacity = round_up(longest, self.bucket)
 
     def shrink(self) -> None:
-        self.slots, self.capacity = self.min_slots, self.bucket
+        self.slots = self.min_slots
+        if self.space is None:
+            self.capacity = self.bucket
+
+    def reserve(self, space: Space, row_tokens: int) -> None:
+        """Before there are slabs."""
+        self.space, self.capacity = space, row_tokens
+
+    def new_slab(self, heads: int, dim: int, dtype: mx.Dtype) -> mx.array:
+        """`[slots, heads, capacity, dim]`, zeros."""
+        if self.space is not None:
+            return self.space.reserve((self.max_rows, heads, self.capacity, dim), dtype)
+        return mx.zeros((self.slots, heads, self.capacity, dim), dtype)
+
+    def fits(self, slab: mx.array) -> bool:
+        """Whether it has the size that is needed now."""
+        slots = self.slots if self.space is None else self.max_rows
+        return (slab.shape[0], slab.shape[2]) == (slots, self.capacity)

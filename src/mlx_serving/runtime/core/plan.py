@@ -217,9 +217,11 @@ class Limits:
     """Chunks are cut at multiples of it from position 0."""
     context_length: int
     kv_capacity_tokens: int
-    """Row slab tokens that fit memory: rows × the longest row's capacity."""
+    """Row tokens that fit memory, as `rows.held` counts them."""
     kv_bucket_tokens: int = 256
     """A row's capacity grows in multiples of this."""
+    kv_own_rows: bool = False
+    """A row takes what its own length needs; else each takes what the longest needs."""
     eos_token_ids: tuple[int, ...] = ()
     max_wait_s: float = math.inf
     """A sequence that has waited so long for a row goes before every class, in a share of the rows."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mlx_serving.runtime.core.plan import Limits
-from mlx_serving.runtime.core.rows import rectangle
+from mlx_serving.runtime.core.rows import held
 from mlx_serving.runtime.core.sequence import Sequence
 from mlx_serving.types import Priority
 
@@ -66,13 +66,8 @@ def fits(
 
 def row_tokens(sequences: Iterable[Sequence], limits: Limits, *, ahead: int = 0) -> int:
     """KV tokens that their rows take once each is `ahead` tokens longer."""
-    count = longest = 0
-    for seq in sequences:
-        count += 1
-        length = seq.reach(ahead)
-        if length > longest:
-            longest = length
-    return rectangle(count, longest, limits.kv_bucket_tokens)
+    lengths = [seq.reach(ahead) for seq in sequences]
+    return held(lengths, limits.kv_bucket_tokens, own=limits.kv_own_rows)
 
 
 def victim(running: Iterable[Sequence]) -> Sequence:

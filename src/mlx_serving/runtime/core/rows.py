@@ -1,13 +1,14 @@
 """Row slots and the KV memory behind them.
 
 The runner keeps one slab of `rows × row capacity` KV positions. Rows in use are the dense prefix
-0..n-1, and a row is as wide as the longest one needs, in buckets: what is held is a rectangle.
+0..n-1. What they hold is a rectangle, every row as wide as the longest one needs, in buckets; or,
+where a row's memory is taken as it is written (`Limits.kv_own_rows`), each row's own buckets.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from mlx_serving.runtime.core.sequence import Sequence
 
@@ -17,9 +18,12 @@ def bucketed(tokens: int, bucket: int) -> int:
     return -(-tokens // bucket) * bucket
 
 
-def rectangle(rows: int, longest: int, bucket: int) -> int:
-    """KV tokens that `rows` rows hold when the longest has `longest` positions."""
-    return rows * bucketed(longest, bucket)
+def held(lengths: Iterable[int], bucket: int, *, own: bool) -> int:
+    """KV tokens that rows of these lengths hold."""
+    if own:
+        return sum([bucketed(length, bucket) for length in lengths])
+    rows = list(lengths)
+    return len(rows) * bucketed(max(rows, default=0), bucket)
 
 
 class Rows:

@@ -37,7 +37,7 @@ from mlx_serving.runtime.core.plan import (
     StepResult,
 )
 from mlx_serving.runtime.core.prefix import Block
-from mlx_serving.runtime.core.rows import Rows, rectangle
+from mlx_serving.runtime.core.rows import Rows, held
 from mlx_serving.runtime.core.sequence import Sequence, Status
 from mlx_serving.runtime.core.shares import Shares
 from mlx_serving.runtime.core.sharing import Sharing
@@ -506,9 +506,10 @@ class Scheduler:
 
     @property
     def kv_tokens(self) -> int:
-        """KV tokens that the rows hold: rows × the longest row's capacity."""
-        longest = max((seq.computed for seq in self.rows), default=0)
-        return rectangle(len(self.rows), longest, self.limits.kv_bucket_tokens)
+        """KV tokens that the rows hold."""
+        limits = self.limits
+        lengths = [seq.computed for seq in self.rows]
+        return held(lengths, limits.kv_bucket_tokens, own=limits.kv_own_rows)
 
     @property
     def kv_capacity_tokens(self) -> int:

@@ -138,6 +138,22 @@ def kv_write(
     return keys, values
 
 
+def can_reserve(nbytes: int, pieces: int) -> bool:
+    """So much address space can be had in so many pieces, beyond the machine's memory if need be."""
+    return bool(require().can_reserve(nbytes, pieces))
+
+
+def reserve(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
+    """Zeros that take memory, a page at a time, as they are written. Raises MemoryError."""
+    return require().reserve(list(shape), dtype)
+
+
+def give_back(slabs: Sequence[mx.array], row: int) -> list[mx.array]:
+    """Reserved slabs `[slots, …]` without the memory behind one row, which is zeros again. Slabs are
+    handed over, as by `kv_write`."""
+    return require().give_back(list(slabs), row)
+
+
 def attention(
     q: mx.array,
     keys: mx.array,

@@ -8,7 +8,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, KVCache, RotatingKVCache
 
-from mlx_serving.runtime.backend.kv import RowSlots, SeparateRows, UnsupportedCache
+from mlx_serving.runtime.backend.kv import RowSlots, UnsupportedCache
+from mlx_serving.runtime.backend.separate_rows import SeparateRows
 
 BUCKET = 8
 HEADS, DIM = 2, 4

@@ -15,7 +15,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from mlx_serving.runtime import native
-from mlx_serving.runtime.backend.kv import MakeKVLayer, RowSlots, SeparateRows
+from mlx_serving.runtime.backend.kv import MakeKVLayer, RowSlots
 from mlx_serving.runtime.backend.prefix import PrefixPlan
 from mlx_serving.runtime.backend.quantized_kv import (
     FORMATS,
@@ -26,6 +26,7 @@ from mlx_serving.runtime.backend.quantized_kv import (
     check,
     refusal,
 )
+from mlx_serving.runtime.backend.separate_rows import SeparateRows
 from mlx_serving.runtime.backend.tier import open_folder
 from mlx_serving.runtime.native import slab
 from mlx_serving.types import KVBits

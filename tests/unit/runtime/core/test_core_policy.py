@@ -1,4 +1,4 @@
-"""Pure decisions: prefill cuts, KV rectangles, who gives way."""
+"""Pure decisions: prefill cuts, what rows hold, who gives way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mlx_serving.runtime.core import policy
 from mlx_serving.runtime.core.plan import Limits
 from mlx_serving.runtime.core.policy import Ceilings, ceilings
-from mlx_serving.runtime.core.rows import bucketed, rectangle
+from mlx_serving.runtime.core.rows import bucketed
 from mlx_serving.runtime.core.sequence import Sequence
 from mlx_serving.types import Priority, SamplingParams
 
@@ -52,12 +52,16 @@ def test_a_bucket_is_the_smallest_multiple_that_holds(tokens: int, bucket: int) 
     assert capacity % bucket == 0 and capacity - bucket < tokens <= capacity
 
 
-@given(st.lists(st.integers(1, 63), max_size=8), st.integers(0, 80))
-def test_fits_is_the_rectangle_of_the_longest(lengths: list[int], ahead: int) -> None:
+@given(st.lists(st.integers(1, 63), max_size=8), st.integers(0, 80), st.booleans())
+def test_rows_are_as_wide_as_the_longest_unless_each_has_its_own(
+    lengths: list[int], ahead: int, own: bool
+) -> None:
     sequences = [sequence(n, arrival=i) for i, n in enumerate(lengths)]
-    longest = max((min(n + ahead, 63) for n in lengths), default=0)
-    expected = rectangle(len(lengths), longest, 8) <= 256
-    assert policy.fits(sequences, limits(), ahead=ahead) == expected
+    widths = [bucketed(min(n + ahead, 63), 8) for n in lengths]
+    taken = sum(widths) if own else len(widths) * max(widths, default=0)
+    ours = limits(kv_own_rows=own)
+    assert policy.row_tokens(sequences, ours, ahead=ahead) == taken
+    assert policy.fits(sequences, ours, ahead=ahead) == (taken <= 256)
 
 
 def test_memory_may_hold_less_than_the_context() -> None:

@@ -65,6 +65,13 @@ Line line_of(const mx::array& slab, const KvCode& code);
 std::vector<mx::array> kv_write(const mx::array& keys, const mx::array& values, const mx::array& k, const mx::array& v, const mx::array& rows, const mx::array& offsets, const KvCode& key_code, const KvCode& value_code);
 mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& values, const mx::array& rows, const mx::array& offsets, float scale, int window, const std::optional<mx::array>& sinks, const KvCode& key_code, const KvCode& value_code);
 
+// Whether so much address space can be had in so many pieces, beyond the machine's memory if need be.
+bool can_reserve(size_t bytes, int pieces);
+// Zeros that take memory, a page at a time, as they are written. Throws std::bad_alloc.
+mx::array reserve(const mx::Shape& shape, mx::Dtype dtype);
+// The slabs, handed over, without the memory behind one row, which is zeros again.
+std::vector<mx::array> give_back(const std::vector<mx::array>& slabs, int row);
+
 // How each line of a batch chooses its token; constant over many steps.
 struct SampleLine {
   float temperature = 0.f;  // 0: the likeliest
