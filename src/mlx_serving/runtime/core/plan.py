@@ -220,8 +220,6 @@ class Limits:
     """Row tokens that fit memory, as `rows.held` counts them."""
     kv_bucket_tokens: int = 256
     """A row's capacity grows in multiples of this."""
-    kv_own_rows: bool = False
-    """A row takes what its own length needs; else each takes what the longest needs."""
     eos_token_ids: tuple[int, ...] = ()
     max_wait_s: float = math.inf
     """A sequence that has waited so long for a row goes before every class, in a share of the rows."""
@@ -246,3 +244,5 @@ class Limits:
     """What the folder of block files may take; 0: none are kept."""
     kv_bytes_per_token: int = 0
     """0: rows take no memory that is counted."""
+    kv_own_rows: bool = False
+    """A row takes what its own length needs; else each takes what the longest needs."""
