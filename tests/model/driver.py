@@ -12,12 +12,16 @@ from mlx_serving.runtime.backend.arch import head_on_last, make_store
 from mlx_serving.runtime.backend.kv import KVLayer, MakeKVLayer
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.backend.sampler import Sampler
+from mlx_serving.runtime.backend.space import Space
 from mlx_serving.runtime.core.plan import Constraint, Limits, PendingStep, Runner, StepPlan
 from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
 from mlx_serving.runtime.core.sequence import Sequence
 from mlx_serving.types import FinishReason, SamplingParams, TokenLogprob
 
 BUCKET = 16
+ROW_TOKENS = 512 + BUCKET
+TOKEN_BYTES = 16 * 1024
+"""More than any of the small models' takes."""
 
 
 def make_runner(
@@ -30,8 +34,10 @@ def make_runner(
     attention: MakeKVLayer = KVLayer,
     in_place: bool = False,
     foresight: bool = False,
+    space: Space | None = None,
 ) -> MLXRunner:
-    """A runner with small buckets, so that short sequences make slabs grow."""
+    """A runner with small buckets, so that short sequences make slabs grow; in a `space` they have their
+    size from the start."""
     store = make_store(
         model,
         model.model_type,
@@ -41,6 +47,8 @@ def make_runner(
         attention=attention,
         in_place=in_place,
     )
+    if space is not None:
+        store.reserve(space, ROW_TOKENS, TOKEN_BYTES)
     return MLXRunner(
         model,
         store,

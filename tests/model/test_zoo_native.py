@@ -16,6 +16,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_serving.runtime import native
 from mlx_serving.runtime.backend.arch import make_store
 from mlx_serving.runtime.backend.kv import KVLayer, KVStore
+from mlx_serving.runtime.native import ops
 from mlx_serving.types import SamplingParams
 from model import zoo
 from model.driver import Job, make_runner, run
@@ -62,7 +63,7 @@ def test_greedy_tokens_are_those_of_mlx_lm(name: str) -> None:
     in_place = attention is not KVLayer
     assert in_place == (name not in ARRAY_MASKS)
     assert report.every_product == (name in (*EVERY_PRODUCT, "gemma2"))
-    runner = make_runner(model, zoo.VOCAB, attention=attention)
+    runner = make_runner(model, zoo.VOCAB, attention=attention, space=ops)
     jobs = [Job(p, GREEDY, joins=2 * i) for i, p in enumerate(PROMPTS)]
     jobs[0] = Job(PROMPTS[0], GREEDY, leaves=9)
     for depth, chunk in ((2, 16), (3, 64)):
@@ -84,7 +85,7 @@ def test_bits_do_not_depend_on_neighbours_or_cuts(name: str, quantised: bool) ->
         nn.quantize(model, group_size=32, bits=4)
     report = accelerate(model, fused=False)
     assert report.every_product
-    runner = make_runner(model, zoo.VOCAB, attention=_attention(model, report))
+    runner = make_runner(model, zoo.VOCAB, attention=_attention(model, report), space=ops)
     tokens = [1 + 7 * i % (zoo.VOCAB - 1) for i in range(48)]
 
     def logits(cuts: list[int], row: int) -> list[np.ndarray]:
