@@ -162,7 +162,9 @@ class Table:
         if found is None:
             found = next((m for p, m in self.prefixes.items() if _begins(path, p)), None)
         if found is None:
-            raise RouteNotFound(f"There is no '{path[:200]}' here; '/' lists what is.")
+            near = next((p for p in ("/v1" + path, path[len("/v1") :]) if p in self.exact), None)
+            hint = f"did you mean '{near}'?" if near else "'/' lists what is."
+            raise RouteNotFound(f"There is no '{path[:200]}' here; {hint}")
         return found
 
     def admit(self, exchange: Exchange, route: Route) -> None:

@@ -27,6 +27,7 @@ ErrorShape = Callable[[MLXServingError, str], bytes]
 JSON = b"application/json"
 MAX_ERROR_CHARS = 1000
 _MAX_NAMES, _MAX_NAME_CHARS = 20, 100
+_SLASHES = re.compile(r"/{2,}")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -70,7 +71,8 @@ class Exchange:
         self.receive = receive
         self.send = send
         self.method: str = scope["method"]
-        self.path: str = scope["path"]
+        # Base URLs that end with a slash.
+        self.path: str = _SLASHES.sub("/", scope["path"]).rstrip("/") or "/"
         self.status: int | None = None
         self.answered = False
         self.error_shape: ErrorShape = openai_error

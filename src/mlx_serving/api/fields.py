@@ -107,7 +107,7 @@ CHAT: Table = _table(
         {
             "messages": "roles system, developer (as system), user, assistant, tool; text content",
             **_SAMPLING,
-            "max_tokens": "default: the server's, or what the context leaves",
+            "max_tokens": "default: the server's, or what the context leaves, which -1 asks for",
             "max_completion_tokens": "the same as max_tokens; both only if equal",
             "logprobs": "true: the chosen tokens' log-probabilities",
             "top_logprobs": "0 to 20; only with logprobs",
@@ -148,7 +148,7 @@ COMPLETIONS: Table = _table(
         {
             "prompt": "a string, token ids, or up to 256 of either",
             **_SAMPLING,
-            "max_tokens": "default: the server's, or OpenAI's 16",
+            "max_tokens": "default: the server's, or OpenAI's 16; -1: what the context leaves",
             "logprobs": "0 to 20: the chosen tokens' and that many most likely tokens' log-probabilities",
             "echo": "the prompt's text comes first; not with logprobs",
             "add_special_tokens": "default true: the tokenizer's begin-of-sequence token and the like",
@@ -169,7 +169,7 @@ MESSAGE: Table = _table(
         "honoured",
         {
             "role": "system, developer, user, assistant or tool",
-            "content": "a string or text parts, which are joined by newlines",
+            "content": "a string or text parts, which are joined by newlines; null where an assistant said nothing",
             "name": "given to the chat template",
             "tool_calls": "an assistant's earlier calls, given to the chat template",
             "tool_call_id": "the call that a tool message answers",

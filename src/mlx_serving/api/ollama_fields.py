@@ -20,7 +20,7 @@ _HONOURED: dict[str, Row] = {
     **_KEEP_ALIVE,
 }
 _REFUSED: dict[str, Row] = {
-    "truncate": ("a prompt over the context is a 400", (False,)),
+    "truncate": ("a prompt over the context is a 400 in any case", (False, True)),
     "shift": ("an answer ends where the context does", (False,)),
     "_debug_render_only": ("POST /tokenize, and /detokenize what it gives", (False,)),
 }

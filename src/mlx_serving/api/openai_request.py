@@ -53,7 +53,7 @@ _RESERVED_TEMPLATE_KWARGS = frozenset(
 
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[int, Meta(ge=0, le=_MAX_INT)]
-Positive = Annotated[int, Meta(ge=1, le=_MAX_INT)]
+MaxTokens = Annotated[int, Meta(ge=-1, le=_MAX_INT)]
 Natural = Annotated[int, Meta(ge=0, le=_MAX_INT)]
 
 
@@ -98,7 +98,7 @@ class _Body(msgspec.Struct, kw_only=True):
     priority: str | int | None = None
     timeout: Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_S)] | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
-    max_tokens: Positive | None = None
+    max_tokens: MaxTokens | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | bool | str | None = None
@@ -109,7 +109,7 @@ class _Body(msgspec.Struct, kw_only=True):
 
 class _ChatBody(_Body, kw_only=True):
     messages: Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Positive | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -164,15 +164,16 @@ def parse_chat(data: bytes, *, default_model: str) -> Call:
     raw = _object(data)
     advisory = fields.check(fields.CHAT, raw)
     body = _convert(raw, _ChatBody)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
-    max_tokens = body.max_tokens
-    if body.max_completion_tokens is not None:
-        if max_tokens not in (None, body.max_completion_tokens):
+    max_tokens = _limit(body.max_tokens, "max_tokens")
+    completion_tokens = _limit(body.max_completion_tokens, "max_completion_tokens")
+    if completion_tokens is not None:
+        if max_tokens not in (None, completion_tokens):
             raise InvalidRequest(
                 "'max_tokens' and 'max_completion_tokens' disagree; send one.", param="max_tokens"
             )
-        max_tokens = body.max_completion_tokens
+        max_tokens = completion_tokens
     return _call(
         body,
         advisory,
@@ -198,13 +199,14 @@ def parse_completion(data: bytes, *, default_model: str, default_max_tokens: int
         )
     add_special = True if body.add_special_tokens is None else body.add_special_tokens
     fallback = COMPLETIONS_MAX_TOKENS if default_max_tokens is None else default_max_tokens
+    max_tokens = _limit(body.max_tokens, "max_tokens")
     return _call(
         body,
         advisory,
         prompts=_text_prompts(body.prompt, add_special),
         call_id="cmpl-" + secrets.token_hex(12),
         model=_model(body, default_model),
-        max_tokens=fallback if body.max_tokens is None else body.max_tokens,
+        max_tokens=fallback if max_tokens is None else max_tokens,
         logprobs=body.logprobs,
         echo=bool(body.echo),
         user=raw.get("user"),
@@ -214,6 +216,13 @@ def parse_completion(data: bytes, *, default_model: str, default_max_tokens: int
 def _model(body: _Body, default: str) -> str:
     model = body.model or default
     return model if body.adapters is None else f"{model}+{body.adapters}"
+
+
+def _limit(tokens: int | None, name: str) -> int | None:
+    """-1 is how other servers say: what the context leaves."""
+    if tokens == 0:
+        raise InvalidRequest(f"'{name}' must be at least 1, or -1.", param=name)
+    return _MAX_INT if tokens == -1 else tokens
 
 
 def _call(
@@ -407,8 +416,11 @@ def _message(raw: dict[str, Any], at: str) -> Message:
     role = "system" if message.role == "developer" else message.role
     content = message.content
     if isinstance(content, list):
-        content = _join_parts(content, at + ".content")
-    if content is None and not (role == "assistant" and message.tool_calls):
+        # A tool may have nothing to say.
+        content = "" if role == "tool" and not content else _join_parts(content, at + ".content")
+    if content is None and role == "assistant" and not message.tool_calls:
+        content = ""  # it only thought, or was cut before it spoke
+    if content is None and role != "assistant":
         raise InvalidRequest(f"'{at}.content' is missing.", param=at + ".content")
     if message.tool_calls and role != "assistant":
         raise InvalidRequest("Only an assistant's message has calls.", param=at + ".tool_calls")

@@ -51,7 +51,7 @@ RESPONSES: Table = table(
             "background_options": "stream it instead",
             "conversation": "use previous_response_id",
             "context_management": ("prompts are not edited", ([],)),
-            "truncation": ("a prompt over the context is a 400", ("disabled",)),
+            "truncation": ("a prompt over the context is a 400 in any case", ("disabled", "auto")),
             "prompt": "there are no stored prompts",
             "moderation": "there is no moderation",
             "access_programs": "there are none",

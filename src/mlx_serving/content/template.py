@@ -74,6 +74,7 @@ _PROBE_TOOL = {
         "parameters": {"type": "object", "properties": {}},
     },
 }
+_PROBE_CALL = {"name": "probe", "arguments": {}}
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -135,7 +136,8 @@ class ChatTemplate:
             )
         name = self._choose(bool(prompt.tools))
         turns = fit(prompt.messages, functools.partial(self._takes, name))
-        messages = [template_message(message) for message in turns]
+        absent = self._without_content(name, turns)
+        messages = [template_message(message, absent) for message in turns]
         kwargs, tools = dict(prompt.template_kwargs), [dict(tool) for tool in prompt.tools]
         if guard is not None:
             messages = [guard.message(message) for message in messages]
@@ -187,6 +189,34 @@ class ChatTemplate:
             found = all(message["content"] in text for message in messages)
             self._taken[name, roles] = found
         return found
+
+    def _without_content(self, name: str, messages: Sequence[Message]) -> str | None:
+        """What stands for the content of calls that come alone: nothing, or an empty text where the
+        template adds to a text unasked; found by trying."""
+        if all(message.content is not None for message in messages):
+            return None
+        key = (name, ("calls alone",))
+        if key not in self._taken:
+            self._taken[key] = self._shows_call(name, {}) or not self._shows_call(
+                name, {"content": ""}
+            )
+        return None if self._taken[key] else ""
+
+    def _shows_call(self, name: str, content: Mapping[str, str]) -> bool:
+        call = {"id": "call_1", "type": "function", "function": _PROBE_CALL}
+        said = {"role": "assistant", **content, "tool_calls": [call]}
+        variables = {
+            **self._special_tokens,
+            "messages": [{"role": "user", "content": "probe"}, said],
+            "tools": [_PROBE_TOOL],
+            "documents": None,
+            "add_generation_prompt": True,
+        }
+        try:
+            self._run(name, variables)
+        except InvalidRequest:
+            return False
+        return True
 
     def _effort(self, prompt: ChatPrompt) -> dict[str, Any]:
         """`reasoning_effort` as the template takes it; some can only switch reasoning off."""
@@ -259,14 +289,15 @@ def load_templates(folder: Path) -> dict[str, str]:
     return {}
 
 
-def template_message(message: Message) -> dict[str, Any]:
-    """A message as templates expect it: absent keys instead of None, arguments as objects.
+def template_message(message: Message, absent: str | None = None) -> dict[str, Any]:
+    """A message as templates expect it: absent keys instead of None, arguments as objects. `absent`:
+    what stands for no content; None: nothing.
 
     Reasoning goes by both names that templates read.
     """
     out: dict[str, Any] = {"role": message.role}
-    if message.content is not None:
-        out["content"] = message.content
+    if (content := absent if message.content is None else message.content) is not None:
+        out["content"] = content
     if message.reasoning_content is not None:
         out["reasoning_content"] = out["thinking"] = message.reasoning_content
     if message.tool_calls:

@@ -45,6 +45,7 @@ async def test_models(client: httpx.AsyncClient) -> None:
         "expires_in_s": None,
         "wired_bytes": 0,
         "not_wired": None,
+        "parent": None,
     }
     assert body["data"][1]["reason"] == "no such file"
 
@@ -119,7 +120,7 @@ async def test_metrics_and_index(client: httpx.AsyncClient) -> None:
     assert (await client.head("/health")).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/v1/nothing", "/v1/models/", "/V1/models", CHAT + "/", "//"])
+@pytest.mark.parametrize("path", ["/v1/nothing", "/V1/models", "/v1"])
 async def test_unknown_paths(client: httpx.AsyncClient, path: str) -> None:
     response = await client.get(f"http://test{path}")
     assert response.status_code == 404

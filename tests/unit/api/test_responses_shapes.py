@@ -333,5 +333,5 @@ def test_the_sdk(start_server: Any, gateway: Any) -> None:
     assert sdk.responses.retrieve(second.id).id == second.id
     sdk.responses.delete(second.id)
     with pytest.raises(openai.BadRequestError) as bad:
-        sdk.responses.create(model="tiny", input="Hi", truncation="auto")
-    assert bad.value.param == "truncation"
+        sdk.responses.create(model="tiny", input="Hi", background=True)
+    assert bad.value.param == "background"
