@@ -74,6 +74,33 @@ def test_greedy_tokens_are_those_of_mlx_lm(name: str) -> None:
         assert all(len(result.outcomes[i].tokens) == TOKENS for i in (1, 2, 3))
 
 
+def _chosen(_path: str, module: nn.Module) -> bool:
+    """Not embeddings: of mxfp4, one would make MLX's activations bfloat16. Nor what has no whole groups."""
+    kinds = nn.Linear, SwitchLinear, MultiLinear
+    return isinstance(module, kinds) and module.weight.shape[-1] % 32 == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["exact", "f32"])
+@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+def test_greedy_tokens_of_quantised_models_are_those_of_mlx_lm(name: str, mode: Any) -> None:
+    """Fused where there are fused layers."""
+    from mlx_serving.runtime.native.install import accelerate
+
+    model = zoo.build(name)
+    nn.quantize(model, 32, 4, class_predicate=_chosen)
+    expected = [
+        [t for t, _ in generate_step(mx.array(p), model, max_tokens=TOKENS)] for p in PROMPTS
+    ]
+    report = accelerate(model, mode)
+    assert not report.left and report.replaced["QuantizedLinear"]
+    attention = KVLayer if report.is_fused else _attention(model, report)
+    runner = make_runner(model, zoo.VOCAB, attention=attention)
+    jobs = [Job(p, GREEDY, joins=2 * i) for i, p in enumerate(PROMPTS)]
+    result = run(runner, jobs, depth=2, prefill_step=16)
+    assert [result.outcomes[i].tokens for i in range(len(PROMPTS))] == expected
+
+
 @pytest.mark.parametrize("quantised", [True, False])
 @pytest.mark.parametrize("name", EVERY_PRODUCT)
 def test_bits_do_not_depend_on_neighbours_or_cuts(name: str, quantised: bool) -> None:
@@ -129,11 +156,7 @@ def test_quantised_models_have_mlx_lms_logits(name: str, form: tuple[int, int, s
     changes = {"qk_nope_head_dim": 32} if name == "deepseek_v3" else {}
     model = zoo.build(name, **changes)
 
-    def chosen(_path: str, module: nn.Module) -> bool:
-        # An embedding of mxfp4 would make MLX's activations bfloat16.
-        return isinstance(module, (nn.Linear, SwitchLinear, MultiLinear))
-
-    nn.quantize(model, group, bits, mode=mode, class_predicate=chosen)
+    nn.quantize(model, group, bits, mode=mode, class_predicate=_chosen)
     tokens = mx.array([PROMPTS[1], PROMPTS[1][::-1]])
     want = np.array(model(tokens))
     report = accelerate(model, "f32", fused=False)
