@@ -133,14 +133,49 @@ class Grammars:
                 self._tokenizer.set_exception(e)
 
     def _load(self) -> LLTokenizer:
-        from llguidance import LLTokenizer
-
         if not self._eos:
             raise ValueError("it has no token that ends a sequence")
-        text = self._path.read_text(encoding="utf-8")
-        tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos)
-        self._vocabulary = Vocabulary.read(json.loads(text)["model"], self._bounds)
+        tokenizer, self._vocabulary = _READ.get(
+            self._path, self._vocab_size, tuple(self._eos), self._bounds
+        )
         return tokenizer
+
+
+class ReadTokenizers:
+    """Those that were read last, for models that come back: reading one takes tenths of a second, and the
+    library holds the interpreter, which no other model's stream gets on without."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kept: OrderedDict[tuple[object, ...], tuple[LLTokenizer, Vocabulary]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(
+        self, path: Path, vocab_size: int, eos: tuple[int, ...], bounds: Bounds
+    ) -> tuple[LLTokenizer, Vocabulary]:
+        """Raises what a file that cannot be read, or is no tokenizer, leads to."""
+        at = path.stat()
+        key = (path, at.st_ino, at.st_size, at.st_mtime_ns, vocab_size, eos, bounds)
+        with self._lock:
+            found = self._kept.get(key) or self._read(path, vocab_size, eos, bounds)
+            self._kept[key] = found
+            self._kept.move_to_end(key)
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        return found
+
+    def _read(
+        self, path: Path, vocab_size: int, eos: tuple[int, ...], bounds: Bounds
+    ) -> tuple[LLTokenizer, Vocabulary]:
+        from llguidance import LLTokenizer
+
+        text = path.read_text(encoding="utf-8")
+        tokenizer = LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos))
+        return tokenizer, Vocabulary.read(json.loads(text)["model"], bounds)
+
+
+_READ = ReadTokenizers(most=4)
+"""A process has one: its models come and go."""
 
 
 class CompiledGrammar:

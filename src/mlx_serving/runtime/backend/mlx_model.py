@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten, tree_map_with_path
 
@@ -411,10 +412,28 @@ def _tokenizer_eos(path: Path) -> int | None:
     for token_id, token in settings.get("added_tokens_decoder", {}).items():
         if token.get("content") == text:
             return int(token_id)
-    tokenizer = read_json(path / "tokenizer.json")
-    for token in tokenizer.get("added_tokens", ()):
-        if token.get("content") == text:
-            return int(token["id"])
-    vocab = tokenizer.get("model", {}).get("vocab")
+    file = path / "tokenizer.json"
+    try:
+        tokenizer = msgspec.json.decode(file.read_bytes(), type=_TokenizerFile)
+        for token in tokenizer.added_tokens:
+            if token.content == text:
+                return token.id
+        vocab = msgspec.json.decode(tokenizer.model).get("vocab")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise ModelBroken(f"{file} cannot be read: {e}") from e
     known = vocab.get(text) if isinstance(vocab, dict) else None
     return known if isinstance(known, int) else None
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+
+
+class _TokenizerFile(msgspec.Struct):
+    """What is wanted of it: most is the vocabulary, which takes a while to decode."""
+
+    added_tokens: list[_AddedToken] = []
+    model: msgspec.Raw = msgspec.Raw(b"{}")

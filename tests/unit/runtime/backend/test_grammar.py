@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import byte_vocabulary
 from mlx_serving.content import structured
 from mlx_serving.errors import InvalidRequest
-from mlx_serving.runtime.backend.grammar import MAX_CACHED, Grammars
+from mlx_serving.runtime.backend.grammar import MAX_CACHED, Grammars, ReadTokenizers
 from mlx_serving.runtime.backend.runaway import Bounds
 from mlx_serving.runtime.core.plan import Constraint, Matcher
 from mlx_serving.types import Grammar
@@ -326,3 +327,27 @@ def test_only_the_latest_grammars_are_kept(grammars: Grammars) -> None:
     for i in range(MAX_CACHED + 10):
         grammars.compile(Grammar(kind="regex", text=f"a{{{i + 1}}}"))
     assert len(grammars._compiled) == MAX_CACHED
+
+
+def test_a_tokenizer_is_read_once_for_models_that_come_back(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+        byte_vocabulary.write(folder, eos=EOS)
+    first, second = (folder / "tokenizer.json" for folder in folders)
+    kept = ReadTokenizers(most=1)
+
+    def get(path: Path, eos: int = EOS) -> object:
+        return kept.get(path, VOCAB, (eos,), Bounds())
+
+    once = get(first)
+    assert get(first) is once
+    assert get(first, eos=3) is not once  # and it takes its place
+    again = get(first)
+    assert again is not once and get(first) is again
+    os.utime(first, ns=(1, 1))
+    assert get(first) is not again
+    get(second)
+    assert len(kept._kept) == 1
+    with pytest.raises(OSError):
+        get(tmp_path / "tokenizer.json")
