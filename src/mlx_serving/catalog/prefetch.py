@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,8 +21,8 @@ from mlx_serving.telemetry.events import Event, ModelLoaded, ModelLoading, Reque
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES = 32 << 20
-"""Asked for at once: between pieces it can be told to stop."""
+PIECE_BYTES = 1 << 20
+"""Read at once: between pieces it can be told to stop."""
 
 Outcome = Literal["begun", "hit", "miss"]
 """`hit`: a model is asked for that was prepared; `miss`: one is loaded that was not, though its files
@@ -102,25 +101,18 @@ class Prefetch:
 
 
 def read_ahead(folder: Path, stopped: threading.Event) -> int:
-    """Have the system read a folder's weights; returns how many bytes were asked for. A file that cannot
-    be read is left to the load, which says why."""
+    """Have the system read a folder's weights; returns how many bytes it has read. A file that cannot be
+    read is left to the load, which says why.
+
+    Linux takes advice (POSIX_FADV_WILLNEED), but heeds no more of it at once than its own read-ahead.
+    """
     total = 0
+    piece = bytearray(PIECE_BYTES)
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with path.open("rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                for start in range(0, size, PIECE_BYTES):
-                    if stopped.is_set():
-                        return total
-                    total += _ask(file.fileno(), start, min(PIECE_BYTES, size - start))
+                while not stopped.is_set() and (count := file.readinto(piece)):
+                    total += count
         except OSError as error:
             log.info("cannot read ahead: %s", error)
     return total
-
-
-def _ask(fd: int, start: int, count: int) -> int:
-    """Where the system takes no advice (macOS), by reading."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, start, count, os.POSIX_FADV_WILLNEED)
-        return count
-    return len(os.pread(fd, count, start))

@@ -165,12 +165,7 @@ async def test_one_model_is_read_at_a_time(tmp_path: Path) -> None:
     await asyncio.gather(writer, three.prefetch.close())
 
 
-@pytest.mark.parametrize("advice", [True, False])
-def test_every_byte_of_the_weights_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, advice: bool
-) -> None:
-    if not advice:
-        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+def test_every_byte_of_the_weights_is_read(tmp_path: Path) -> None:
     sizes = (PIECE_BYTES + 5, 7)
     for i, size in enumerate(sizes):
         with (tmp_path / f"model-{i}.safetensors").open("wb") as file:
