@@ -50,8 +50,32 @@ class Adapter:
     as they are."""
 
 
-Lines = mx.array | None
-"""Of a batch, int32; None: all."""
+class Mix:
+    """Several adapters in one forward pass over `count` lines, each on its own; other lines have none."""
+
+    def __init__(self, parts: Sequence[tuple[Adapter, Sequence[int]]], count: int) -> None:
+        order = [line for _, lines in parts for line in lines]
+        self.spans: list[tuple[Adapter, int, int]] = []
+        begin = 0
+        for adapter, lines in parts:
+            self.spans.append((adapter, begin, begin + len(lines)))
+            begin += len(lines)
+        self.used = begin
+        order += sorted(set(range(count)) - set(order))
+        back = sorted(range(count), key=order.__getitem__)
+        self._order, self._back = mx.array(order), mx.array(back)
+
+    def change(self, layer: str, x: mx.array, y: mx.array) -> mx.array:
+        x, y = x[self._order], y[self._order]
+        parts = [
+            change(x[begin:end], y[begin:end])
+            if (change := adapter.changes.get(layer)) is not None
+            else y[begin:end]
+            for adapter, begin, end in self.spans
+        ]
+        if self.used < y.shape[0]:
+            parts.append(y[self.used :])
+        return mx.concatenate(parts)[self._back]
 
 
 class Adapters:
@@ -70,7 +94,7 @@ class Adapters:
         self._loaded: dict[str, Adapter] = {}
         self._changed: dict[str, type] = {}
         """The class that each changed layer had."""
-        self._active: Sequence[tuple[Adapter, Lines]] = ()
+        self._active: Adapter | Mix | None = None
         self._reached: dict[str, int] = {}
         """Layers that a trial has called, and how many lines they saw."""
 
@@ -78,15 +102,15 @@ class Adapters:
         return self._loaded[tag]
 
     @contextmanager
-    def on(self, active: Sequence[tuple[Adapter, Lines]]) -> Iterator[None]:
-        """Forward passes that are built inside have these adapters, each on its lines of the batch."""
+    def on(self, active: Adapter | Mix) -> Iterator[None]:
+        """Forward passes that are built inside have these adapters; one alone has all lines."""
         self._active = active
         if self._fused is not None:
             self._fused.off = True
         try:
             yield
         finally:
-            self._active = ()
+            self._active = None
             if self._fused is not None:
                 self._fused.off = False
 
@@ -173,22 +197,21 @@ class Adapters:
         from mlx_lm.models.cache import make_prompt_cache
 
         self._reached = {}
-        with self.on(((adapter, None),)):
+        with self.on(adapter):
             model: Any = self._model
             model(mx.zeros(shape, mx.int32), cache=make_prompt_cache(model))
 
     def change(self, layer: str, x: mx.array, y: mx.array) -> mx.array:
         """A layer's output `y` with what the active adapters make of its input `x`."""
-        for adapter, lines in self._active:
-            change = adapter.changes.get(layer)
-            if change is None:
-                continue
-            self._reached[layer] = x.shape[0]
-            if lines is None:
-                y = change(x, y)
-            else:
-                y[lines] = change(x[lines], y[lines])
-        return y
+        match self._active:
+            case None:
+                return y
+            case Mix() as mix:
+                return mix.change(layer, x, y)
+            case adapter:
+                self._reached[layer] = x.shape[0]
+                change = adapter.changes.get(layer)
+                return y if change is None else change(x, y)
 
 
 _classes: dict[type, type] = {}

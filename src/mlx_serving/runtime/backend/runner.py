@@ -24,7 +24,7 @@ import numpy as np
 from mlx.nn.layers.base import Module
 
 from mlx_serving.errors import MLXServingError
-from mlx_serving.runtime.backend.adapters import Adapter, Adapters
+from mlx_serving.runtime.backend.adapters import Adapter, Adapters, Mix
 from mlx_serving.runtime.backend.arch import first_lines
 from mlx_serving.runtime.backend.judge import Judge
 from mlx_serving.runtime.backend.kv import KVStore
@@ -343,7 +343,7 @@ class MLXRunner:
         if adapter is None:
             return nullcontext()
         assert self._adapters is not None
-        return self._adapters.on(((adapter, None),))
+        return self._adapters.on(adapter)
 
     def _start(self, start: RowStart) -> None:
         if start.blocks:
@@ -474,7 +474,10 @@ class MLXRunner:
             return nullcontext()
         assert self._adapters is not None
         of = {adapter.tag: adapter for adapter in self._adapted.values()}
-        return self._adapters.on([(of[tag], mx.array(own)) for tag, own in at.items()])
+        if len(at) == 1:
+            # Nobody's lines may have it too.
+            return self._adapters.on(of[next(iter(at))])
+        return self._adapters.on(Mix([(of[tag], own) for tag, own in at.items()], behind))
 
     def _inputs(self, rows: Sequence[DecodeRow], lines: int) -> mx.array:
         """The last token of each line's row and, behind them, those before it that are computed too."""
