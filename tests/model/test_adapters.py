@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import byte_vocabulary
+from mlx_serving import Engine
 from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime import native
 from mlx_serving.runtime.backend.grammar import Grammars
@@ -219,3 +223,29 @@ def test_tokens_that_a_grammar_forces_have_the_adapter_too(tmp_path: Path, kv_bi
     (jumped, forced), (stepped, none) = outcomes("auto"), outcomes("off")
     assert forced > 0 == none
     assert jumped == stepped and len(set(map(tuple, jumped))) > 3
+
+
+@pytest.mark.slow
+async def test_smollm2_with_two_adapters_says_what_mlx_lm_says(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    """Through the engine: both adapters and the model in one batch, alone, and after a worker's death."""
+    folders = [adapters.write(tmp_path / n, model_dir, i, size=1.0) for i, n in enumerate("ab")]
+    prompts = [(504, 3575, 282, 4649, 314)]
+    wanted = [adapters.expected(model_dir, folder, prompts, 6) for folder in (None, *folders)]
+    assert wanted[0] != wanted[1] != wanted[2] != wanted[0]
+    settings = {"adapter": [f"{folder.name}={folder}" for folder in folders], "max_num_seqs": 8}
+    async with Engine([{"model": str(model_dir), "name": "m"}], **settings) as engine:
+        names = ("m", "m+a", "m+b")
+
+        async def say(name: str, prompt: tuple[int, ...]) -> list[int]:
+            options = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
+            chunks = engine.generate(list(prompt), model=name, **options)
+            return [token async for chunk in chunks for token in chunk.token_ids]
+
+        asked = [(i % 3, 0) for i in range(6)]
+        for turn in range(2):
+            answers = await asyncio.gather(*(say(names[i], prompts[j]) for i, j in asked))
+            assert answers == [wanted[i][j] for i, j in asked], turn
+            os.kill(engine.gateway.health()["workers"][0]["pid"], signal.SIGKILL)
+        assert await say("m+b", prompts[0]) == wanted[2][0]
