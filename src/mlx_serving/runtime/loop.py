@@ -77,6 +77,7 @@ class Model:
         self._started: set[int] = set()
         self._now = now
         self._last_done_s = 0.0
+        self._pace_told = False
         self._cache_told: CacheStats | None = None
         self._early: list[wire.TokenRow] = []
         """Rows that no step had to be waited for."""
@@ -171,10 +172,24 @@ class Model:
             emitted = self._scheduler.apply(self._line.wait(oldest))
             stats = self._stats(oldest)
             self._scheduler.observe(oldest.plan, stats.step_ms / 1e3)
+            self._tell_of_pace()
             return wire.Step(self._take_early() + self._rows(emitted), stats)
         except Exception as error:
             log.exception("%s: step failed", self.info.model_id)
             return self._fail_started(error)
+
+    def _tell_of_pace(self) -> None:
+        """Once: the target for gaps is not to be had on this machine."""
+        pace = self._scheduler.pace
+        if pace.out_of_reach and not self._pace_told:
+            self._pace_told = True
+            log.warning(
+                "%s: max_itl_ms %.0f is out of reach: a step that decodes beside the shortest chunk "
+                "of a prompt takes about %.0f ms",
+                self.info.model_id,
+                pace.max_itl_s * 1e3,
+                pace.least_s * 1e3,
+            )
 
     def _take_early(self) -> list[wire.TokenRow]:
         early, self._early = self._early, []

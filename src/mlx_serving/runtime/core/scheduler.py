@@ -267,7 +267,8 @@ class Scheduler:
 
     def observe(self, plan: StepPlan, step_s: float) -> None:
         """How long a step took."""
-        self.pace.observe(len(plan.decode), plan.prefill_tokens, step_s)
+        grain = self.ceilings.grain
+        self.pace.observe(len(plan.decode), plan.prefill_tokens, step_s, grain)
         self.step_s = policy.blend(self.step_s, step_s)
 
     def _disk_orders(self, *, idle: bool) -> DiskOrders:
