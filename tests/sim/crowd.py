@@ -39,8 +39,23 @@ def limits(rows: int = 16, **fields: object) -> Limits:
     )
 
 
-def cost_s(plan: StepPlan) -> float:
-    return STEP_S + ROW_S * len(plan.decode) + PREFILL_TOKEN_S * plan.prefill_tokens
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds that a step takes."""
+
+    step_s: float = STEP_S
+    row_s: float = ROW_S
+    prefill_token_s: float = PREFILL_TOKEN_S
+
+    def of(self, plan: StepPlan) -> float:
+        rows, tokens = len(plan.decode), plan.prefill_tokens
+        return self.step_s + self.row_s * rows + self.prefill_token_s * tokens
+
+
+SMALL_MACHINE = Costs()
+SMOLLM2 = Costs(0.0047, 0.00138, 0.00093)
+"""SmolLM2-135M in 4 bits on two cores: decoding 1, 8 and 16 rows, and prefill, as benchmarks/RESULTS.md
+has them."""
 
 
 @dataclass(slots=True, order=True)
@@ -79,8 +94,15 @@ class Customer:
 
 
 class Crowd:
-    def __init__(self, customers: Iterable[Customer], of: Limits) -> None:
+    def __init__(
+        self,
+        customers: Iterable[Customer],
+        of: Limits,
+        costs: Costs = SMALL_MACHINE,
+        depth: int = DEPTH,
+    ) -> None:
         self.limits = of
+        self._costs, self._depth = costs, depth
         self.scheduler = Scheduler(of)
         self.customers = {c.seq_id: c for c in sorted(customers)}
         self.now_s = 0.0
@@ -95,7 +117,7 @@ class Crowd:
         """Until then, or until everybody has been served."""
         while self.now_s < until_s and (self._coming or self.scheduler.has_work):
             self._arrive()
-            while len(self._launched) < DEPTH and self._launch():
+            while len(self._launched) < self._depth and self._launch():
                 pass
             if self._launched:
                 self._deliver()
@@ -151,8 +173,9 @@ class Crowd:
 
     def _deliver(self) -> None:
         plan, pending = self._launched.popleft()
-        self.now_s += cost_s(plan)
-        self.scheduler.observe(plan, cost_s(plan))
+        took_s = self._costs.of(plan)
+        self.now_s += took_s
+        self.scheduler.observe(plan, took_s)
         for emitted in self.scheduler.apply(pending.wait()):
             customer = self.customers[emitted.seq_id]
             customer.tokens += emitted.token_ids

@@ -6,12 +6,22 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from mlx_serving.runtime.core.policy import lane_rows
 from mlx_serving.types import Priority, Turn
-from sim.crowd import PREFILL_TOKEN_S, ROW_S, STEP_S, Crowd, Customer, limits, poisson
+from sim.crowd import (
+    PREFILL_TOKEN_S,
+    ROW_S,
+    SMOLLM2,
+    STEP_S,
+    Crowd,
+    Customer,
+    limits,
+    poisson,
+)
 
 ROWS = 16
 FULL_STEP_S = STEP_S + ROWS * ROW_S
@@ -62,6 +72,61 @@ def test_twice_the_load_does_not_reach_the_critical(seed) -> None:
     assert loaded.tokens() >= 0.95 * alike.tokens()
     # Without classes nobody is spared.
     assert p99([c.ttft_s for c in alike.customers.values() if c.first_s]) > 10 * p99(ttfts(quiet))
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "depth", "seeds"),
+    [
+        (300, 2, range(1)),
+        pytest.param(300, 2, range(5), marks=pytest.mark.slow),
+        pytest.param(150, 1, range(5), marks=pytest.mark.slow),
+    ],
+)
+def test_nor_does_it_where_critical_requests_overlap(prompt_tokens, depth, seeds) -> None:
+    """They come at random, 15 for each 100 others that there is room for. Alone, too, they wait for each
+    other then. What the load adds is the steps that are under way as each comes; a shorter prompt, which
+    takes no longer than two of them, needs a pipeline of one."""
+    quiet_s, loaded_s = [], []
+    for seed in seeds:
+        quiet, loaded, share = _overlapping(prompt_tokens, depth, seed)
+        quiet_s += quiet
+        loaded_s += loaded
+        assert share >= 0.95
+    assert p99(loaded_s) <= 1.5 * p99(quiet_s)
+
+
+def _overlapping(
+    prompt_tokens: int, depth: int, seed: int
+) -> tuple[list[float], list[float], float]:
+    """Critical TTFTs in seconds, alone and under load, and the tokens served with critical requests over
+    those without."""
+    answer, until_s = 48, 40.0
+    full_step_s = SMOLLM2.step_s + ROWS * SMOLLM2.row_s
+    capacity = 1 / (64 * SMOLLM2.prefill_token_s + answer * full_step_s / ROWS)
+    rng, ids = random.Random(seed), itertools.count()
+    shape = {"prompt_tokens": prompt_tokens, "max_tokens": 16}
+    critical = poisson(rng, 0.15 * capacity, until_s, ids, priority=Priority.CRITICAL, **shape)
+    others = [
+        customer
+        for priority in (Priority.NORMAL, Priority.LOW)
+        for customer in poisson(
+            rng, capacity, until_s, ids, priority=priority, prompt_tokens=64, max_tokens=answer
+        )
+    ]
+
+    def crowd(customers: list[Customer]) -> Crowd:
+        fresh = [replace(c, tokens=[], first_s=None, done_s=None) for c in customers]
+        of = limits(ROWS, max_wait_s=60.0, prefill_step_size=256)
+        return Crowd(fresh, of, SMOLLM2, depth).run(until_s)
+
+    def ttfts(found: Crowd) -> list[float]:
+        came = (found.customers[c.seq_id] for c in critical if c.arrives_s < until_s - 5)
+        return [c.ttft_s for c in came]
+
+    quiet, loaded, without = crowd(critical), crowd([*critical, *others]), crowd(others)
+    served = [loaded.customers[c.seq_id] for c in critical]
+    assert any(b.arrives_s < (a.done_s or 0.0) for a, b in pairwise(served))
+    return ttfts(quiet), ttfts(loaded), loaded.tokens() / without.tokens()
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16])

@@ -8,11 +8,22 @@ import os
 import sys
 from pathlib import Path
 
-from mlx_serving.bench import compare, gaps, overhead, prefix, report, schema, switch
+from mlx_serving.bench import compare, gaps, overhead, prefix, priority, report, schema, switch
 from mlx_serving.catalog.ensure import ensure
 from mlx_serving.config import DEFAULT_MODEL, Config
 
-PARTS = ("overhead", "depth", "schema", "jump", "bare", "compare", "prefix", "gaps", "switch")
+PARTS = (
+    "overhead",
+    "depth",
+    "schema",
+    "jump",
+    "bare",
+    "compare",
+    "prefix",
+    "gaps",
+    "priority",
+    "switch",
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,6 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kernels", nargs="*", default=["off", "auto"])
     parser.add_argument("--max-itl-ms", type=float, nargs="*", default=[60.0, 120.0, 250.0])
     parser.add_argument("--prompt-tokens", type=int, default=6000, help="of the part `gaps`")
+    parser.add_argument("--seconds", type=float, default=30.0, help="each load of `priority`")
+    parser.add_argument(
+        "--priority-flags", nargs="*", default=[""], help="the server's, one text a server"
+    )
     parser.add_argument("--chats", type=int, default=20)
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument(
@@ -92,6 +107,14 @@ async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> 
     if "switch" in parts:
         print("switching between models …", file=sys.stderr, flush=True)
         sections.append(report.switch(await switch.measure(stored, rounds=3 * args.rounds)))
+    if "priority" in parts:
+        print("critical requests under overload …", file=sys.stderr, flush=True)
+        ways = [way.split() for way in args.priority_flags]
+        measured = [
+            await priority.measure(stored, rounds=args.rounds, seconds=args.seconds, flags=way)
+            for way in ways
+        ]
+        sections.append(report.priorities(measured))
     return "\n".join(sections)
 
 

@@ -13,6 +13,7 @@ from mlx_serving.bench.compare import Comparison
 from mlx_serving.bench.gaps import Gaps
 from mlx_serving.bench.overhead import Overhead
 from mlx_serving.bench.prefix import Replay, Reuse
+from mlx_serving.bench.priority import Priorities
 from mlx_serving.bench.schema import Jumps, SchemaCost
 from mlx_serving.bench.switch import Switch
 
@@ -205,6 +206,31 @@ def switch(s: Switch) -> str:
     header = ("the request's model is", "time to first token", "of cold", "aim")
     table = _table("## Another model than the last request's", header, rows)
     return table + (kept if s.pages_kept > 0.01 else "")
+
+
+def priorities(found: Sequence[Priorities]) -> str:
+    rows = [
+        (
+            one.flags or "default",
+            f"{one.capacity:.1f}/s",
+            str(one.critical),
+            "{:.0f} / {:.0f} ms".format(*(1e3 * s for s in one.quiet_s)),
+            "{:.0f} / {:.0f} ms".format(*(1e3 * s for s in one.loaded_s)),
+            f"{one.ratio:.2f}",
+            f"{one.throughput:.3f}",
+        )
+        for one in found
+    ]
+    head = (
+        "flags",
+        "capacity",
+        "critical requests",
+        "their TTFT alone, p50 / p99",
+        "at twice the capacity",
+        "ratio of p99 (aim ≤ 1.5)",
+        "tokens/s with them over without (aim ≥ 0.95)",
+    )
+    return _table("## Critical requests under overload (kernels: auto)", head, rows)
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
