@@ -1,4 +1,5 @@
-"""Agents' own programs, from npm, against a scripted model that calls a tool and says what it gave.
+"""Agents' own programs, from npm and PyPI, against scripted models: one calls a tool and says what it
+gave, one writes a file as aider wants it.
 
 They see no host but this one: every other goes to a proxy that nobody listens at.
 """
@@ -8,6 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,14 @@ import pytest
 
 from contract.served import serving
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("npm") is None, reason="Node.js is not installed"),
-]
+pytestmark = pytest.mark.slow
 
-PINNED = ("@anthropic-ai/claude-code@2.1.197", "@openai/codex@0.169.0")
+PINNED = (
+    "@anthropic-ai/claude-code@2.1.197",
+    "@openai/codex@0.169.0",
+    "@continuedev/cli@1.5.47",
+)
+AIDER = "aider-chat==0.86.2"
 AGENT = """\
 {%- for message in messages if message.role == "system" -%}
 {%- if not loop.first or messages[0] != message %}{{ raise_exception("one, and first") }}{% endif -%}
@@ -55,11 +60,27 @@ wire_api = "responses"
 request_max_retries = 0
 stream_max_retries = 0
 """
+CONTINUE = """\
+name: local
+version: 1.0.0
+schema: v1
+models:
+  - name: agent
+    provider: openai
+    model: agent
+    apiBase: {url}/v1
+    apiKey: sekrit
+    roles: [chat]
+    capabilities: [tool_use]
+"""
+EDIT = 'Here it is.\n\nanswer.py\n```python\nprint("forty-two")\n```\n'
 FLAGS = ("--model-aliases", "claude-*", "--api-key", "sekrit")
 
 
 @pytest.fixture(scope="module")
 def bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("npm") is None:
+        pytest.skip("Node.js is not installed")
     home = tmp_path_factory.mktemp("programs")
     quiet = ("--no-audit", "--no-fund", "--silent", "--prefix", str(home))
     if subprocess.run(["npm", "install", *quiet, *PINNED], check=False).returncode:
@@ -70,8 +91,21 @@ def bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(scripted_once: Any) -> Iterator[str]:
     model = scripted_once("agent", mode="echo", context=200_000, chat_template=AGENT)
-    with serving([model], *FLAGS) as url:
+    coder = scripted_once("coder", text=EDIT, context=32_768)
+    with serving([model, coder], *FLAGS) as url:
         yield url
+
+
+@pytest.fixture(scope="module")
+def aider(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if sys.version_info >= (3, 13):
+        pytest.skip("aider does not run on this Python")
+    home = tmp_path_factory.mktemp("aider")
+    venv.create(home, with_pip=True)
+    install = (home / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-compile", AIDER)
+    if subprocess.run(install, check=False).returncode:
+        pytest.skip("pip cannot install aider here")
+    return home / "bin" / "aider"
 
 
 @pytest.fixture
@@ -127,3 +161,30 @@ def test_codex(url: str, bin: Path, run: Any, tmp_path: Path) -> None:
     program = bin / ".bin" / "codex"
     said = run(program, "exec", *flags, "What does echo say?", AGENT_KEY="sekrit")
     assert said.startswith("It said: ") and said.strip().endswith("forty-two")
+
+
+def test_continue(url: str, bin: Path, run: Any, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(CONTINUE.format(url=url))
+    program = bin / ".bin" / "cn"
+    said = run(program, "-p", "What does echo say?", "--config", config, "--auto")
+    assert said.strip() == "It said: forty-two"
+
+
+@pytest.mark.parametrize(
+    ("model", "env"),
+    [
+        ("openai/coder", {"OPENAI_API_BASE": "{url}/v1", "OPENAI_API_KEY": "sekrit"}),
+        ("anthropic/coder", {"ANTHROPIC_API_BASE": "{url}", "ANTHROPIC_API_KEY": "sekrit"}),
+        ("ollama_chat/coder", {"OLLAMA_API_BASE": "{url}", "OLLAMA_API_KEY": "sekrit"}),
+    ],
+)
+def test_aider(
+    url: str, aider: Path, run: Any, tmp_path: Path, model: str, env: dict[str, str]
+) -> None:
+    quiet = ("--no-git", "--yes-always", "--no-check-update", "--no-show-model-warnings")
+    flags = ("--model", model, "--edit-format", "whole", "--analytics-disable", *quiet)
+    given = {name: value.format(url=url) for name, value in env.items()}
+    said = run(aider, *flags, "--message", "Write answer.py", **given)
+    assert "Applied edit to answer.py" in said
+    assert (tmp_path / "work" / "answer.py").read_text() == 'print("forty-two")\n'
