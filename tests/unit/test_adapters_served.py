@@ -13,6 +13,8 @@ import pytest
 from adapter_files import write_adapter
 from mlx_serving import Engine, errors
 from mlx_serving.telemetry import events
+from mlx_serving.traffic.rollout import Stage
+from mlx_serving.traffic.rollouts import Spec
 
 MIB = 1 << 20
 
@@ -142,7 +144,7 @@ async def test_a_broken_adapter_says_why_and_its_base_answers(base, tmp_path):
         "cut": (cut, "corrupt_file", "adapters.safetensors: is cut short"),
         "full": (full, "unsupported_adapter", "fine_tune_type is 'full'"),
         "prompt": (prompt, "unsupported_adapter", "peft_type is 'PROMPT_TUNING'"),
-        "gone": (tmp_path / "gone", "adapter_not_found", "does not exist"),
+        "gone": (tmp_path / "gone", "adapter_not_found", "there is no adapter"),
         "empty": (base, "corrupt_file", "adapter_config.json: is missing"),
     }
     adapter = tuple(f"{name}={folder}" for name, (folder, _, _) in broken.items())
@@ -244,3 +246,34 @@ async def test_an_entry_has_adapters_of_its_own(scripted, tmp_path):
         assert states(engine) == dict.fromkeys(("m", "n", "m+fr", "n+fr"), "ready")
         by_id = {model.id: model for model in engine.gateway.models()}
         assert by_id["m+fr"].aliases == ("fr",) and by_id["n+fr"].aliases == ()
+
+
+async def test_an_adapter_may_be_a_canary(base, tmp_path):
+    adapter = (f"a={write_adapter(tmp_path / 'a')}",)
+    async with Engine(str(base), adapter=adapter) as engine:
+        tokens = [(await say(engine, name)).text for name in ("base", "base+a")]
+        stages = (Stage(1.0),)
+        spec = Spec(name="try", model="base", variant="base+a", mode="ab", stages=stages)
+        engine.gateway.start_rollout(spec)
+        assert (await say(engine, "base")).text == tokens[1] != tokens[0]
+
+
+async def test_who_asks_while_its_base_leaves_has_both_again(base, tmp_path):
+    """However the two fall together, every request is answered and nothing is held at the end."""
+    adapter = tuple(f"{n}={write_adapter(tmp_path / n, i)}" for i, n in enumerate("ab"))
+    async with Engine(str(base), adapter=adapter) as engine:
+        names = ("base", "base+a", "base+b")
+        alone = [(await say(engine, name)).text for name in names]
+        for turn in range(8):
+            leaving = [asyncio.create_task(engine.gateway.unload(n)) for n in names[turn % 3 :]]
+            asked = [asyncio.create_task(say(engine, n)) for n in names]
+            gone = asyncio.create_task(say(engine, names[turn % 3], max_tokens=100))
+            await asyncio.sleep(0.001 * turn)
+            gone.cancel()
+            assert [(await task).text for task in asked] == alone
+            await asyncio.gather(*leaving)
+        await asyncio.gather(gone, return_exceptions=True)
+        await until(lambda: not any(slot.busy for slot in engine._models.slots))
+        await engine.gateway.unload("base")
+        assert set(states(engine).values()) == {"absent"}
+        assert engine._models.residency.held_bytes == 0

@@ -170,3 +170,15 @@ async def test_the_same_files_are_served_twice_under_different_settings(scripted
             await engine.complete("Hello", model=m, max_tokens=8, temperature=0) for m in served
         ]
         assert len({answer.text for answer in answers}) == 1
+
+
+def test_adapters_are_a_mapping_or_a_list(tmp_path: Path) -> None:
+    named = "models:\n  - model: m\n    adapters:\n      fr: ./fr\n      sql: org/sql\n"
+    listed = "models:\n  - model: m\n    adapters: [fr=./fr, sql=org/sql]\n"
+    read = [load({}, env={}, file=write(tmp_path, text)).entries[0] for text in (named, listed)]
+    assert read[0] == read[1] and read[0].adapters == ("fr=./fr", "sql=org/sql")
+    wrong = "models:\n  - model: m\n    adapters: {a+b: x}\n"
+    (line,) = mistakes(wrong, tmp_path)
+    assert line.endswith("[0].adapters: expected NAME=FOLDER, got 'a+b=x'")
+    assert load({"adapter": ["n+fr=./fr"]}, env={}).adapter == ("n+fr=./fr",)
+    assert load({}, env={"MLX_SERVING_ADAPTER": "fr=a,de=b"}).adapter == ("fr=a", "de=b")

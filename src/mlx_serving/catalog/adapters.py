@@ -64,10 +64,11 @@ def ensure_adapter(source: str, config: Config, progress: Progress | None = None
                     progress=progress or Silent(),
                 )
             case _:
-                raise ModelNotFound(f"{source!r} is a model; an adapter is a folder or a hub id")
+                raise ModelNotFound(f"{source!r} is a model")
     except ModelNotFound as error:
         # A server whose model is not there ends; one whose adapter is not there does not.
-        raise ModelBroken(error.message, code="adapter_not_found") from error
+        why = f"there is no adapter {source!r}, neither a folder nor a repository of the hub"
+        raise ModelBroken(why, code="adapter_not_found") from error
     try:
         return read_adapter(path.absolute())
     except BadAdapter as bad:

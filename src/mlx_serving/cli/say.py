@@ -83,6 +83,8 @@ class Say:
 
     def loaded(self, info: ModelInfo) -> None:
         kind = ", ".join(part for part in (info.quantization, info.dtype) if part)
+        if info.adapter_of is not None:
+            kind = f"beside {info.adapter_of}"
         kv = "" if info.kv_bits == "off" else f"KV in {info.kv_bits} bits, "
         self.event(
             "model_loaded",

@@ -8,6 +8,7 @@ one thread, so it is known when each layer is called.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -115,6 +116,7 @@ class Adapters:
                 self._fused.off = False
 
     def load(self, model_id: str, path: Path, base: ModelInfo) -> Slices[LoadedAdapter]:
+        began_s = time.monotonic()
         try:
             settings = read_settings(path)
             adapter = yield from self._read(model_id, path, settings, Path(base.path))
@@ -137,6 +139,8 @@ class Adapters:
             held_bytes=adapter.nbytes,
             kv_bytes_per_token=0,
             embedding_size=0,
+            quantization=None,
+            load_s=time.monotonic() - began_s,
         )
         return LoadedAdapter(info, adapter.tag)
 
