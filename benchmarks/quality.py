@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--modes", nargs="+", default=["exact", "fast"])
-    parser.add_argument("--kv-bits", nargs="*", default=[], choices=["8", "4", "k8v4"])
+    parser.add_argument("--kv-bits", nargs="*", default=[], choices=["16", "8", "4", "k8v4"])
     parser.add_argument("--kv", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument(
         "--require", nargs="*", default=[], help="modes that must be as good as f32"

@@ -213,7 +213,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kernels: Literal["auto", "exact", "fast", "f32", "off"] = "auto"
     """CPU only: which native kernels replace MLX's own; off is stock MLX."""
     kv_bits: KVBits = "off"
-    """In how many bits attention keeps keys and values; k8v4: keys in 8, values in 4; off: as computed."""
+    """In how many bits attention keeps keys and values; 16: bfloat16; k8v4: keys in 8, values in 4; off: as computed."""
     prefix_cache_bytes: Annotated[int, Meta(ge=0)] | None = None
     """Memory for prompts' common beginnings, in bytes; 0: off; default: a quarter of what KV may take."""
     kv_disk_path: Annotated[str, Meta(min_length=1)] | None = None

@@ -411,8 +411,9 @@ ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert", "nomic_bert")
 """The `model_type`s that our own encoder computes; everything else is mlx-lm's."""
 
 
-KVBits = Literal["off", "8", "4", "k8v4"]
-"""Of each number that attention layers keep; `k8v4`: 8 of keys, 4 of values; `off`: as computed."""
+KVBits = Literal["off", "16", "8", "4", "k8v4"]
+"""Of each number that attention layers keep; `16`: bfloat16, where that is less; `k8v4`: 8 of keys, 4 of
+values; `off`: as computed."""
 
 JumpForward = Literal["auto", "on", "off"]
 

@@ -114,7 +114,7 @@ def test_blocks_come_back_from_disk(name: str, tmp_path: Path) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("bits", ["8", "4", "k8v4"])
+@pytest.mark.parametrize("bits", ["16", "8", "4", "k8v4"])
 @pytest.mark.parametrize("name", FUSED)
 def test_bits_do_not_depend_on_neighbours_or_cuts(name: str, bits: KVBits) -> None:
     model = _native_model(name)
@@ -145,7 +145,7 @@ def test_bits_do_not_depend_on_neighbours_or_cuts(name: str, bits: KVBits) -> No
 
 
 @needs_native
-@pytest.mark.parametrize("bits", ["8", "k8v4"])
+@pytest.mark.parametrize("bits", ["16", "8", "k8v4"])
 def test_fused_layers_give_the_bits_of_single_ones(bits: KVBits) -> None:
     """And keep the same words."""
     from mlx_serving.runtime.native.install import accelerate
@@ -159,8 +159,9 @@ def test_fused_layers_give_the_bits_of_single_ones(bits: KVBits) -> None:
         chunk = runner.forward_row(0, mx.array([_tokens(7, 29)]), 0)
         step = model(mx.array([[9]]), cache=runner.store.batch_view({0: 29}, 1))[0, -1:]
         logits.append([np.array(chunk), np.array(step)])
-        kept.append([np.array(a[:, :, :30]) for a in runner.store.arrays()])
-        assert all(a.dtype == np.uint32 for a in kept[-1])
+        slabs = runner.store.arrays()
+        assert {a.dtype for a in slabs} == {mx.bfloat16 if bits == "16" else mx.uint32}
+        kept.append([np.array(a[:, :, :30].view(mx.uint16)) for a in slabs])
     for ours, theirs in zip((logits[0], kept[0]), (logits[1], kept[1]), strict=True):
         assert all((a == b).all() for a, b in zip(ours, theirs, strict=True))
 
@@ -214,7 +215,7 @@ def _load(path: Path, **options: Any) -> Any:
 def test_less_of_the_budget_holds_more_tokens(tmp_path: Path, kernels: str) -> None:
     folder = _folder(tmp_path / "m", "llama", head_dim=HEAD)
     each: dict[str, int] = {}
-    for bits in ("off", "8", "k8v4", "4"):
+    for bits in ("off", "16", "8", "k8v4", "4"):
         loaded = _load(folder, kv_bits=bits, kernels=kernels)
         assert loaded.info.kv_bits == bits
         each[bits] = loaded.info.kv_bytes_per_token
@@ -226,6 +227,7 @@ def test_less_of_the_budget_holds_more_tokens(tmp_path: Path, kernels: str) -> N
         assert len(outcome.tokens) == 10
     vectors = 4 * 2 * 2  # layers, keys and values, heads
     width = each["off"] // (vectors * HEAD)
+    assert each["16"] == vectors * HEAD * 2
     assert each["8"] == vectors * (HEAD + 2 * width)
     assert each["4"] == vectors * (HEAD // 2 + 2 * width)
     assert each["k8v4"] == (each["8"] + each["4"]) // 2

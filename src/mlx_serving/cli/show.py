@@ -167,11 +167,12 @@ def _cache_facts(caches: Described | None) -> list[tuple[str, str]]:
     if caches is None:
         return []
     state = f"{size(caches.state_bytes_per_row)} a sequence" if caches.state_bytes_per_row else ""
-    why_not = caches.kv_bits_why_not
     forms = [f"{size(each)} with {bits}" for bits, each in caches.kv_bytes_by_bits.items()]
+    if caches.kv_bits_why_not:
+        forms.append(f"{'no others' if forms else 'no'}: {caches.kv_bits_why_not}")
     return [
         ("KV", f"{size(caches.kv_bytes_per_token)} a token" if caches.kv_bytes_per_token else ""),
-        ("--kv-bits", ", ".join(forms) or (why_not and f"no: {why_not}")),
+        ("--kv-bits", ", ".join(forms)),
         ("recurrent state", state),
         ("prefix reuse", f"{_REUSE[caches.prefix_reuse]}: {caches.why}"),
         ("decoding", "" if caches.batched else "one forward pass a row"),

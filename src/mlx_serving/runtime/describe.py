@@ -72,19 +72,21 @@ def _decoder(path: Path, kind: str) -> Described:
 def _quantised(
     built: Callable[[MakeKVLayer], KVStore], why_not: str | None
 ) -> tuple[dict[str, int], str]:
-    """A token's bytes for each `kv_bits`, or why there is none."""
+    """A token's bytes for each `kv_bits`, and why others cannot be."""
     from mlx_serving.runtime.backend.quantized_kv import FORMATS, QuantizedLayer, Unquantizable
 
     if why_not is not None:
         return {}, why_not
-    try:
-        return {
-            bits: built(partial(QuantizedLayer, form=form)).bytes_per_token()
-            for bits, form in FORMATS.items()
-            if form is not None
-        }, ""
-    except Unquantizable as error:
-        return {}, error.why
+    found, why = {}, ""
+    for bits, form in FORMATS.items():
+        if form is not None:
+            try:
+                store = built(partial(QuantizedLayer, form=form))
+            except Unquantizable as error:
+                why = error.why
+            else:
+                found[str(bits)] = store.bytes_per_token()
+    return found, why
 
 
 def _widened(array: Any) -> Any:

@@ -66,7 +66,7 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes_per_token: int = 0
     """In the type that this machine computes in."""
     kv_bytes_by_bits: Mapping[str, int] = {}
-    """The same for each quantised form; empty where there is none, for `kv_bits_why_not`."""
+    """The same for each quantised form that can be; others cannot, for `kv_bits_why_not`."""
     kv_bits_why_not: str = ""
     state_bytes_per_row: int = 0
     """Of recurrent layers, whatever the length."""

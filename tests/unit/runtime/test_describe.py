@@ -62,10 +62,10 @@ def test_attention_alone_shares_blocks(tmp_path: Path) -> None:
 
 def test_quantised_kv_is_told_or_why_there_is_none(tmp_path: Path) -> None:
     told = describe(made(tmp_path / "a", LLAMA | {"head_dim": 32}))
-    assert list(told.kv_bytes_by_bits) == ["8", "4", "k8v4"]
-    assert all(0 < each < told.kv_bytes_per_token for each in told.kv_bytes_by_bits.values())
+    assert list(told.kv_bytes_by_bits) == ["16", "8", "4", "k8v4"]
+    assert all(0 < each <= told.kv_bytes_per_token for each in told.kv_bytes_by_bits.values())
     told = describe(made(tmp_path / "b", LLAMA))
-    assert told.kv_bytes_by_bits == {} and "heads of 16 numbers" in told.kv_bits_why_not
+    assert list(told.kv_bytes_by_bits) == ["16"] and "heads of 16 numbers" in told.kv_bits_why_not
     told = describe(made(tmp_path / "c", MAMBA))
     assert told.kv_bytes_by_bits == {} and "no attention" in told.kv_bits_why_not
 

@@ -15,7 +15,14 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from mlx_serving.runtime.backend.kv import KVLayer, KVStore, MakeKVLayer
-from mlx_serving.runtime.backend.quantized_kv import AS_COMPUTED, Code, KVFormat, Unquantizable
+from mlx_serving.runtime.backend.quantized_kv import (
+    AS_COMPUTED,
+    FORMATS,
+    Code,
+    KVFormat,
+    Unquantizable,
+    half,
+)
 from mlx_serving.runtime.backend.views import Rows
 from mlx_serving.runtime.native import ops
 from mlx_serving.runtime.native.slab import RowMask
@@ -49,7 +56,7 @@ class InPlaceLayer(KVLayer):
 
 
 class QuantizedInPlaceLayer(InPlaceLayer):
-    """An `InPlaceLayer` whose slabs hold words, which the kernels write and read as they are."""
+    """An `InPlaceLayer` whose slabs hold words or halves, which the kernels write and read as they are."""
 
     def __init__(self, rows: Rows, window: int | None = None, *, form: KVFormat) -> None:
         super().__init__(rows, window)
@@ -60,6 +67,8 @@ class QuantizedInPlaceLayer(InPlaceLayer):
     ) -> tuple[mx.array, mx.array]:
         if self._form == AS_COMPUTED:
             return super().native_slabs(kv_heads, key_dim, value_dim, dtype)
+        if self._form == FORMATS["16"]:
+            return super().native_slabs(kv_heads, key_dim, value_dim, half(dtype))
         assert self._form.key_bits and self._form.value_bits
         key = Code.of(self._form.key_bits, key_dim, dtype)
         value = Code.of(self._form.value_bits, value_dim, dtype)

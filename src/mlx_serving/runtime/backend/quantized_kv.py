@@ -1,6 +1,6 @@
-"""Keys and values kept in 8 or 4 bits.
+"""Keys and values kept in 16, 8 or 4 bits.
 
-Each position's vector is quantised by itself when it is written (MLX's affine groups along the
+16 are bfloat16's, where the model computes in more. Of 8 and 4, each position's vector is quantised by itself when it is written (MLX's affine groups along the
 head), and attention always reads what was kept, a prompt's own chunk included: what a position
 holds does not depend on where its prompt was cut or on who else is in the batch. A slab's line is
 the quantised numbers, then scales and biases, as 32-bit words, so that rows are moved, cut into
@@ -45,6 +45,7 @@ class KVFormat:
 
 FORMATS: dict[KVBits, KVFormat | None] = {
     "off": None,
+    "16": KVFormat(16, 16),
     "8": KVFormat(8, 8),
     "4": KVFormat(4, 4),
     "k8v4": KVFormat(8, 4),
@@ -83,6 +84,24 @@ class Plain:
         return kept
 
 
+def half(dtype: mx.Dtype) -> mx.Dtype:
+    """What 16 bits are for numbers of this type."""
+    return dtype if dtype.size == 2 else mx.bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """Keeps the first half of a float32's bits, rounded."""
+
+    dtype: mx.Dtype
+
+    def encode(self, vectors: mx.array) -> mx.array:
+        return vectors.astype(half(self.dtype))
+
+    def decode(self, kept: mx.array) -> mx.array:
+        return kept.astype(self.dtype)
+
+
 class Code(NamedTuple):
     """How one vector of `dim` numbers becomes words, and back. The native kernels take it as it is
     (`native.ops.KVCode`) and write the same words."""
@@ -117,8 +136,12 @@ class Code(NamedTuple):
         return mx.dequantize(words[..., :width], scales, biases, self.group, self.bits)
 
 
-def _code(bits: int | None, vectors: mx.array) -> Plain | Code:
-    return Plain() if bits is None else Code.of(bits, vectors.shape[-1], vectors.dtype)
+def _code(bits: int | None, vectors: mx.array) -> Plain | Half | Code:
+    if bits is None:
+        return Plain()
+    if bits == 16:
+        return Half(vectors.dtype)
+    return Code.of(bits, vectors.shape[-1], vectors.dtype)
 
 
 class QuantizedLayer(KVLayer):
@@ -127,7 +150,7 @@ class QuantizedLayer(KVLayer):
     def __init__(self, rows: Rows, window: int | None = None, *, form: KVFormat) -> None:
         super().__init__(rows, window)
         self._form = form
-        self._codes: tuple[Plain | Code, Plain | Code] | None = None
+        self._codes: tuple[Plain | Half | Code, Plain | Half | Code] | None = None
         self._plain_bytes = 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

@@ -33,7 +33,7 @@ from mlx_serving.types import KVBits
 from mlx_serving.worker.wire import ModelOptions
 
 HEADS, DIM, ROWS, BLOCK, SCALE = 2, 32, 3, 4, 0.2
-BITS: list[KVBits] = ["8", "4", "k8v4"]
+BITS: list[KVBits] = ["16", "8", "4", "k8v4"]
 
 
 class Described:
@@ -48,6 +48,8 @@ class Described:
 
 def quantised_alone(vector: np.ndarray, bits: int) -> np.ndarray:
     """One head's vector, quantised by itself and read back by hand."""
+    if bits == 16:
+        return np.array(mx.array(vector).astype(mx.bfloat16).astype(mx.float32))
     words, scales, biases = (np.array(a) for a in mx.quantize(mx.array(vector[None]), 32, bits))
     each = 32 // bits
     numbers = [(int(word) >> (bits * i)) & (2**bits - 1) for word in words[0] for i in range(each)]
@@ -223,4 +225,4 @@ def test_blocks_on_disk_are_of_one_form(tmp_path: Path) -> None:
         folder = open_folder(tmp_path, {}, options, plan, 16, "exact", "float32")
         assert folder is not None
         folders.add(folder.folder)
-    assert len(folders) == len(FORMATS) == 4
+    assert len(folders) == len(FORMATS) == 5
