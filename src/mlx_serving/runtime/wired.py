@@ -118,7 +118,7 @@ class Wiring:
                     return self._refused(model_id, why)
                 case _:
                     assert_never(decision)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # whatever it is, the model can be served
             return self._refused(model_id, self._explain(error))
         return Wired(model_id, self._held[model_id][0])
 
@@ -151,7 +151,7 @@ class Wiring:
 
     def _explain(self, error: Exception) -> str:
         if not isinstance(error, OSError):
-            return str(error)
+            return str(error) or type(error).__name__
         limit = self.pages.limit_bytes()
         of = (
             "" if limit is None else f"; RLIMIT_MEMLOCK is {_mib(limit)} (ulimit -l, LimitMEMLOCK=)"
