@@ -50,6 +50,8 @@ class Prefetch:
         """Prepared, and not asked for since."""
         self._coming: str | None = None
         """What is being loaded without having been asked for."""
+        self._present = ""
+        """The model of the last request."""
         self._task: asyncio.Task[None] | None = None
         self._stopped = threading.Event()
 
@@ -63,7 +65,8 @@ class Prefetch:
             case RequestStarted(model_id=model_id):
                 self._asked(model_id, None)
                 self._succession.observe(model_id)
-                self._consider(model_id)
+                self._present = model_id
+                self._consider()
             case _:
                 pass
 
@@ -78,8 +81,9 @@ class Prefetch:
         if outcome is not None:
             self._count(outcome)
 
-    def _consider(self, present: str) -> None:
-        guess = self._succession.guess() if self.threshold else None
+    def _consider(self) -> None:
+        may = self.threshold and not self._stopped.is_set()
+        guess = self._succession.guess() if may else None
         if guess is None or guess.confidence < self.threshold or guess.model_id in self._ahead:
             return
         slot, folder = self._slots[guess.model_id], self._folders.get(guess.model_id)
@@ -89,7 +93,9 @@ class Prefetch:
         self._ahead.add(guess.model_id)
         self._count("begun")
         log.info("%s is likely next (%.2f)", guess.model_id, guess.confidence)
-        self._task = asyncio.create_task(self._prepare(slot, folder, present))
+        self._task = asyncio.create_task(self._prepare(slot, folder, self._present))
+        # Requests that came meanwhile may have another model next.
+        self._task.add_done_callback(lambda _: self._consider())
 
     async def _prepare(self, slot: AnySlot, folder: Path, present: str) -> None:
         if await self._residency.clear_for(slot, present) and not self._stopped.is_set():
