@@ -16,6 +16,13 @@ async def test_the_cost_of_a_schema(scripted: Any) -> None:
     assert "≤ 1.05" in report.schema(cost)
 
 
+async def test_what_forced_tokens_gain(scripted: Any) -> None:
+    found = await schema.jumps(scripted(mode="hash", context=4096), streams=2, rounds=1)
+    assert found.streams == 2 and min(*found.tokens_per_s, found.ratio) > 0
+    assert found.forced_share > 0.2, "the properties' names are"
+    assert "ratio" in report.jumps([found])
+
+
 def test_every_round_has_a_schema_of_its_own() -> None:
     formats = [schema.wish(turn)["response_format"]["json_schema"]["schema"] for turn in range(3)]
     assert len({str(one) for one in formats}) == 3

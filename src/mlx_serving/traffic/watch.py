@@ -34,6 +34,7 @@ _DEPENDS = (
     "kernels",
     "dtype",
     "exact_batch",
+    "jump_forward",
 )
 """Settings that latencies depend on."""
 
