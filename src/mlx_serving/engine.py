@@ -332,6 +332,8 @@ class Engine:
         if stats.forced_tokens:
             m.forced_tokens.labels(model).inc(stats.forced_tokens)
         m.step_time.labels(model).observe(stats.step_ms / 1e3)
+        for stage, ms in stats.stages:
+            m.ttft_stage.labels(model, stage).observe(ms / 1e3)
         m.running.labels(model).set(stats.running)
         m.waiting.labels(model).set(stats.waiting)
         m.kv_tokens.labels(model).set(stats.kv_tokens)

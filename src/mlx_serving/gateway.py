@@ -367,10 +367,12 @@ class Gateway:
         return "ready" if workers_live else "degraded"
 
     async def _tokenise(self, served: Served, prompt: Prompt) -> list[int]:
-        # A long prompt must not hold up the streams that this event loop serves.
-        if served.text.prefers_thread(prompt):
-            return await asyncio.to_thread(served.text.encode_prompt, prompt)
-        return served.text.encode_prompt(prompt)
+        stage = self._metrics.ttft_stage.labels(served.info.model_id, "tokenise")
+        with stage.time():
+            # A long prompt must not hold up the streams that this event loop serves.
+            if served.text.prefers_thread(prompt):
+                return await asyncio.to_thread(served.text.encode_prompt, prompt)
+            return served.text.encode_prompt(prompt)
 
     def _rows_for(
         self, served: Served, request: GenerateRequest, token_ids: list[int], arrived_s: float

@@ -77,6 +77,16 @@ async def test_a_prompt_is_computed_once_for_each_salt(scripted):
             assert done.usage.cached_tokens == done.usage.cache_write_tokens == 0
 
 
+async def test_the_stages_of_the_way_to_a_first_token_are_timed(scripted):
+    async with Engine(str(scripted(mode="hash"))) as engine:
+        await engine.complete("x" * 40, max_tokens=4, temperature=0)
+        text = engine.gateway.metrics().decode()
+        (name,) = [model.id for model in engine.gateway.models()]
+        for stage in ("tokenise", "hash", "queue", "prefill"):
+            labels = f'{{model="{name}",stage="{stage}"}}'
+            assert f"mlx_serving_ttft_stage_seconds_count{labels} 1.0" in text
+
+
 async def test_the_prefix_cache_is_counted_and_emptied(scripted):
     async with Engine(str(scripted(mode="hash"))) as engine:
 

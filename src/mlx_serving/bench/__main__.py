@@ -8,7 +8,17 @@ import os
 import sys
 from pathlib import Path
 
-from mlx_serving.bench import compare, gaps, overhead, prefix, priority, report, schema, switch
+from mlx_serving.bench import (
+    compare,
+    gaps,
+    overhead,
+    prefix,
+    priority,
+    report,
+    schema,
+    switch,
+    ttft,
+)
 from mlx_serving.catalog.ensure import ensure
 from mlx_serving.config import DEFAULT_MODEL, Config
 
@@ -23,6 +33,7 @@ PARTS = (
     "gaps",
     "priority",
     "switch",
+    "ttft",
 )
 
 
@@ -100,6 +111,9 @@ async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> 
     if "prefix" in parts:
         print("shared prefixes and conversations …", file=sys.stderr, flush=True)
         sections += await _prefix(args, folder, stored)
+    if "ttft" in parts:
+        print("stages of the way to a first token …", file=sys.stderr, flush=True)
+        sections.append(report.pipelines(await ttft.measure(stored, args.rounds)))
     if "gaps" in parts:
         print("a long prompt beside running streams …", file=sys.stderr, flush=True)
         found = await gaps.measure(stored, (0.0, *args.max_itl_ms), args.prompt_tokens, args.rounds)

@@ -16,6 +16,7 @@ from mlx_serving.bench.prefix import Replay, Reuse
 from mlx_serving.bench.priority import Priorities
 from mlx_serving.bench.schema import Jumps, SchemaCost
 from mlx_serving.bench.switch import Switch
+from mlx_serving.bench.ttft import PROMPTS, STAGES, Pipeline
 
 
 def machine(model: str) -> str:
@@ -231,6 +232,19 @@ def priorities(found: Sequence[Priorities]) -> str:
         "tokens/s with them over without (aim ≥ 0.95)",
     )
     return _table("## Critical requests under overload (kernels: auto)", head, rows)
+
+
+def pipelines(found: Sequence[Pipeline]) -> str:
+    rows = []
+    for one in found:
+        stages = [one.stage_ms(stage) for stage in STAGES]
+        told = ["" if ms is None else f"{ms:.1f} ms" for ms in stages]
+        rows.append((one.name, f"{one.ttft_s:.2f} s", f"{one.ttft_s / found[0].ttft_s:.2f}", *told))
+    head = ("", "TTFT", "of all on", *STAGES)
+    title = (
+        f"## The way to a first token: {PROMPTS} requests together, with a schema (stages: means)"
+    )
+    return _table(title, head, rows)
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -32,6 +32,7 @@ from mlx_serving.runtime.line import Launched, Line
 from mlx_serving.runtime.link import Link, Pulse
 from mlx_serving.runtime.loads import Loader, Loads
 from mlx_serving.runtime.slices import Slices
+from mlx_serving.runtime.stages import Stages
 from mlx_serving.runtime.wired import Wiring
 from mlx_serving.types import CacheStats, Grammar
 from mlx_serving.worker import wire
@@ -78,6 +79,7 @@ class Model:
         self._now = now
         self._last_done_s = 0.0
         self._pace_told = False
+        self._stages = Stages(now)
         self._cache_told: CacheStats | None = None
         self._early: list[wire.TokenRow] = []
         """Rows that no step had to be waited for."""
@@ -108,23 +110,24 @@ class Model:
         """Raises what the scheduler raises for a sequence that cannot ever run, and InvalidRequest
         for a grammar that cannot be followed."""
         adapter = self.adapters.get(request.model_id)
-        self._scheduler.add(
-            Sequence(
-                seq_id=request.seq_id,
-                tokens=request.token_ids,
-                prompt_len=request.prompt_len,
-                sampling=request.sampling,
-                priority=request.priority,
-                constraint=self._compile(request.grammar),
-                salt=request.cache_salt,
-                pooled=request.pooled or self.info.kind != "decoder",
-                second_at=request.second_at,
-                turn=request.turn,
-                adapter=None if adapter is None else adapter.tag,
-            ),
-            self._now(),
+        sequence = Sequence(
+            seq_id=request.seq_id,
+            tokens=request.token_ids,
+            prompt_len=request.prompt_len,
+            sampling=request.sampling,
+            priority=request.priority,
+            constraint=self._compile(request.grammar),
+            salt=request.cache_salt,
+            pooled=request.pooled or self.info.kind != "decoder",
+            second_at=request.second_at,
+            turn=request.turn,
+            adapter=None if adapter is None else adapter.tag,
         )
+        self._scheduler.add(sequence, self._now())
         self.sequences.add(request.seq_id)
+        with self._stages.measure("hash"):
+            self._scheduler.sharing.hash(sequence)
+        self._stages.queued(request.seq_id)
 
     def _compile(self, grammar: Grammar | None) -> Constraint | None:
         if grammar is None:
@@ -133,7 +136,8 @@ class Model:
             raise errors.UnsupportedParameter(
                 f"model '{self.info.model_id}' has no structured output", param=grammar.param
             )
-        return self._grammars.compile(grammar)
+        with self._stages.measure("grammar"):
+            return self._grammars.compile(grammar)
 
     def cancel(self, seq_id: int) -> None:
         self._forget(seq_id)
@@ -163,6 +167,7 @@ class Model:
                 if plan.starts:
                     starts = [start.seq_id for start in plan.starts]
                     self._started.update(starts)
+                    self._note_starts(starts)
                     self._on_start(starts)
                 self._in_flight.append(self._line.join(plan, self._runner.launch(plan)))
             if not self._in_flight:
@@ -170,13 +175,19 @@ class Model:
                 return wire.Step(early) if early else None
             oldest = self._in_flight.popleft()
             emitted = self._scheduler.apply(self._line.wait(oldest))
+            rows = self._take_early() + self._rows(emitted)
             stats = self._stats(oldest)
             self._scheduler.observe(oldest.plan, stats.step_ms / 1e3)
             self._tell_of_pace()
-            return wire.Step(self._take_early() + self._rows(emitted), stats)
+            return wire.Step(rows, stats)
         except Exception as error:
             log.exception("%s: step failed", self.info.model_id)
             return self._fail_started(error)
+
+    def _note_starts(self, seq_ids: list[int]) -> None:
+        for seq_id in seq_ids:
+            seq = self._scheduler.sequences[seq_id]
+            self._stages.started(seq_id, seq.disk_since_s)
 
     def _tell_of_pace(self) -> None:
         """Once: the target for gaps is not to be had on this machine."""
@@ -209,6 +220,7 @@ class Model:
             if e.error is not None and e.seq_id in self.sequences:
                 rows.append(self._error_row(e.seq_id, *_reason(e.error, e.error.code)))
             elif e.seq_id in self.sequences:
+                self._stages.first_token(e.seq_id)
                 rows.append(
                     wire.TokenRow(
                         e.seq_id,
@@ -244,6 +256,7 @@ class Model:
             kv_capacity_tokens=self._scheduler.kv_capacity_tokens,
             cache=self._news_of_cache(),
             own_ms=step.own_s * 1e3 if step else 0.0,
+            stages=self._stages.take(),
         )
 
     def _news_of_cache(self) -> CacheStats | None:
@@ -282,6 +295,7 @@ class Model:
     def _forget(self, seq_id: int) -> None:
         self.sequences.discard(seq_id)
         self._started.discard(seq_id)
+        self._stages.forget(seq_id)
 
 
 def _governed(loaded: LoadedModel, options: wire.ModelOptions) -> LoadedModel:

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from mlx_serving.telemetry.prefix_cache import PrefixCacheMeter
 
 _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_STAGE_S = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 
@@ -79,6 +80,14 @@ class Metrics:
             "From a request's arrival to its first token",
             ["model"],
             buckets=_LATENCY_S,
+            registry=r,
+        )
+        self.ttft_stage = Histogram(
+            "mlx_serving_ttft_stage_seconds",
+            "Parts of the way to a first token: tokenise, grammar, hash, queue (disk: of that, waiting "
+            "for the disk alone), prefill",
+            ["model", "stage"],
+            buckets=_STAGE_S,
             registry=r,
         )
         self.tpot = Histogram(

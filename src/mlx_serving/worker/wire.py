@@ -265,6 +265,13 @@ class TokenRow(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens that were computed and left in a cache; set with the first token."""
 
 
+Stage = Literal["grammar", "hash", "queue", "disk", "prefill"]
+"""grammar: compiling it. hash: of the prompt's blocks. queue: until it has a row; disk: of that, what
+reading its prefix from disk took when it could have had one. prefill: from there to the first token."""
+StageTime = tuple[Stage, float]
+"""With milliseconds."""
+
+
 class StepStats(msgspec.Struct, frozen=True, array_like=True):
     """What one step did, for metrics. Durations in milliseconds."""
 
@@ -283,6 +290,8 @@ class StepStats(msgspec.Struct, frozen=True, array_like=True):
     """What of `step_ms` the device spent on this step, and not on other models' steps."""
     forced_tokens: int = 0
     """Computed beside others of their sequence, since a grammar left no choice."""
+    stages: list[StageTime] = []
+    """Of sequences' ways to their first tokens, since the step before."""
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):

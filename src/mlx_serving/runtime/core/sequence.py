@@ -91,6 +91,8 @@ class Sequence:
     """Positions that were copied into its row."""
     reads_until_s: float = 0.0
     """How long it waits for blocks on their way from disk."""
+    disk_since_s: float | None = None
+    """Since when only the disk kept it from a row; None: it did not."""
     promises: bool = False
     """Others may be waiting for what its prefill computes."""
     cached: int = 0

@@ -62,6 +62,8 @@ class Sharing:
                 return None
             if key in self.disk.reading:
                 if self.disk.now_s < seq.reads_until_s:
+                    if seq.disk_since_s is None:
+                        seq.disk_since_s = self.disk.now_s
                     return None
                 self.disk.late()
         return found
@@ -70,6 +72,11 @@ class Sharing:
         """Blocks that it may begin with."""
         extend_keys(seq.keys, seq.salt, seq.tokens, self.block_tokens, seq.adapter)
         return (len(seq.tokens) - 1) // self.block_tokens
+
+    def hash(self, seq: Sequence) -> None:
+        """The keys of a prompt's blocks, ahead of when they are needed."""
+        if self._serves(seq):
+            self._most(seq)
 
     def expect(self, seq: Sequence) -> None:
         """It waits for a row: have read what memory lacks of its prefix."""
