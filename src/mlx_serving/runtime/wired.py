@@ -119,7 +119,7 @@ class Wiring:
                 case _:
                     assert_never(decision)
         except Exception as error:  # whatever it is, the model can be served
-            return self._refused(model_id, self._explain(error))
+            return self._refused(model_id, self._explain(error, weights.held_bytes))
         return Wired(model_id, self._held[model_id][0])
 
     def release(self, model_id: str) -> Wired:
@@ -149,14 +149,14 @@ class Wiring:
             for span in others:
                 self.pages.lock(span)
 
-    def _explain(self, error: Exception) -> str:
+    def _explain(self, error: Exception, need: int) -> str:
         if not isinstance(error, OSError):
             return str(error) or type(error).__name__
         limit = self.pages.limit_bytes()
         of = (
             "" if limit is None else f"; RLIMIT_MEMLOCK is {_mib(limit)} (ulimit -l, LimitMEMLOCK=)"
         )
-        return f"mlock: {os.strerror(error.errno or 0)}{of}"
+        return f"mlock of {_mib(need)}: {os.strerror(error.errno or 0)}{of}"
 
     def _refused(self, model_id: str, why: str) -> Wired:
         if why not in self._said:
