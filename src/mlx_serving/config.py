@@ -67,6 +67,7 @@ Remedy = Literal[
     "smaller_chunks",
     "lower_ceiling",
     "raise_ceiling",
+    "raise_class",
 ]
 AlertFormat = Literal["json", "slack", "pagerduty"]
 
@@ -142,7 +143,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     slo: tuple[str, ...] = ()
     """A service level to watch: 'ttft p95 < 500ms', 'errors < 1%' (docs/service-levels.md)."""
     slo_remedies: tuple[Remedy, ...] = ()
-    """What may be done about a level that is not kept, in this order: roll_back, shed_low, shed_normal, limit_admission, smaller_chunks, lower_ceiling, raise_ceiling."""
+    """What may be done about a level that is not kept, in this order: roll_back, shed_low, shed_normal, limit_admission, smaller_chunks, lower_ceiling, raise_ceiling, raise_class."""
     slo_dry_run: bool = False
     """Say what remedies would be applied, and apply none."""
     alert_webhook: Annotated[str, Meta(min_length=1)] | None = None

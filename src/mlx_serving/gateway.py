@@ -36,6 +36,7 @@ from mlx_serving.traffic.admission import Admission, class_bounds
 from mlx_serving.traffic.ceilings import CEILING_SETTINGS, Ceilings
 from mlx_serving.traffic.company import Companies
 from mlx_serving.traffic.deadlines import TimeLimits, within
+from mlx_serving.traffic.favour import Favour
 from mlx_serving.traffic.feature_flags import UNSWITCHED, Switched
 from mlx_serving.traffic.response_cache import ResponseCache, bounds, moved, open_cache
 from mlx_serving.traffic.reuse import Reuse
@@ -87,6 +88,7 @@ class Gateway:
         self.ceilings = Ceilings(config, worker, metrics)
         events.add_hook(lambda event: self.ceilings.loaded(event.info), ModelLoaded)
         self.companies = Companies()
+        self._favour = Favour()
         self._reuse = _reuse(config, metrics)
         metrics.cache_entries.set_function(lambda: self._cache_size().entries)
         metrics.cache_bytes.set_function(lambda: self._cache_size().bytes)
@@ -118,6 +120,7 @@ class Gateway:
             self._admission,
             self.ceilings,
             self.rollouts,
+            self._favour,
             self._events,
             self._metrics,
         )
@@ -157,6 +160,7 @@ class Gateway:
         if before is not None:
             await before.stop()
         self._admission.narrow(None, 0)
+        self._favour.objectives = ()
         self.ceilings.tune(0, 0)
         self._metrics.slo_burn.clear()
         self._metrics.slo_violated.clear()
@@ -440,7 +444,7 @@ class Gateway:
             ask.model_id,
             ask.token_ids,
             ask.sampling,
-            priority=ask.priority,
+            priority=self._favour.priority(ask),
             grammar=ask.grammar,
             cache_salt=ask.cache_salt,
             turn=ask.turn,

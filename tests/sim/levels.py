@@ -13,7 +13,7 @@ from mlx_serving.telemetry.events import RequestFinished
 from mlx_serving.traffic.ceilings import Wishes, tuning
 from mlx_serving.traffic.levels import TICK_S, LevelChanged, Levels
 from mlx_serving.traffic.remedies import Remedy
-from mlx_serving.traffic.slo import parse
+from mlx_serving.traffic.slo import Objective, parse
 from mlx_serving.traffic.step_guard import Enabled
 from mlx_serving.types import ModelInfo, Priority, Usage
 
@@ -34,6 +34,9 @@ class Server:
     usual: int = 8
     knee: int = 8
     stall_s: Callable[[float], float] = lambda _: 0.0
+    classes: bool = False
+    """The higher class goes first; otherwise all are served as they come."""
+    favoured: Sequence[Objective] = ()
     chunk_halvings: int = 0
     ceiling_steps: int = 0
     max_open: int = 64
@@ -69,6 +72,14 @@ class Server:
         wishes = Wishes(None, self.usual, self.chunk_halvings, self.ceiling_steps)
         return tuning(info, wishes, Enabled()).max_num_seqs or self.rows
 
+    def favour(self, objectives: Sequence[Objective]) -> None:
+        self.favoured = objectives
+
+    def _class(self, waiting: tuple[float, Priority]) -> int:
+        """Those of one class in the order of their arrival."""
+        priority = waiting[1]
+        return priority - sum(o.about("m", priority, None) for o in self.favoured)
+
     def roll_back(self) -> None:
         self.canary_slow = 1.0
 
@@ -81,7 +92,9 @@ class Server:
 
     def start(self, rng: random.Random) -> None:
         while self.waiting and len(self.running) < self.ceiling:
-            arrived_s, priority = self.waiting.popleft()
+            first = min(self.waiting, key=self._class) if self.classes else self.waiting[0]
+            self.waiting.remove(first)
+            arrived_s, priority = first
             slow = self.canary_slow if rng.random() < 0.1 else 1.0
             slow *= max(1.0, (len(self.running) + 1) / self.knee)
             begins_s = self.now_s + 0.05 * slow * (1 + 0.2 * self.chunk_halvings)

@@ -41,6 +41,26 @@ def test_a_surge_is_met_and_the_remedy_taken_back(seed, remedy):
     assert [row["state"] for row in levels.report()] == ["ok"]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_class_that_suffers_goes_higher_for_a_while(seed):
+    """Nearly as much as can be served, and the higher classes go first: the low wait."""
+    slo, load = "ttft p90 < 2s class=low over=60s,300s", surge(300, 1500, 0.95)
+    alone, _, _ = simulate(seed, slo, [], load, until_s=4500, server=Server(classes=True))
+    server = Server(classes=True)
+    changes, _, levels = simulate(seed, slo, ["raise_class"], load, until_s=4500, server=server)
+
+    def violated_s(changes):
+        seen = [*states(changes), (4500, "ok")]
+        return sum(b - a for (a, state), (b, _) in itertools.pairwise(seen) if state == "violated")
+
+    assert violated_s(changes) < 0.5 * violated_s(alone)
+    applied = acts(changes, "applied")
+    assert 300 < applied[0][0] < 900 and len(applied) <= 9
+    # It ends as it began.
+    assert levels.applied == () and not server.favoured
+    assert [row["state"] for row in levels.report()] == ["ok"]
+
+
 def crowded():
     """Twice as many rows as are any use."""
     return Server(rows=16, usual=16)

@@ -62,6 +62,10 @@ class Hands(Protocol):
         `ceiling_steps` is above 0, fewer where it is below."""
         ...
 
+    def favour(self, objectives: Sequence[Objective]) -> None:
+        """Have the requests that these are about go one class higher, for each of them."""
+        ...
+
     def roll_back(self) -> None:
         """End every running canary."""
         ...
@@ -162,6 +166,8 @@ class Levels:
         if isinstance(act, Apply) and act.remedy == "roll_back":
             self._hands.roll_back()
         in_force = self.applied
+        raised = [one.because for one in self._applied if one.remedy == "raise_class"]
+        self._hands.favour([self._level(text).objective for text in raised])
         lowest = {"shed_normal": Priority.NORMAL, "shed_low": Priority.LOW}
         shed_from = next((p for name, p in lowest.items() if name in in_force), None)
         self._hands.narrow(shed_from, in_force.count("limit_admission"))

@@ -18,7 +18,8 @@ REMEDIES: tuple[Remedy, ...] = get_args(Remedy)
 """roll_back: running canaries end; shed_low, shed_normal: requests of that class and below are
 refused with 503; limit_admission: fewer requests are open at once, by half each time;
 smaller_chunks: prompts are computed in smaller pieces, by half each time; lower_ceiling,
-raise_ceiling: fewer sequences, or more, are computed at once, by a quarter less or twice as many."""
+raise_ceiling: fewer sequences, or more, are computed at once, by a quarter less or twice as many;
+raise_class: the requests that a level is about go one class higher each time."""
 
 SERVES: Mapping[Remedy, frozenset[MetricName]] = {
     "roll_back": frozenset({"ttft", "tpot", "duration", "errors", "throughput"}),
@@ -28,6 +29,7 @@ SERVES: Mapping[Remedy, frozenset[MetricName]] = {
     "smaller_chunks": frozenset({"tpot", "throughput"}),
     "lower_ceiling": frozenset({"tpot", "throughput"}),
     "raise_ceiling": frozenset({"ttft", "duration"}),
+    "raise_class": frozenset({"ttft", "duration"}),
 }
 COOL_DOWN_S = 30.0
 """Between two acts: what was done must have had time to work."""
@@ -40,6 +42,7 @@ MOST: Mapping[Remedy, int] = {
     "smaller_chunks": 3,
     "lower_ceiling": 4,
     "raise_ceiling": 3,
+    "raise_class": 3,
 }
 """How often a remedy may be in force at once; those that are not here work once."""
 AGAINST: Mapping[Remedy, Remedy] = {

@@ -51,7 +51,8 @@ class Objective:
 
     def missed(self, finished: RequestFinished) -> bool | None:
         """Whether a request missed it; None: it is not about that request, or says nothing of it."""
-        if finished.outcome == "cancelled" or not self._about(finished):
+        about = self.about(finished.model_id, finished.priority, finished.client)
+        if finished.outcome == "cancelled" or not about:
             return None
         failed = not finished.complete
         match self.metric:
@@ -74,11 +75,12 @@ class Objective:
                 assert_never(self.metric)
         return None if value is None else value > self.limit
 
-    def _about(self, finished: RequestFinished) -> bool:
+    def about(self, model: str, priority: Priority, client: str | None) -> bool:
+        """Whether it is a promise to such requests."""
         return (
-            self.model in (None, finished.model_id)
-            and self.priority in (None, finished.priority)
-            and self.client in (None, finished.client)
+            self.model in (None, model)
+            and self.priority in (None, priority)
+            and self.client in (None, client)
         )
 
 

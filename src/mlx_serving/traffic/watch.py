@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -21,10 +21,11 @@ from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.traffic.admission import Admission
 from mlx_serving.traffic.alerts import Alerts
 from mlx_serving.traffic.ceilings import Ceilings
+from mlx_serving.traffic.favour import Favour
 from mlx_serving.traffic.levels import TICK_S, LevelChanged, Levels
 from mlx_serving.traffic.regression import Drift, Drifts, settings_of
 from mlx_serving.traffic.rollouts import Rollouts
-from mlx_serving.traffic.slo import parse
+from mlx_serving.traffic.slo import Objective, parse
 from mlx_serving.types import Priority
 
 _DEPENDS = (
@@ -51,6 +52,7 @@ class Watch:
         admission: Admission,
         ceilings: Ceilings,
         rollouts: Rollouts,
+        favour: Favour,
         events: EventBus,
         metrics: Metrics,
     ) -> None:
@@ -61,7 +63,7 @@ class Watch:
         )
         self._levels = Levels(
             [parse(text) for text in config.slo],
-            _Hands(admission, ceilings, rollouts),
+            _Hands(admission, ceilings, rollouts, favour),
             ladder=config.slo_remedies,
             dry_run=config.slo_dry_run,
             on_change=self._changed,
@@ -140,7 +142,10 @@ def _drifts(config: Config, on_drift: Callable[[Drift], None]) -> Drifts:
 class _Hands:
     """What remedies for service levels can do here."""
 
-    def __init__(self, admission: Admission, ceilings: Ceilings, rollouts: Rollouts) -> None:
+    def __init__(
+        self, admission: Admission, ceilings: Ceilings, rollouts: Rollouts, favour: Favour
+    ) -> None:
+        self._favour = favour
         self._admission = admission
         self._ceilings = ceilings
         self._rollouts = rollouts
@@ -150,6 +155,9 @@ class _Hands:
 
     def tune(self, chunk_halvings: int, ceiling_steps: int) -> None:
         self._ceilings.tune(chunk_halvings, ceiling_steps)
+
+    def favour(self, objectives: Sequence[Objective]) -> None:
+        self._favour.objectives = objectives
 
     def roll_back(self) -> None:
         for name in self._rollouts.names():
