@@ -352,14 +352,15 @@ class Simulation:
         self._observe_sharing(plan)
         if plan.starts:
             self._last_admission = report.steps + report.foreseen
-            self._check_order([seq for seq in starters if not seq.promoted])
+            self._check_order([seq for seq in starters if not seq.promoted], lost)
         report.steps += bool(plan.prefill or plan.decode or plan.frees)
         report.forced += plan.forced_tokens
 
-    def _check_order(self, admitted: list[Sequence]) -> None:
-        """By class and, where no client or length is preferred, by arrival."""
+    def _check_order(self, admitted: list[Sequence], lost: list[Sequence]) -> None:
+        """By class and, where no client or length is preferred, by arrival. Who waits because it `lost`
+        its row in this very plan had not been overtaken."""
         head = self._scheduler.queue.peek()
-        if head is not None and not head.promoted:
+        if head is not None and not head.promoted and head not in lost:
             admitted = [*admitted, head]
         ranks = [(seq.priority, seq.rank, seq.arrival) for seq in admitted]
         if len({request.turn.client for request in self.scenario.requests}) > 1:

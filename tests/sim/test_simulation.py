@@ -18,6 +18,8 @@ KEPT = (
     78,
     379,
     580,
+    # A critical one takes the row of a normal one after a low one was admitted in the same plan.
+    1605,
 )
 
 
