@@ -77,7 +77,7 @@ class Served:
         )
         self._ceilings.loaded(INFO)
 
-    def tune(self, tuning: Tune) -> None:
+    def order(self, tuning: Tune) -> None:
         self._ceiling = tuning.max_num_seqs or MOST
 
     def run(self, curve: Curve, until_s: float) -> None:
