@@ -179,3 +179,20 @@ def test_address_space_that_is_not_to_be_had_is_refused() -> None:
     assert not slab.any().item() and slab.nbytes == 16_000
     with pytest.raises(ValueError, match="row"):
         ops.give_back([slab], 4)
+
+
+def test_prefix_blocks_lie_there_too_and_some_can_be_kept() -> None:
+    slots = store(attention=InPlaceLayer)
+    slots.open_pool(64, 16)
+    slots.start(0, 64)
+    prefill(slots, 0, 32, 1.0)
+    prefill(slots, 0, 32, 2.0)
+    mx.eval(slots.publish(0, 0, [5, 6, 1, 2]))
+    assert [pool.shape for pool in slots.pool.arrays] == [(64, HEADS, 16, DIM)] * 2
+    slots.keep_blocks([1, 5])
+    assert [pool.shape for pool in slots.pool.arrays] == [(64, HEADS, 16, DIM)] * 2
+    slots.start(1, 33)
+    slots.copy_blocks(1, [1, 0])
+    assert contents(slots, 1) == ([1.0] * 16 + [2.0] * 16, [-1.0] * 16 + [-2.0] * 16)
+    slots.keep_blocks([])
+    assert slots.pool.arrays == [] and slots.pool.unwritten_bytes == 0
