@@ -15,6 +15,7 @@ import pytest
 
 from contract.served import serving
 from mlx_serving.api import fields
+from model import adapters
 
 pytestmark = pytest.mark.model
 
@@ -66,14 +67,18 @@ class Client:
 
 
 @pytest.fixture(scope="module")
-def url(model_dir: Path, scripted_once: Any) -> Iterator[str]:
+def url(
+    model_dir: Path, scripted_once: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     models = [
         model_dir,
         scripted_once("echo", mode="echo", context=4096, chat_template=TEMPLATE),
         scripted_once("agent", text=CALL + "\n" + CALL, context=4096, chat_template=TEMPLATE),
     ]
     names = [flag for name in ("real", "echo", "agent") for flag in ("--served-model-name", name)]
-    with serving(models, *names, "--model-aliases", "gpt-*") as url:
+    adapter = adapters.write(tmp_path_factory.mktemp("adapters") / "terse", model_dir, 0, size=1.0)
+    beside = ("--adapter", f"real+terse={adapter}")
+    with serving(models, *names, "--model-aliases", "gpt-*", *beside) as url:
         yield url
 
 
@@ -104,6 +109,13 @@ async def _the_request_itself(c: Client) -> None:
     assert named["choices"] == base["choices"], "a priority changes who is served, not with what"
     assert await c.say(messages=[{"role": "user", "content": "Count to nine."}]) != await c.say()
     assert (await c.http.post("/v1/chat/completions", json={"model": "x", "messages": USER})).status_code == 404  # fmt: skip
+
+
+@check("adapters")
+async def _adapters(c: Client) -> None:
+    adapted = await c.say(adapters="terse")
+    assert adapted != await c.say()
+    assert adapted == await c.say(model="real+terse")
 
 
 @check("timeout")
