@@ -145,6 +145,9 @@ def can_reserve(nbytes: int, pieces: int) -> bool:
 
 def reserve(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
     """Zeros that take memory, a page at a time, as they are written. Raises MemoryError."""
+    # MLX goes on counting what it could not allocate.
+    if not can_reserve(math.prod(shape) * dtype.size, 1):
+        raise MemoryError(f"no address space for an array of {list(shape)}, {dtype}")
     return require().reserve(list(shape), dtype)
 
 

@@ -173,8 +173,10 @@ def test_recurrent_state_beside_it_grows_as_ever() -> None:
 def test_address_space_that_is_not_to_be_had_is_refused() -> None:
     assert ops.can_reserve(1 << 30, 4)
     assert not ops.can_reserve(1 << 60, 4)
+    held_bytes = mx.get_active_memory()
     with pytest.raises(MemoryError):
         ops.reserve((1 << 20, 1 << 30, 1 << 8), mx.float32)
+    assert mx.get_active_memory() == held_bytes, "else MLX waits for room before every operation"
     slab = ops.reserve((4, 1000), mx.uint32)
     assert not slab.any().item() and slab.nbytes == 16_000
     with pytest.raises(ValueError, match="row"):
