@@ -198,3 +198,11 @@ def test_prefix_blocks_lie_there_too_and_some_can_be_kept() -> None:
     assert contents(slots, 1) == ([1.0] * 16 + [2.0] * 16, [-1.0] * 16 + [-2.0] * 16)
     slots.keep_blocks([])
     assert slots.pool.arrays == [] and slots.pool.unwritten_bytes == 0
+
+
+def test_address_space_is_to_be_had_from_a_cache_of_larger_pieces() -> None:
+    for _ in range(20):
+        freed = [mx.full((n,), 1, mx.uint8) for n in range(65, 129)]
+        mx.eval(freed)
+        del freed
+        assert not ops.reserve((2, 3), mx.float32).any().item()
