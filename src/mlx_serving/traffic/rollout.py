@@ -19,7 +19,7 @@ steps with as many (`stratum`), since the arm with the smaller share has smaller
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -117,12 +117,34 @@ class Figures:
         return moments.n if moments is not None else 0
 
     def of(self, metric: str, stage: int | None = None) -> Iterator[tuple[Moments, Moments]]:
-        """Both arms' moments in each stratum of every stage, or of one."""
+        """Both arms' moments in each stratum of every stage, or of one; of a stage in which the variant is
+        too crowded to be compared so, in all of them together."""
         stages = self.strata if stage is None else self.strata[stage : stage + 1]
         for baseline, variant in stages:
-            names = {**baseline, **variant}
-            for name in sorted(n for n in names if n.partition("@")[0] == metric):
-                yield baseline.get(name, _NONE), variant.get(name, _NONE)
+            names = {n for n in (*baseline, *variant) if n.partition("@")[0] == metric}
+            pairs = {n: (baseline.get(n, _NONE), variant.get(n, _NONE)) for n in sorted(names)}
+            yield from [_together(pairs.values())] if _crowded(pairs) else pairs.values()
+
+
+def _crowded(pairs: Mapping[str, tuple[Moments, Moments]]) -> bool:
+    """Whether most of the variant's requests had more company than any of the baseline's. With no more
+    than half of the traffic it owes that to its own slowness: its requests pile up."""
+    alone = sum(b.n for a, b in pairs.values() if a.n < 2)
+    if 2 * alone <= sum(b.n for _, b in pairs.values()):
+        return False
+    company = [0.0, 0.0]
+    for arm in (0, 1):
+        of = [(int(n.partition("@")[2] or 0), pair[arm].n) for n, pair in pairs.items()]
+        company[arm] = sum(band * n for band, n in of) / max(1, sum(n for _, n in of))
+    return company[1] > company[0]
+
+
+def _together(pairs: Iterable[tuple[Moments, Moments]]) -> tuple[Moments, Moments]:
+    arms = Moments(), Moments()
+    for pair in pairs:
+        for sum_, part in zip(arms, pair, strict=True):
+            sum_.join(part)
+    return arms
 
 
 @dataclass(frozen=True, slots=True)

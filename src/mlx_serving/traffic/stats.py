@@ -24,6 +24,14 @@ class Moments:
         self.mean += delta / self.n
         self.m2 += delta * (value - self.mean)
 
+    def join(self, other: Moments) -> None:
+        """As if the other's numbers had been added."""
+        if other.n:
+            delta, n = other.mean - self.mean, self.n + other.n
+            self.m2 += other.m2 + delta * delta * self.n * other.n / n
+            self.mean += delta * other.n / n
+            self.n = n
+
     @property
     def variance(self) -> float:
         """The sample's variance; 0 while there are fewer than two values."""

@@ -93,6 +93,27 @@ def test_times_are_compared_between_requests_of_like_company():
     assert abs(test.difference) < 0.05
 
 
+@pytest.mark.parametrize(("slower", "decision"), [(20.0, RollBack), (1.0, Advance)])
+def test_a_variant_whose_requests_pile_up_is_compared_with_those_that_had_no_company(
+    slower, decision
+):
+    rng, found = random.Random(3), Figures()
+    for variant in (False, True):
+        for _ in range(400):
+            sequences = 2.0 if variant else 1.0
+            ms = rng.gauss(math.log(10 * (slower if variant else 1.0)), 0.1)
+            found.add(0, variant, {**OK, stratum("tpot", sequences): ms})
+    assert isinstance(decide(STAGES, 0, 100.0, found), decision)
+
+
+def test_a_rarer_variant_without_company_is_not_compared_with_those_that_have_some():
+    rng, found = random.Random(3), Figures()
+    for variant, n, sequences in ((False, 540, 4.0), (True, 60, 1.0)):
+        for _ in range(n):
+            found.add(0, variant, {**OK, stratum("tpot", sequences): rng.gauss(2, 0.1)})
+    assert not [m for m, _ in estimates(found, 0.05) if m.name == "tpot"]
+
+
 def test_a_rollback_names_the_metric_and_by_how_much():
     found = decide(STAGES, 0, 0.0, figures(slower=1.5))
     assert isinstance(found, RollBack)

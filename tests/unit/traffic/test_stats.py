@@ -135,3 +135,14 @@ def test_samples_that_are_all_alike_are_not_certain():
     found = anytime([(none, all_)], alpha=0.05, effect=0.02, floor=0.01)
     assert found is not None
     assert found.low < -0.02 < 0.02 < found.high
+
+
+def test_moments_joined_are_those_of_all_numbers() -> None:
+    one, other, both = Moments(), Moments(), Moments()
+    for i, value in enumerate((1.0, 4.0, -2.0, 7.5, 3.0)):
+        (one if i < 2 else other).add(value)
+        both.add(value)
+    one.join(other)
+    one.join(Moments())
+    assert (one.n, one.mean) == (both.n, pytest.approx(both.mean))
+    assert one.variance == pytest.approx(both.variance)
