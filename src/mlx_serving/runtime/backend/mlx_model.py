@@ -36,7 +36,6 @@ from mlx_serving.runtime.backend.prefix import prefill_grain, prefix_plan
 from mlx_serving.runtime.backend.quantized_kv import FORMATS, Unquantizable, check, refusal
 from mlx_serving.runtime.backend.runaway import Bounds
 from mlx_serving.runtime.backend.runner import MLXRunner
-from mlx_serving.runtime.backend.space import lift_memory_limit
 from mlx_serving.runtime.backend.tier import FILE_OVERHEAD_BYTES, Tier, open_folder
 from mlx_serving.runtime.backend.views import round_up
 from mlx_serving.runtime.core.plan import DecodeRow, Limits, PrefillChunk, RowStart, StepPlan
@@ -135,8 +134,6 @@ def load(
     plain = 0 < kv_bytes == held_kv_bytes and not options.exact_batch
     space = kernels.space if plain else None
     own_rows = space is not None and store.reserve(space, row_tokens, kv_bytes)
-    if own_rows:
-        lift_memory_limit()
     if prefix.blocks:
         store.open_pool(prefix.blocks, prefix.block_tokens)
     if options.exact_batch:

@@ -30,12 +30,6 @@ class Holder(Protocol):
 HOLDERS: WeakSet[Holder] = WeakSet()
 
 
-def lift_memory_limit() -> None:
-    """MLX takes address space for memory, and beyond its own limit every operation waits for those
-    before it, on a busy processor. What there is room for is decided elsewhere (`core.memory`)."""
-    mx.set_memory_limit(1 << 62)
-
-
 def unwritten_bytes() -> int:
     """What such arrays do not take, all together."""
     return sum(holder.unwritten_bytes for holder in list(HOLDERS))

@@ -148,6 +148,9 @@ def reserve(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
     # MLX goes on counting what it could not allocate.
     if not can_reserve(math.prod(shape) * dtype.size, 1):
         raise MemoryError(f"no address space for an array of {list(shape)}, {dtype}")
+    # It takes address space for memory, and beyond its own limit every operation waits for those before
+    # it, on a busy processor. What there is room for is decided elsewhere (`core.memory`).
+    mx.set_memory_limit(1 << 62)
     return require().reserve(list(shape), dtype)
 
 
