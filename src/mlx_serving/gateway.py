@@ -213,7 +213,9 @@ class Gateway:
                 ended,
                 self._limits.asked(request.timeout_s),
             )
-            generation.arm, generation.meeting = answerer.arm, self.companies.meet(slot.model_id)
+            # An adapter's rows are in its model's steps.
+            steps_of = (slot.base or slot).model_id
+            generation.arm, generation.meeting = answerer.arm, self.companies.meet(steps_of)
             generation.asked, generation.flags = asked.model_id, switched.flags
             await generation.start(self._rows_for(served, request, token_ids, arrived_s))
         except BaseException:

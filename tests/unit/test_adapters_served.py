@@ -66,6 +66,19 @@ async def test_an_adapter_that_is_not_there_is_a_404(base, tmp_path):
         assert engine.gateway.health()["open_requests"] == 0
 
 
+async def test_its_models_steps_are_no_other_models(base, tmp_path):
+    adapter = (f"fr={write_adapter(tmp_path / 'fr')}",)
+    async with Engine(str(base), adapter=adapter) as engine:
+        finished: list[events.RequestFinished] = []
+        engine.on(events.RequestFinished, finished.append)
+        await say(engine, "base+fr")
+        await until(lambda: finished)
+    company = finished[0].company
+    assert company is not None
+    assert (company.first.others_ms, company.after.others_ms) == (0.0, 0.0)
+    assert company.first.sequences == 1.0
+
+
 async def test_prefixes_are_shared_within_an_adapter_only(base, tmp_path):
     adapter = tuple(f"{n}={write_adapter(tmp_path / n, i)}" for i, n in enumerate("ab"))
     async with Engine(str(base), adapter=adapter) as engine:
