@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, Protocol, assert_never
 
 from mlx_serving import host
@@ -182,11 +183,14 @@ def whole_pages(spans: Iterable[Span]) -> list[Span]:
 class SystemPages:
     """The C library's."""
 
-    def __init__(self) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
+    @cached_property
+    def _libc(self) -> ctypes.CDLL:
+        """When something is locked for the first time."""
+        libc = ctypes.CDLL(None, use_errno=True)
         for name in ("mlock", "munlock"):
-            getattr(self._libc, name).argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+            getattr(libc, name).argtypes = (ctypes.c_void_p, ctypes.c_size_t)
         _raise_soft_limit()
+        return libc
 
     def lock(self, span: Span) -> None:
         if self._libc.mlock(span.address, span.size):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import msgspec
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedLinear
@@ -31,7 +30,7 @@ from mlx_serving.adapter_folder import (
 )
 from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime.backend.identity import adapter_identity
-from mlx_serving.runtime.backend.model import LoadedAdapter
+from mlx_serving.runtime.backend.model import LoadedAdapter, adapter_info
 from mlx_serving.runtime.slices import Slices
 from mlx_serving.types import ModelInfo
 
@@ -130,18 +129,8 @@ class Adapters:
             if isinstance(error, BadAdapter):
                 raise ModelBroken(f"the adapter in {path} cannot be loaded: {error}") from error
             raise
-        info = msgspec.structs.replace(
-            base,
-            model_id=model_id,
-            path=str(path),
-            adapter_of=base.model_id,
-            weight_bytes=adapter.nbytes,
-            held_bytes=adapter.nbytes,
-            kv_bytes_per_token=0,
-            embedding_size=0,
-            quantization=None,
-            load_s=time.monotonic() - began_s,
-        )
+        load_s = time.monotonic() - began_s
+        info = adapter_info(base, model_id, path, adapter.nbytes, load_s)
         return LoadedAdapter(info, adapter.tag)
 
     def unload(self, tag: str) -> None:

@@ -333,6 +333,7 @@ class RowSlots:
             None if c is None else _adapt(c, self.rows, attention) for c in make_prompt_cache(model)
         ]
         self.layers = _flatten(self.caches)
+        self._kv_layers = [layer for layer in self.layers if isinstance(layer, KVLayer)]
         recurrent = any(isinstance(layer, StateLayer) for layer in self.layers)
         self.prefix_reuse: PrefixReuse = "snapshots" if recurrent else "blocks"
         self.ragged = in_place and not recurrent
@@ -468,10 +469,6 @@ class RowSlots:
         slabs = [slab for layer in self._kv_layers for slab in layer.arrays]
         written = sum(rows.lengths[row] for row in rows.used)
         return sum(s.nbytes - s.nbytes // (s.shape[0] * s.shape[2]) * written for s in slabs)
-
-    @property
-    def _kv_layers(self) -> list[KVLayer]:
-        return [layer for layer in self.layers if isinstance(layer, KVLayer)]
 
     def open_pool(self, blocks: int, size: int) -> None:
         """Keep so many prefix blocks of `size` positions each."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
+import msgspec
+
 from mlx_serving.runtime.core.disk import Scanned
 from mlx_serving.runtime.core.plan import Constraint, Limits, Runner
 from mlx_serving.runtime.slices import Slices
@@ -65,6 +67,24 @@ class LoadedAdapter:
     """The model's, but for name, path and sizes."""
     tag: str
     """What the runner knows it by. It names what the weights are: another file's is another."""
+
+
+def adapter_info(
+    base: ModelInfo, model_id: str, path: Path, nbytes: int, load_s: float = 0.0
+) -> ModelInfo:
+    """Of an adapter in `path` that holds `nbytes` beside its base."""
+    return msgspec.structs.replace(
+        base,
+        model_id=model_id,
+        path=str(path),
+        adapter_of=base.model_id,
+        weight_bytes=nbytes,
+        held_bytes=nbytes,
+        kv_bytes_per_token=0,
+        embedding_size=0,
+        quantization=None,
+        load_s=load_s,
+    )
 
 
 class AdapterHost(Protocol):

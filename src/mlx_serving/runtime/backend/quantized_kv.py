@@ -1,13 +1,13 @@
 """Keys and values kept in 16, 8 or 4 bits.
 
-16 are bfloat16's, where the model computes in more. Of 8 and 4, each position's vector is quantised by itself when it is written (MLX's affine groups along the
-head), and attention always reads what was kept, a prompt's own chunk included: what a position
-holds does not depend on where its prompt was cut or on who else is in the batch. A slab's line is
-the quantised numbers, then scales and biases, as 32-bit words, so that rows are moved, cut into
-blocks and put on disk like any other.
-
-The native kernels read words (`in_place.QuantizedInPlaceLayer`). Where they do not run, one layer's
-keys and values are dequantised at a time, for the rows and lengths that a forward pass sees.
+16 are bfloat16's, where the model computes in more. Of 8 and 4, each position's vector is
+quantised by itself when it is written (MLX's affine groups along the head), and attention always
+reads what was kept, a prompt's own chunk included: what a position holds does not depend on where
+its prompt was cut or on who else is in the batch. A slab's line is the quantised numbers, then
+scales and biases, as 32-bit words, so that rows are moved, cut into blocks and put on disk like
+any other. The native kernels read words (`in_place.QuantizedInPlaceLayer`). Where they do not
+run, one layer's keys and values are dequantised at a time, for the rows and lengths that a
+forward pass sees.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from mlx_serving.runtime.backend.sampler import Draw, Sampler
 from mlx_serving.runtime.backend.tier import Copies, Tier
 from mlx_serving.runtime.core.disk import DiskEvent
 from mlx_serving.runtime.core.plan import (
+    MAX_DEPTH,
     MAX_FORCED,
     DecodeRow,
     Forced,
@@ -43,9 +44,6 @@ from mlx_serving.runtime.core.plan import (
     StepPlan,
     StepResult,
 )
-
-MAX_DEPTH = 3
-"""Steps in flight, at most."""
 
 
 @dataclass(slots=True)

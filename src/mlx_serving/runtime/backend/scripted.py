@@ -45,9 +45,10 @@ from mlx_serving.clock import monotonic
 from mlx_serving.errors import MLXServingError, ModelBroken
 from mlx_serving.runtime.backend.grammar import Grammars, tokenizer_file
 from mlx_serving.runtime.backend.identity import adapter_identity
-from mlx_serving.runtime.backend.model import LoadedAdapter, LoadedModel
+from mlx_serving.runtime.backend.model import LoadedAdapter, LoadedModel, adapter_info
 from mlx_serving.runtime.backend.runaway import Bounds
 from mlx_serving.runtime.core.plan import (
+    MAX_DEPTH,
     MAX_FORCED,
     DecodeRow,
     Forced,
@@ -69,7 +70,6 @@ _PREFILL_STEP = 512
 _KV_BUCKET = 256
 PREFIX_BLOCK = 16
 _PREFIX_BLOCKS = 1024
-_MAX_DEPTH = 3
 
 
 class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -256,7 +256,7 @@ class ScriptedRunner:
         run = matcher.forced(MAX_FORCED - 1)
         if run:
             # The host may not know the tokens of the steps in flight yet.
-            start = max(row.length - _MAX_DEPTH, len(row.prompt))
+            start = max(row.length - MAX_DEPTH, len(row.prompt))
             self._foreseen.append(
                 Forced(seq_id, start, (*row.tokens[start:], sampled, *run)),
             )
@@ -355,17 +355,7 @@ class ScriptedAdapters:
             weights = path / read_settings(path).file
         except BadAdapter as bad:
             raise ModelBroken(f"the adapter in {path} cannot be loaded: {bad}") from bad
-        size = weights.stat().st_size
-        info = msgspec.structs.replace(
-            base,
-            model_id=model_id,
-            path=str(path),
-            adapter_of=base.model_id,
-            weight_bytes=size,
-            held_bytes=size,
-            kv_bytes_per_token=0,
-            embedding_size=0,
-        )
+        info = adapter_info(base, model_id, path, weights.stat().st_size)
         yield
         return LoadedAdapter(info, f"{model_id}@{adapter_identity(weights, path / CONFIG_FILE)}")
 

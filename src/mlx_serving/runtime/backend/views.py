@@ -85,8 +85,9 @@ class BatchView:
     """`count` new positions of each of the rows 0 … len(positions) - 1.
 
     `more` are lines behind those: single positions of rows, before the row's own in `positions`. Only
-    kernels that read slabs in place, by `indices`, know what to do with them. Rows whose `active` is False compute garbage: it lands beyond their length, where their own
-    next token overwrites it, and their recurrent state stays.
+    kernels that read slabs in place, by `indices`, know what to do with them. Rows whose `active` is
+    False compute garbage: it lands beyond their length, where their own next token overwrites it, and
+    their recurrent state stays.
     """
 
     def __init__(

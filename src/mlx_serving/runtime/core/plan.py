@@ -180,6 +180,8 @@ class StepResult:
     """What the disk has done since the last result, in order."""
 
 
+MAX_DEPTH = 3
+"""Steps in flight, at most (`Config.pipeline_depth`)."""
 MAX_FORCED = 16
 """Tokens that a grammar forces, told at once: they share one step with the other rows."""
 

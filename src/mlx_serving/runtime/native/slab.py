@@ -52,8 +52,9 @@ class SlabCache(Protocol):
     def native_slabs(
         self, kv_heads: int, key_dim: int, value_dim: int, dtype: mx.Dtype
     ) -> tuple[mx.array, mx.array]:
-        """The slabs `[slots, kv_heads, capacity, dim]` (words, if quantised), allocated and large enough. They are handed over:
-        the decoder writes into their memory, and nothing may use these arrays afterwards."""
+        """The slabs `[slots, kv_heads, capacity, dim]` (words, if quantised), allocated and large enough.
+        They are handed over: the decoder writes into their memory, and nothing may use these arrays
+        afterwards."""
         ...
 
     def native_store(self, keys: mx.array, values: mx.array) -> None:
