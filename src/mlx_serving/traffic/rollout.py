@@ -13,13 +13,14 @@ chance of a false alarm over the whole rollout, `alpha`, is divided by the numbe
 A stage does not end while a metric's estimate is worse by more than matters: more requests come
 until the bound is sure, or the estimate is not. Stages are strata: the load at different shares
 cannot pass for a difference between the arms. Times are compared between requests that shared their
-steps with as many (`stratum`), since the arm with the smaller share has smaller batches.
+steps with as many (`stratum`), since the arm with the smaller share has smaller batches; and all of
+them once more with company charged at its most (`regardless`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -94,6 +95,8 @@ def stratum(metric: str, sequences: float) -> str:
 
 
 _NONE = Moments()
+_REGARDLESS = 0.1
+"""The part of a time's chance of a false alarm that comparing without strata may take."""
 
 
 @dataclass(slots=True)
@@ -117,34 +120,29 @@ class Figures:
         return moments.n if moments is not None else 0
 
     def of(self, metric: str, stage: int | None = None) -> Iterator[tuple[Moments, Moments]]:
-        """Both arms' moments in each stratum of every stage, or of one; of a stage in which the variant is
-        too crowded to be compared so, in all of them together."""
+        """Both arms' moments in each stratum of every stage, or of one."""
         stages = self.strata if stage is None else self.strata[stage : stage + 1]
         for baseline, variant in stages:
             names = {n for n in (*baseline, *variant) if n.partition("@")[0] == metric}
-            pairs = {n: (baseline.get(n, _NONE), variant.get(n, _NONE)) for n in sorted(names)}
-            yield from [_together(pairs.values())] if _crowded(pairs) else pairs.values()
+            for name in sorted(names):
+                yield baseline.get(name, _NONE), variant.get(name, _NONE)
 
+    def whole(self, metric: Metric, charged: bool) -> Iterator[tuple[Moments, Moments]]:
+        """Both arms' moments in every stage, whatever company the requests had.
 
-def _crowded(pairs: Mapping[str, tuple[Moments, Moments]]) -> bool:
-    """Whether most of the variant's requests had more company than any of the baseline's. With no more
-    than half of the traffic it owes that to its own slowness: its requests pile up."""
-    alone = sum(b.n for a, b in pairs.values() if a.n < 2)
-    if 2 * alone <= sum(b.n for _, b in pairs.values()):
-        return False
-    company = [0.0, 0.0]
-    for arm in (0, 1):
-        of = [(int(n.partition("@")[2] or 0), pair[arm].n) for n, pair in pairs.items()]
-        company[arm] = sum(band * n for band, n in of) / max(1, sum(n for _, n in of))
-    return company[1] > company[0]
-
-
-def _together(pairs: Iterable[tuple[Moments, Moments]]) -> tuple[Moments, Moments]:
-    arms = Moments(), Moments()
-    for pair in pairs:
-        for sum_, part in zip(arms, pair, strict=True):
-            sum_.join(part)
-    return arms
+        `charged`: a step that n sequences share counts as an n-th of one, the variant's n taken a
+        band too large. It takes at most n times as long, so no more can be owed to company.
+        """
+        sign = 1 if metric.worse == "higher" else -1
+        for arms in self.strata:
+            whole = Moments(), Moments()
+            for variant, arm in enumerate(arms):
+                for name, part in arm.items():
+                    of, _, band = name.partition("@")
+                    if of == metric.name:
+                        owed = sign * _BAND * (int(band or 0) + variant) if charged else 0.0
+                        whole[variant].join(Moments(part.n, part.mean - owed, part.m2))
+            yield whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,12 +204,12 @@ def guard(
 ) -> RollBack | Hold | None:
     """RollBack: a metric is surely worse, and by more than matters. Hold: it may be."""
     doubt: Hold | None = None
-    for metric, estimate in estimates(figures, alpha, metrics):
+    found = (*estimates(figures, alpha, metrics), *regardless(figures, alpha, metrics))
+    for metric, estimate in found:
         worsening = metric.worsening(estimate.difference)
-        surely = estimate.low if metric.worse == "higher" else estimate.high
         if worsening <= metric.matters:
             continue
-        said = metric.say(estimate.difference)
+        said, surely = metric.say(estimate.difference), _least(metric, estimate)
         if metric.worsening(surely) > 0:
             why = f"{metric.name} {said}, surely {metric.say(surely)} or worse"
             return RollBack(metric.name, why)
@@ -225,10 +223,38 @@ def estimates(
     """Each metric's difference over all stages, with bounds that hold together at every look."""
     for metric in metrics:
         floor = _SHARE_FLOOR if metric.scale == "share" else 0.0
-        each = alpha / len(metrics)
+        each = alpha / len(metrics) * (1 - _REGARDLESS if metric.scale == "log" else 1)
         found = anytime(figures.of(metric.name), alpha=each, effect=metric.matters, floor=floor)
         if found is not None:
             yield metric, found
+
+
+def regardless(
+    figures: Figures, alpha: float, metrics: Sequence[Metric]
+) -> Iterator[tuple[Metric, Estimate]]:
+    """Of the times, how much worse the variant is at least, whatever company its requests had.
+
+    Where requests pile up because the variant is slow, or the smaller share has next to no company,
+    hardly anyone is left to be compared at like company. More company than the other arm's makes a
+    request slower, less makes it faster: so the difference as it is, or the one with all company
+    `charged`, is no worse than the true one, and the milder of both counts.
+    """
+    for metric in metrics:
+        if metric.scale != "log":
+            continue
+        each = alpha / len(metrics) * _REGARDLESS
+        both = (
+            anytime(figures.whole(metric, charged), alpha=each, effect=metric.matters)
+            for charged in (False, True)
+        )
+        found = [estimate for estimate in both if estimate is not None]
+        if found:
+            yield metric, min(found, key=lambda e: metric.worsening(_least(metric, e)))
+
+
+def _least(metric: Metric, estimate: Estimate) -> float:
+    """The bound on the better side."""
+    return estimate.low if metric.worse == "higher" else estimate.high
 
 
 def comparisons(figures: Figures, stage: int) -> Iterator[tuple[Metric, Welch]]:

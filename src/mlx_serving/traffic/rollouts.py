@@ -31,6 +31,7 @@ from mlx_serving.traffic.rollout import (
     comparisons,
     decide,
     estimates,
+    regardless,
     stratum,
 )
 from mlx_serving.traffic.routing import takes_part
@@ -366,8 +367,10 @@ def _samples(figures: Figures, variant: bool) -> int:
 def _metric_reports(found: Rollout) -> list[MetricReport]:
     figures = found.figures
     tests = {m.name: test for m, test in comparisons(figures, found.stage)}
-    reports = []
-    for metric, estimate in estimates(figures, found.spec.alpha, found.spec.compared):
+    spec, reports = found.spec, []
+    known = dict(regardless(figures, spec.alpha, spec.compared))
+    known |= dict(estimates(figures, spec.alpha, spec.compared))
+    for metric, estimate in ((m, known[m]) for m in spec.compared if m in known):
         pairs = list(figures.of(metric.name))
         test = tests.get(metric.name)
         reports.append(

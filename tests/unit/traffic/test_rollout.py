@@ -106,12 +106,31 @@ def test_a_variant_whose_requests_pile_up_is_compared_with_those_that_had_no_com
     assert isinstance(decide(STAGES, 0, 100.0, found), decision)
 
 
-def test_a_rarer_variant_without_company_is_not_compared_with_those_that_have_some():
+@pytest.mark.parametrize(("slower", "decision"), [(1.0, Advance), (0.3, Advance), (3.0, RollBack)])
+@pytest.mark.parametrize("metric", ["tpot", "tokens_per_s"])
+def test_a_rarer_variant_without_company_is_charged_with_no_more_than_it_must(
+    metric, slower, decision
+):
+    """Alone in its steps it can be quicker for that; if it is slower, it is not for that."""
     rng, found = random.Random(3), Figures()
+    sign = 1 if metric == "tpot" else -1
     for variant, n, sequences in ((False, 540, 4.0), (True, 60, 1.0)):
         for _ in range(n):
-            found.add(0, variant, {**OK, stratum("tpot", sequences): rng.gauss(2, 0.1)})
-    assert not [m for m, _ in estimates(found, 0.05) if m.name == "tpot"]
+            value = rng.gauss(2, 0.1) + sign * variant * math.log(slower)
+            found.add(0, variant, {**OK, stratum(metric, sequences): value})
+    stages = [Stage(0.1, min_samples=60), Stage(0.5)]
+    assert isinstance(decide(stages, 0, 100.0, found), decision)
+
+
+def test_a_slow_variant_is_caught_where_too_few_of_each_side_had_like_company():
+    """Half of its requests ran beside one another, the others' alone: no stratum has twenty of both."""
+    rng, found = random.Random(3), Figures()
+    for i in range(30):
+        for variant, ms in ((False, 12.0), (True, 210.0)):
+            sequences = 2.0 if variant and i % 2 else 1.0
+            found.add(0, variant, {**OK, stratum("tpot", sequences): rng.gauss(math.log(ms), 0.1)})
+    found_out = decide([Stage(0.5, min_samples=30, min_s=0), Stage(1.0)], 0, 1.0, found)
+    assert isinstance(found_out, RollBack) and found_out.metric == "tpot"
 
 
 def test_a_rollback_names_the_metric_and_by_how_much():
