@@ -17,7 +17,8 @@ help:
 	@echo "make test        unit, contract and short simulation tests, with coverage"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make check       format, lint, types, import contracts, tidiness"
-	@echo "make bench       measure, and write benchmarks/RESULTS.md"
+	@echo "make bench       build llama.cpp once, measure beside it and mlx_lm.server, and write"
+	@echo "                 benchmarks/RESULTS.md; ROUNDS=1 for a quick look"
 	@echo "make sim SEED=1  one seed of the deterministic simulation"
 	@echo "make fuzz MINUTES=10  the fuzzers, for longer than the tests do"
 	@echo "make clean       remove .venv and what was built"
@@ -41,8 +42,9 @@ check: $(VENV)/.dev
 	$(PYTEST) tests/test_tidy.py
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m mlx_serving.bench --write benchmarks/RESULTS.md
-	$(BIN)/python benchmarks/llamacpp.py --append benchmarks/RESULTS.md
+	$(BIN)/python -m mlx_serving.bench.llama_cpp
+	$(BIN)/python -m mlx_serving.bench $(ROUNDS:%=--rounds %) --write benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/llamacpp.py $(ROUNDS:%=--rounds %) --append benchmarks/RESULTS.md
 
 sim: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m sim $(SEED)

@@ -1,12 +1,12 @@
 """Ours beside llama.cpp on the same GGUF, run by run: in-process and through HTTP, with the machine's peaks.
 
-    python benchmarks/llamacpp.py --bin DIR --gguf FILE [--modes exact fast] [--parts …] [--append REPORT]
+    python benchmarks/llamacpp.py [--model NAME] [--modes exact fast] [--parts …] [--append REPORT]
 
-DIR holds llama.cpp's programs, built with `cmake -DGGML_NATIVE=ON` (or set LLAMA_CPP_BIN). Each
-round runs llama.cpp, then ours in each mode, each in a process of its own; ratios are taken pair by
-pair. Decoding starts behind 80 tokens on both sides; tokens per second are over whole runs. Through
-HTTP the same load goes to our server and to `llama-server` in turn. The run fails if the default
-mode's logits are not as good as f32's (`quality.py`).
+llama.cpp's programs are built first, once (`mlx_serving.bench.llama_cpp`, which $LLAMA_CPP_BIN and
+$LLAMA_CPP_GGUF override). Each round runs llama.cpp, then ours in each mode, each in a process of its
+own; ratios are taken pair by pair. Decoding starts behind 80 tokens on both sides; tokens per second
+are over whole runs. Through HTTP the same load goes to our server and to `llama-server` in turn. The
+run fails if the default mode's logits are not as good as f32's (`quality.py`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mlx_serving.bench import report
+from mlx_serving.bench import llama_cpp, report
 from mlx_serving.bench.compare import comparable, compare, llama_server
 from mlx_serving.catalog.ensure import ensure
-from mlx_serving.config import Config
+from mlx_serving.config import DEFAULT_MODEL, Config
 
 PARTS = ("peaks", "quality", "in-process", "http")
 STREAMS = (1, 8, 16)
@@ -34,9 +34,11 @@ AIMS = {"prefill 512": 2.0, "decode 1": 1.0, "decode 8": 1.5, "decode 16": 1.5}
 Rates = dict[str, float]
 
 
-def llama(binary: Path, gguf: Path, threads: int, tokens: int) -> Rates:
+def llama(peer: llama_cpp.LlamaCpp, threads: int, tokens: int) -> Rates:
+    program = str(peer.programs / "llama-batched-bench")
+
     def run(prompt: int, generate: int, streams: str) -> list[dict[str, float]]:
-        command = [str(binary), "-m", str(gguf), "-c", "8192", "-b", "2048", "-ub", "512"]
+        command = [program, "-m", str(peer.gguf), "-c", "8192", "-b", "2048", "-ub", "512"]
         command += ["-npp", str(prompt), "-ntg", str(generate), "-npl", streams]
         command += ["-t", str(threads), "-tb", str(threads), "--output-format", "jsonl"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -121,9 +123,7 @@ def quality(folder: Path, tokens: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bin", type=Path, default=os.environ.get("LLAMA_CPP_BIN"))
-    parser.add_argument("--gguf", type=Path, default=os.environ.get("LLAMA_CPP_GGUF"))
-    parser.add_argument("--model", default="smollm2-135m", help="the same weights, for ours")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--modes", nargs="*", default=["exact", "fast"])
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--rounds", type=int, default=5)
@@ -131,9 +131,10 @@ def main() -> None:
     parser.add_argument("--quality-tokens", type=int, default=4000)
     parser.add_argument("--append", type=Path)
     args = parser.parse_args()
-    if not args.bin or not args.gguf:
-        print("llama.cpp: skipped; set LLAMA_CPP_BIN and LLAMA_CPP_GGUF to compare with it")
-        return
+    try:
+        peer = llama_cpp.make(args.model, llama_cpp.folder(), os.environ, llama_cpp.run)
+    except llama_cpp.Unavailable as error:
+        raise SystemExit(f"{error}") from error
     threads = len(os.sched_getaffinity(0))
     stored = ensure(args.model, Config()).path
     folder = comparable(stored)
@@ -144,14 +145,14 @@ def main() -> None:
     if "in-process" in args.parts:
         pairs: dict[str, list[tuple[Rates, Rates]]] = {mode: [] for mode in args.modes}
         for _ in range(args.rounds):
-            theirs = llama(args.bin / "llama-batched-bench", args.gguf, threads, args.tokens)
+            theirs = llama(peer, threads, args.tokens)
             for mode in args.modes:
                 pairs[mode].append((ours(folder, mode, args.tokens), theirs))
         sections += [table(mode, rows) for mode, rows in pairs.items()]
         if "exact" in pairs:
             best = {w: statistics.median(a[w] for a, _ in pairs["exact"]) for w in WHAT}
     if "http" in args.parts:
-        rival = llama_server(args.bin, args.gguf, max(STREAMS))
+        rival = llama_server(peer.programs, peer.gguf, max(STREAMS))
         for mode in args.modes:
             load = compare(
                 folder,

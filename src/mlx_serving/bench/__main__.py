@@ -11,6 +11,7 @@ from pathlib import Path
 from mlx_serving.bench import (
     compare,
     gaps,
+    llama_cpp,
     overhead,
     prefix,
     priority,
@@ -53,12 +54,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--chats", type=int, default=20)
     parser.add_argument("--turns", type=int, default=8)
-    parser.add_argument(
-        "--gguf",
-        type=Path,
-        default=os.environ.get("LLAMA_CPP_GGUF"),
-        help="the same weights for $LLAMA_CPP_BIN/llama-server",
-    )
     parser.add_argument("--without-mlx-lm", action="store_true", help="no replay against it")
     parser.add_argument("--write", type=Path, help="also write the report to this file")
     args = parser.parse_args(argv)
@@ -135,14 +130,13 @@ async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> 
 async def _prefix(args: argparse.Namespace, folder: Path, stored: Path) -> list[str]:
     """With the kernels that a user gets; a rival that is not here is left out."""
     rivals = []
-    programs = os.environ.get("LLAMA_CPP_BIN")
-    if programs and args.gguf:
-        rivals.append(compare.llama_server(Path(programs), args.gguf, prefix.IN_FLIGHT, 2048))
+    if found := llama_cpp.find(args.model, llama_cpp.folder(), os.environ):
+        rivals.append(compare.llama_server(found.programs, found.gguf, prefix.IN_FLIGHT, 2048))
     if not args.without_mlx_lm:
         rivals.append(compare.mlx_lm_server(folder))
-    found = await prefix.replays(folder, rivals, chats=args.chats, turns=args.turns)
+    replays = await prefix.replays(folder, rivals, chats=args.chats, turns=args.turns)
     timed = await prefix.reuse(stored, rounds=args.rounds)
-    return [report.reuse(timed), report.replays(found)]
+    return [report.reuse(timed), report.replays(replays)]
 
 
 main()

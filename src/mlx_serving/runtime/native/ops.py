@@ -145,13 +145,11 @@ def can_reserve(nbytes: int, pieces: int) -> bool:
 
 def reserve(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
     """Zeros that take memory, a page at a time, as they are written. Raises MemoryError."""
-    # MLX goes on counting what it could not allocate.
-    if not can_reserve(math.prod(shape) * dtype.size, 1):
-        raise MemoryError(f"no address space for an array of {list(shape)}, {dtype}")
-    # It takes address space for memory, and beyond its own limit every operation waits for those before
+    reserved = require().reserve(list(shape), dtype)
+    # MLX takes address space for memory, and beyond its own limit every operation waits for those before
     # it, on a busy processor. What there is room for is decided elsewhere (`core.memory`).
     mx.set_memory_limit(1 << 62)
-    return require().reserve(list(shape), dtype)
+    return reserved
 
 
 def give_back(slabs: Sequence[mx.array], row: int) -> list[mx.array]:

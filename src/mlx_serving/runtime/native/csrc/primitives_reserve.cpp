@@ -81,7 +81,10 @@ bool can_reserve(size_t bytes, int pieces) {
 mx::array reserve(const mx::Shape& shape, mx::Dtype dtype) {
   require(is_plain_memory(), "reserve: MLX's memory is of another kind");
   size_t bytes = size_of(dtype);
-  for (int n : shape) bytes *= size_t(n);
+  for (int n : shape)
+    if (__builtin_mul_overflow(bytes, size_t(n), &bytes)) throw std::bad_alloc();
+  // MLX goes on counting what it could not allocate.
+  if (!can_reserve(bytes, 1)) throw std::bad_alloc();
   // By MLX's own allocator: only such an array is ever written in place.
   mx::allocator::Data data = mx::allocator::malloc(bytes);
   mx::allocator::Buffer buffer = data.buffer();
