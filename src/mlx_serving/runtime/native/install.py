@@ -20,7 +20,7 @@ from mlx_lm.models import gemma, gemma2, gemma3_text
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from mlx_serving.runtime.native import _load, layers, ops, slab
+from mlx_serving.runtime.native import _load, latent, layers, ops, slab
 from mlx_serving.runtime.native.fused import fuse
 from mlx_serving.runtime.slices import Slices, whole
 
@@ -139,6 +139,8 @@ def _move(path: str, module: Module, mode: ops.Mode, keep: set[str], report: Rep
     elif cls in layers.NATIVE_ROPES:
         module._table = layers.rope_table(module)
         target = layers.NATIVE_ROPES[cls]
+    elif cls in latent.FAMILIES:
+        target = _subclass(cls, latent.methods(cls))
     else:
         target = _bound(cls)
     if target is not None:

@@ -182,6 +182,26 @@ def attention(
     )
 
 
+def latent_attention(
+    q: mx.array,
+    latents: mx.array,
+    ropes: mx.array,
+    rows: mx.array,
+    offsets: mx.array,
+    scale: float,
+    latent_code: KVCode | None = None,
+    rope_code: KVCode | None = None,
+) -> mx.array:
+    """`attention` where a position's key is its latent and its rope part side by side, its value the latent.
+
+    Slabs `[slots, 1, capacity, dim]` of either; q `[batch, heads, length, both dims]`, absorbed.
+    """
+    codes = latent_code, rope_code
+    return require().attention(
+        q, latents, ropes, rows, offsets, scale, 0, None, *codes, latent=True
+    )
+
+
 def sample_lines(lines: Sequence[SampleLine]) -> SampleLines:
     """A batch's description, for as many calls of `sample` as it stays the same."""
     return require().sample_lines(list(lines))

@@ -167,3 +167,15 @@ def attention(
                 total = weights.sum() + np.exp(sink - top)
                 out[b, h, i] = weights @ v[rows[b], h // per_kv, seen] / total
     return out
+
+
+def latent_attention(
+    q: mx.array,
+    latents: mx.array,
+    ropes: mx.array,
+    rows: Sequence[int],
+    offsets: Sequence[int],
+    scale: float,
+) -> Array:
+    keys = mx.concatenate([mx.array(_f32(a)) for a in (latents, ropes)], -1)
+    return attention(q, keys, latents, rows, offsets, scale)

@@ -130,6 +130,50 @@ def test_a_position_has_the_same_bits_decoded_or_in_any_chunk(
         assert (run(i, i + 1) == whole[:, :, i : i + 1]).all(), i
 
 
+@QUICK
+@given(data=st.data())
+def test_latents_match_the_reference(isa: str, data: st.DataObject) -> None:
+    heads = data.draw(st.sampled_from((1, 3, 16, 70)))
+    bits = data.draw(st.sampled_from((None, 8, 4)))
+    d, rope = (32 * data.draw(st.integers(1, 4)) for _ in range(2))
+    length = data.draw(st.sampled_from((1, 2, 5, 17)))
+    offsets = data.draw(st.lists(st.integers(0, 400 - length), min_size=1, max_size=3))
+    dtype = data.draw(st.sampled_from((mx.float32, mx.float16, mx.bfloat16)))
+    latents, ropes = seen = slabs(4, 1, 400, d, rope, dtype)
+    codes: list[ops.KVCode | None] = [None, None]
+    if bits is not None:
+        (latents, codes[0]), (ropes, codes[1]) = (kept(x, bits, 32) for x in seen)
+        seen = read_back(seen[0], bits, 32), read_back(seen[1], bits, 32)
+    rows = [3, 0, 2][: len(offsets)]
+    q = mx.random.normal((len(offsets), length, heads, d + rope), key=mx.random.key(3))
+    q = q.transpose(0, 2, 1, 3)
+    where = mx.array(rows), mx.array(offsets)
+    got = ops.latent_attention(q, latents, ropes, *where, (d + rope) ** -0.5, *codes)
+    expected = reference.latent_attention(q, *seen, rows, offsets, (d + rope) ** -0.5)
+    assert got.shape == (len(offsets), heads, length, d)
+    assert np.abs(np.array(got) - expected).max() < 1e-5
+
+
+def test_over_latents_a_position_has_the_same_bits_alone_or_in_any_chunk_and_batch(
+    isa: str,
+) -> None:
+    latents, ropes = slabs(3, 1, 640, 64, 32)
+    length = 600
+    q = mx.random.normal((3, 12, length, 96), key=mx.random.key(3))
+
+    def run(start: int, stop: int, rows: list[int]) -> np.ndarray:
+        part = q[mx.array(rows), :, start:stop]
+        where = mx.array(rows), mx.array([start] * len(rows))
+        out = ops.latent_attention(part, latents, ropes, *where, 0.2)
+        return np.array(out).view(np.uint32)
+
+    whole = run(0, length, [1])
+    for start, stop in ((0, 7), (7, 64), (65, 330), (330, 600)):
+        assert (run(start, stop, [1]) == whole[:, :, start:stop]).all(), (start, stop)
+    for i in (0, 63, 64, 65, 255, 256, 257, 511, 512, 599):
+        assert (run(i, i + 1, [0, 1, 2])[1] == whole[0, :, i : i + 1]).all(), i
+
+
 def test_a_row_does_not_depend_on_its_neighbours(isa: str) -> None:
     k, v = slabs(16, 3, 700, 64, 64)
     lengths = [0, 1, 63, 64, 65, 300, 699, 5, 17, 256, 255, 257, 600, 2, 3, 4]
@@ -238,3 +282,5 @@ def test_wrong_shapes_are_refused() -> None:
         ops.attention(wide, words, words, one, one, 1.0)
     with pytest.raises(ValueError, match="one offset"):
         ops.attention(q[:, :2], keys, values, mx.array([0]), mx.array([0, 1]), 1.0)
+    with pytest.raises(ValueError, match="their keys' dim"):
+        ops.latent_attention(q[:, :2], keys, values, mx.array([0]), mx.array([0]), 1.0)

@@ -51,7 +51,7 @@ NB_MODULE(_native, m) {
     return nb::make_tuple(r[0], r[1]);
   }, "keys"_a, "values"_a, "k"_a, "v"_a, "rows"_a, "offsets"_a, "key_code"_a.none() = nb::none(), "value_code"_a.none() = nb::none());
   m.def("attention", &attend, "q"_a, "keys"_a, "values"_a, "rows"_a, "offsets"_a, "scale"_a, "window"_a = 0, "sinks"_a.none() = nb::none(),
-        "key_code"_a.none() = nb::none(), "value_code"_a.none() = nb::none());
+        "key_code"_a.none() = nb::none(), "value_code"_a.none() = nb::none(), "latent"_a = false);
   m.def("can_reserve", &can_reserve, "bytes"_a, "pieces"_a);
   m.def("reserve", [](const std::vector<int>& shape, const mx::Dtype& dtype) { return reserve(mx::Shape(shape.begin(), shape.end()), dtype); }, "shape"_a, "dtype"_a);
   m.def("give_back", &give_back, "slabs"_a, "row"_a);

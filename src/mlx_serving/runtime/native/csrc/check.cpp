@@ -171,8 +171,8 @@ void check_line(bool end, const Line& line) {
   }
 }
 
-void check_attention(bool end, const Line& kl, const Line& vl, int length, int offset, int window) {
-  const int heads = 6, kv = 2, capacity = offset + length, d = kl.dim, dv = vl.dim;
+void check_attention(bool end, const Line& kl, const Line& vl, int length, int offset, int window, bool latent = false) {
+  const int heads = 6, kv = 2, capacity = offset + length, d = latent ? kl.dim + vl.dim : kl.dim, dv = latent ? kl.dim : vl.dim;
   Guarded<uint8_t> k(size_t(kv) * capacity * kl.bytes(), end), v(size_t(kv) * capacity * vl.bytes(), end);
   Guarded<float> q(size_t(length) * heads * d, end), out(size_t(length) * heads * dv, end), one(size_t(heads) * dv, end);
   fill(q);
@@ -189,10 +189,10 @@ void check_attention(bool end, const Line& kl, const Line& vl, int length, int o
   };
   const Slab ks = slab(k, kl), vs = slab(v, vl);
   const int32_t row = 0, start = offset;
-  attention(q.get(), ks, vs, {&row, &start, 1, length}, {heads, 0.3f, window, nullptr}, out.get());
+  attention(q.get(), ks, vs, {&row, &start, 1, length}, {heads, 0.3f, window, nullptr, latent}, out.get());
   for (int i = 0; i < length; i += 5) {
     const int32_t at = offset + i;
-    attention(q.get() + size_t(i) * heads * d, ks, vs, {&row, &at, 1, 1}, {heads, 0.3f, window, nullptr}, one.get());
+    attention(q.get() + size_t(i) * heads * d, ks, vs, {&row, &at, 1, 1}, {heads, 0.3f, window, nullptr, latent}, one.get());
     expect(memcmp(one.get(), out.get() + size_t(i) * heads * dv, size_t(heads) * dv * 4) == 0, "decode and chunk differ");
   }
 }
@@ -248,6 +248,8 @@ int main() {
             check_attention(end, plain(t, 64), plain(t, 64), length, 300, window);
             check_attention(end, coded(t, 64, 8, 64), coded(t, 96, 4, 32), length, 61, window);
             check_attention(end, coded(t, 32, 4, 32), plain(t, 16), length, 0, window);
+            check_attention(end, plain(t, 32), plain(t, 16), length, 61, window, true);
+            check_attention(end, coded(t, 64, 8, 64), coded(t, 32, 4, 32), length, 300, window, true);
           }
       for (Type t : {Type::f32, Type::f16, Type::bf16})
         for (int bits : {4, 8})

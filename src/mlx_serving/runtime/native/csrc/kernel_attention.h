@@ -139,9 +139,17 @@ struct Floats {
   }
 };
 
+// Keys of both lines side by side, d floats apart.
+static inline void side_by_side(const AttentionTask& t, int d, int j0, int n, float* out) {
+  for (int j = j0; j < j0 + n; j++, out += d) {
+    decode_line(t.k_line, t.k + j * t.k_stride, out);
+    decode_line(t.v_line, t.v + j * t.v_stride, out + t.k_line.dim);
+  }
+}
+
 static void attention(const AttentionTask& t) {
   constexpr int kTile = 4;
-  const int d = t.k_line.dim, dv = t.v_line.dim;
+  const int d = t.key_dim(), dv = t.value_dim();
   float* kt = t.scratch;
   float* kf = kt + kKeyBlock * d;
   float* vf32 = kf + kKeyBlock * d;
@@ -159,11 +167,16 @@ static void attention(const AttentionTask& t) {
     bool seen = false;
     for (int a = 0; a < t.nq && !seen; a++) seen = t.pos[a] >= j0 && first(a) < j0 + n;
     if (!seen) continue;
-    const Floats keys(t.k_line, t.k + j0 * t.k_stride, t.k_stride, n, kf);
-    const Floats vals(t.v_line, t.v + j0 * t.v_stride, t.v_stride, n, vf32);
-    const float *k = keys.p, *v = vals.p;
-    int64_t ks = keys.stride;
-    const int64_t vs = vals.stride;
+    const float *k = kf, *v = kf;
+    int64_t ks = d, vs = d;
+    if (t.latent) {
+      side_by_side(t, d, j0, n, kf);
+    } else {
+      const Floats keys(t.k_line, t.k + j0 * t.k_stride, t.k_stride, n, kf);
+      const Floats vals(t.v_line, t.v + j0 * t.v_stride, t.v_stride, n, vf32);
+      k = keys.p, ks = keys.stride;
+      v = vals.p, vs = vals.stride;
+    }
     if (many) {
       if (n % 16) {  // whole vectors are transposed: pad the last one
         if (k != kf) {

@@ -63,12 +63,15 @@ struct AttentionTask {
   const char* v;
   int64_t k_stride, v_stride;  // bytes between positions
   Line k_line, v_line;
+  bool latent;         // a key is both lines side by side, and its value is the first
   int window;          // keys a query sees at most; 0: all
   int begin, end;      // the split's key range; begin is a multiple of kKeySplit
   float* o;            // [nq, dv] unnormalised
   float* m;            // [nq] running maximum, -inf where the query saw no key
   float* l;            // [nq] running sum
   float* scratch;      // attention_scratch(d, dv) floats
+  int key_dim() const { return latent ? k_line.dim + v_line.dim : k_line.dim; }
+  int value_dim() const { return latent ? k_line.dim : v_line.dim; }
 };
 inline size_t attention_scratch(int d, int dv) {
   return size_t(kKeyBlock) * (2 * size_t(d) + size_t(dv)) + 16 * 1024;

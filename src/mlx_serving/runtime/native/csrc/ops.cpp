@@ -165,7 +165,7 @@ struct QueryBlock {
 void attention(const float* q, const Slab& k, const Slab& v, const Batch& batch, const AttentionParams& p, float* out) {
   const Kernels& kern = kernels();
   Pool& pool = Pool::get();
-  const int kv = k.heads, group = p.heads / kv, d = k.line.dim, dv = v.line.dim, length = batch.length;
+  const int kv = k.heads, group = p.heads / kv, d = p.key_dim(k, v), dv = p.value_dim(k, v), length = batch.length;
   const int per_block = std::max(1, std::min(length, 64 / group));
   const int blocks = (length + per_block - 1) / per_block;
 
@@ -202,6 +202,7 @@ void attention(const float* q, const Slab& k, const Slab& v, const Batch& batch,
     t.v = v.at(batch.rows[qb.b], qb.h, 0);
     t.k_stride = k.pos_stride, t.v_stride = v.pos_stride;
     t.k_line = k.line, t.v_line = v.line;
+    t.latent = p.latent;
     t.window = p.window;
     t.begin = split * kKeySplit;
     t.end = std::min(end, (split + 1) * kKeySplit);

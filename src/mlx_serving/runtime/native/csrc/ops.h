@@ -111,8 +111,11 @@ struct AttentionParams {
   float scale;
   int window;          // 0: none
   const float* sinks;  // [heads] or null
+  bool latent = false; // a key is k's and v's lines side by side, and its value is k's
+  int key_dim(const Slab& k, const Slab& v) const { return latent ? k.line.dim + v.line.dim : k.line.dim; }
+  int value_dim(const Slab& k, const Slab& v) const { return latent ? k.line.dim : v.line.dim; }
 };
-// q: [count, length, heads, k.line.dim] -> out: [count, length, heads, v.line.dim]
+// q: [count, length, heads, key_dim] -> out: [count, length, heads, value_dim]
 void attention(const float* q, const Slab& k, const Slab& v, const Batch& b, const AttentionParams& p, float* out);
 
 }  // namespace ms

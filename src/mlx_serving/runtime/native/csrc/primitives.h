@@ -63,7 +63,7 @@ mx::array gated(const mx::array& gate, const mx::array& up, const std::string& a
 using KvCode = std::optional<std::tuple<int, int, int, mx::Dtype>>;
 Line line_of(const mx::array& slab, const KvCode& code);
 std::vector<mx::array> kv_write(const mx::array& keys, const mx::array& values, const mx::array& k, const mx::array& v, const mx::array& rows, const mx::array& offsets, const KvCode& key_code, const KvCode& value_code);
-mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& values, const mx::array& rows, const mx::array& offsets, float scale, int window, const std::optional<mx::array>& sinks, const KvCode& key_code, const KvCode& value_code);
+mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& values, const mx::array& rows, const mx::array& offsets, float scale, int window, const std::optional<mx::array>& sinks, const KvCode& key_code, const KvCode& value_code, bool latent);
 
 // Whether so much address space can be had in so many pieces, beyond the machine's memory if need be.
 bool can_reserve(size_t bytes, int pieces);

@@ -39,7 +39,7 @@ class KvWrite : public CpuPrimitive {
 
 class Attend : public CpuPrimitive {
  public:
-  Attend(float scale, int window, std::array<Line, 2> lines) : CpuPrimitive("MsAttention"), scale_(scale), window_(window), lines_(lines) {}
+  Attend(float scale, int window, std::array<Line, 2> lines, bool latent) : CpuPrimitive("MsAttention"), scale_(scale), window_(window), lines_(lines), latent_(latent) {}
   void eval_cpu(const std::vector<mx::array>& in, std::vector<mx::array>& out) override {
     // [B, H, L, D] over memory [B, L, H, D]: the caller's transpose and reshape move nothing.
     mx::array& o = out[0];
@@ -50,15 +50,15 @@ class Attend : public CpuPrimitive {
     flags.col_contiguous = o.size() <= 1;
     o.set_data(mx::allocator::malloc(o.nbytes()), o.size(), {l * h * d, d, h * d, 1}, flags);
     dispatch([q = View(in[0], {0, 2, 1, 3}), k = slab_of(in[1], lines_[0]), v = slab_of(in[2], lines_[1]), ri = Ints(in[3]), oi = Ints(in[4]),
-              sinks = in.size() > 5 ? in[5].data<float>() : nullptr, scale = scale_, window = window_, p = o.data<char>(), t = type_of(o.dtype())] {
+              sinks = in.size() > 5 ? in[5].data<float>() : nullptr, scale = scale_, window = window_, latent = latent_, dv = d, p = o.data<char>(), t = type_of(o.dtype())] {
       thread_local Buffer qb, ob;
       const std::vector<int32_t> rows = ri.read(), off = oi.read();
       const Batch b{rows.data(), off.data(), int(rows.size()), int(q.shape[1])};
       check(b, k);
       check(b, v);
-      const int64_t n = q.rows * v.line.dim;
+      const int64_t n = q.rows * dv;
       float* y = t == Type::f32 ? reinterpret_cast<float*>(p) : ob.get(size_t(n));
-      attention(q.floats(qb), k, v, b, {int(q.shape[2]), scale, window, sinks}, y);
+      attention(q.floats(qb), k, v, b, {int(q.shape[2]), scale, window, sinks, latent}, y);
       if (t != Type::f32) kernels().from_float(t, y, p, n);
     });
   }
@@ -67,6 +67,7 @@ class Attend : public CpuPrimitive {
   float scale_;
   int window_;
   std::array<Line, 2> lines_;
+  bool latent_;
 };
 }  // namespace
 
@@ -96,10 +97,11 @@ std::vector<mx::array> kv_write(const mx::array& keys, const mx::array& values, 
                                 {keys, values, k, v, as(rows, mx::int32), as(offsets, mx::int32)});
 }
 
-mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& values, const mx::array& rows, const mx::array& offsets, float scale, int window, const std::optional<mx::array>& sinks, const KvCode& key_code, const KvCode& value_code) {
+mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& values, const mx::array& rows, const mx::array& offsets, float scale, int window, const std::optional<mx::array>& sinks, const KvCode& key_code, const KvCode& value_code, bool latent) {
   const std::array<Line, 2> lines{line_of(keys, key_code), line_of(values, value_code)};
   require(q.ndim() == 4, "attention: q is [batch, heads, length, dim]");
-  require(q.shape(3) == lines[0].dim && q.shape(3) % 16 == 0 && lines[1].dim % 16 == 0, "attention: head dims must be multiples of 16");
+  require(lines[0].dim % 16 == 0 && lines[1].dim % 16 == 0, "attention: head dims must be multiples of 16");
+  require(q.shape(3) == lines[0].dim + (latent ? lines[1].dim : 0), "attention: queries must have their keys' dim");
   require(keys.shape(1) == values.shape(1) && q.shape(1) % keys.shape(1) == 0, "attention: heads must be a multiple of the KV heads");
   require(rows.size() == size_t(q.shape(0)) && offsets.size() == rows.size(), "attention: one row and one offset for each batch row");
   require(window >= 0, "attention: window must not be negative");
@@ -109,8 +111,8 @@ mx::array attend(const mx::array& q, const mx::array& keys, const mx::array& val
     require(sinks->size() == size_t(q.shape(1)), "attention: one sink for each head");
     in.push_back(flat(*sinks, mx::float32));
   }
-  mx::Shape shape{q.shape(0), q.shape(1), q.shape(2), lines[1].dim};
-  return mx::array(shape, q.dtype(), std::make_shared<Attend>(scale, window, lines), std::move(in));
+  mx::Shape shape{q.shape(0), q.shape(1), q.shape(2), lines[latent ? 0 : 1].dim};
+  return mx::array(shape, q.dtype(), std::make_shared<Attend>(scale, window, lines, latent), std::move(in));
 }
 
 }  // namespace ms
