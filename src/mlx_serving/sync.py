@@ -28,12 +28,18 @@ class SyncEngine:
     ) -> None:
         self._args = (model, kwargs)
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="mlx-serving", daemon=True
-        )
+        self._thread: threading.Thread | None = None
         self._engine: Engine | None = None
 
     def start(self) -> Self:
+        """Does nothing where it runs already; after `close` it starts anew."""
+        if self._thread is not None:
+            return self
+        if self._loop.is_closed():
+            self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="mlx-serving", daemon=True
+        )
         self._thread.start()
         try:
             self._engine = self._run(self._make())
@@ -44,13 +50,14 @@ class SyncEngine:
         return self
 
     def close(self) -> None:
-        if not self._thread.is_alive():
+        if self._thread is None:
             return
         if self._engine is not None:
             self._run(self._engine.stop())
             self._engine = None
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._thread = None
         self._loop.close()
 
     def __enter__(self) -> Self:
@@ -106,7 +113,27 @@ class SyncEngine:
         return Engine(model, **kwargs)
 
     def _run(self, call: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+        begun: list[asyncio.Task[Any]] = []
+        try:
+            return asyncio.run_coroutine_threadsafe(_noted(call, begun), self._loop).result()
+        except BaseException:
+            # Ctrl-C ends the waiting alone: the call is cancelled too, and has ended when this returns.
+            asyncio.run_coroutine_threadsafe(_end(begun), self._loop).result()
+            raise
+
+
+async def _noted(call: Coroutine[Any, Any, T], begun: list[asyncio.Task[Any]]) -> T:
+    task = asyncio.current_task()
+    assert task is not None, "it is run as a task"
+    begun.append(task)
+    return await call
+
+
+async def _end(tasks: list[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
 
 
 async def _next(chunks: AsyncIterator[Chunk]) -> Chunk:

@@ -34,7 +34,7 @@ from mlx_serving.api.exchange import (
 )
 from mlx_serving.api.guard import Guard
 from mlx_serving.api.keys import Keyring, load_keys
-from mlx_serving.api.ollama import GREETING, OllamaRoutes
+from mlx_serving.api.ollama import GREETING, MANAGING, OllamaRoutes
 from mlx_serving.api.ollama_embed import OllamaEmbedRoutes
 from mlx_serving.api.ollama_response import error_json as ollama_error
 from mlx_serving.api.openai import OpenAIRoutes
@@ -162,10 +162,14 @@ class Table:
         if found is None:
             found = next((m for p, m in self.prefixes.items() if _begins(path, p)), None)
         if found is None:
-            near = next((p for p in ("/v1" + path, path[len("/v1") :]) if p in self.exact), None)
-            hint = f"did you mean '{near}'?" if near else "'/' lists what is."
-            raise RouteNotFound(f"There is no '{path[:200]}' here; {hint}")
+            raise RouteNotFound(f"There is no '{path[:200]}' here; {self._hint(path)}")
         return found
+
+    def _hint(self, path: str) -> str:
+        if path in MANAGING or path.startswith("/api/blobs/"):
+            return "models are fetched, made and removed by 'mlx-serving pull', 'convert' and 'rm'."
+        near = next((p for p in ("/v1" + path, path[len("/v1") :]) if p in self.exact), None)
+        return f"did you mean '{near}'?" if near else "'/' lists what is."
 
     def admit(self, exchange: Exchange, route: Route) -> None:
         """Set the caller for what follows in this task. Raises Unauthorized, Forbidden."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import secrets
@@ -26,9 +27,16 @@ ErrorShape = Callable[[MLXServingError, str], bytes]
 
 JSON = b"application/json"
 MAX_ERROR_CHARS = 1000
+MAX_LOGGED_CHARS = 100
 _MAX_NAMES, _MAX_NAME_CHARS = 20, 100
 _SLASHES = re.compile(r"/{2,}")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+log = logging.getLogger(__name__)
+
+
+class UnsupportedEncoding(InvalidRequest):
+    status, code = 415, "unsupported_encoding"
 
 
 class ClientGone(Exception):
@@ -97,7 +105,14 @@ class Exchange:
         return given[-1] == "true"
 
     async def body(self, limit: int) -> bytes:
-        """The whole body. Raises BodyTooLarge as soon as it is known to exceed `limit` bytes."""
+        """The whole body. Raises BodyTooLarge as soon as it is known to exceed `limit` bytes, and
+        UnsupportedEncoding for a compressed one."""
+        encoding = self.header(b"content-encoding") or b"identity"
+        if encoding.lower() != b"identity":
+            name = encoding.decode("latin-1")[:MAX_LOGGED_CHARS]
+            raise UnsupportedEncoding(
+                f"The request's body is compressed (content-encoding: {name}); send it as it is."
+            )
         declared = self.header(b"content-length")
         if declared is not None and declared.isdigit() and int(declared[:20]) > limit:
             raise _too_large(limit)
@@ -145,6 +160,7 @@ class Exchange:
 
     async def respond_error(self, error: MLXServingError, headers: Headers | None = None) -> None:
         headers = list(headers or [])
+        self._log_refusal(error)
         if error.retry_after_s is not None:
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
         elif error.status < 500 and error.status != 429:
@@ -153,6 +169,22 @@ class Exchange:
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         await self.respond(error.status, self.error_json(error), headers)
+
+    def _log_refusal(self, error: MLXServingError) -> None:
+        """So that who runs the server sees what its clients do wrong. The message may quote what was
+        sent: the code and the field say it without. What waiting cures is counted instead."""
+        if error.retry_after_s is not None or error.status == 499:
+            return
+        field = re.match(r"\w*", error.param or "", re.ASCII)
+        log.info(
+            "[%s] %s %r -> %d %s%s",
+            self.id,
+            self.method,
+            self.path[:MAX_LOGGED_CHARS],
+            error.status,
+            error.code,
+            f" ({field[0][:MAX_LOGGED_CHARS]})" if field and field[0] else "",
+        )
 
     def error_json(self, error: MLXServingError) -> bytes:
         if len(error.message) > MAX_ERROR_CHARS:  # it quotes what was sent

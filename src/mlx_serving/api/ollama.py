@@ -22,6 +22,8 @@ from mlx_serving.types import ServedModel
 PROTOCOL = "0.12.11"
 """The version of Ollama whose requests these are; clients ask for the features of one."""
 GREETING = "Ollama is running"
+MANAGING = ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete")
+"""What Ollama does to models over HTTP, and this server does not."""
 
 
 class OllamaRoutes:

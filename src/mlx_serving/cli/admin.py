@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_serving.cli.where import Uds, Url, Where, where
+
 if TYPE_CHECKING:
     from mlx_serving.cli.say import Say
 
@@ -18,32 +20,33 @@ class Server:
     """A running server's admin API.
 
     Args:
-        url, uds: where it is; `uds` wins.
         admin_key: default `MLX_SERVING_ADMIN_KEY`; none is needed on its own machine where it has none.
     """
 
-    def __init__(self, url: str, uds: str | None, admin_key: str | None, say: Say) -> None:
-        self._base = "http://localhost" if uds else url.rstrip("/")
-        self._uds = uds
+    def __init__(self, where: Where, admin_key: str | None, say: Say) -> None:
         self._key = admin_key or os.environ.get("MLX_SERVING_ADMIN_KEY")
-        self.where = uds or url
+        self.where = where
         self.say = say
 
     def call(self, method: str, path: str, body: object = None) -> Any:
         """The answer's JSON, or None once the error has been said."""
         import httpx
 
-        transport = httpx.HTTPTransport(uds=self._uds) if self._uds else None
         headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
         try:
-            with httpx.Client(transport=transport, headers=headers, timeout=30.0) as http:
-                answer = http.request(method, f"{self._base}{path}", json=body)
+            with self.where.client(headers=headers, timeout=30.0) as http:
+                answer = http.request(method, path, json=body)
                 found = answer.json()
         except (httpx.HTTPError, ValueError) as error:
             self.say.error("no_server", f"no server of ours answers at {self.where}: {error}")
             return None
         if answer.is_error:
-            wrong = found.get("error", {})
+            wrong = found.get("error") if isinstance(found, dict) else None
+            if not isinstance(wrong, dict):
+                self.say.error(
+                    "no_server", f"{self.where} answered {answer.status_code}, and not as ours do"
+                )
+                return None
             place, message = wrong.get("param") or "", wrong.get("message", "")
             if place and not message.startswith(place):
                 message = f"{place}: {message}"
@@ -53,10 +56,8 @@ class Server:
 
 
 def _where(
-    url: Annotated[str, typer.Option("--url", help="The server.")] = "http://127.0.0.1:8000",
-    uds: Annotated[
-        str | None, typer.Option("--uds", help="The server's Unix domain socket.")
-    ] = None,
+    url: Url = None,
+    uds: Uds = None,
     admin_key: Annotated[
         str | None, typer.Option("--admin-key", help="Default: MLX_SERVING_ADMIN_KEY.")
     ] = None,
@@ -64,7 +65,7 @@ def _where(
 ) -> Server:
     from mlx_serving.cli.say import Say
 
-    return Server(url, uds, admin_key, Say(json))
+    return Server(where(url, uds), admin_key, Say(json))
 
 
 def of_a_server(command: Callable[..., int]) -> Callable[..., None]:

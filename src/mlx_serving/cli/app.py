@@ -12,6 +12,7 @@ from mlx_serving.cli.admin import Server, of_a_server
 from mlx_serving.cli.canary import ab_app, canary_app
 from mlx_serving.cli.feature import flag_app
 from mlx_serving.cli.flags import documented, from_typer
+from mlx_serving.cli.where import Uds, Url, where
 
 app = typer.Typer(
     name="mlx-serving",
@@ -66,14 +67,12 @@ app.command()(documented(serve))
 def chat(
     model: Annotated[
         str | None,
-        typer.Argument(help="Start an engine with this model; with --url, its name there."),
-    ] = None,
-    url: Annotated[
-        str | None,
-        typer.Option(
-            "--url", help="A running server; default: http://127.0.0.1:8000 if it answers."
+        typer.Argument(
+            help="Start an engine with this model; with --url or --uds, its name there."
         ),
     ] = None,
+    url: Url = None,
+    uds: Uds = None,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")
@@ -86,13 +85,16 @@ def chat(
 ) -> None:
     """Talk to a model: to a running server, or to an engine started here.
 
-    With text piped in, it answers that text once and ends.
+    Without --url or --uds and a MODEL, to the server that answers at their default, if one does. With text piped in, it answers that text once and ends.
     """
     from mlx_serving.cli import chat as command
 
     params = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     given = {name: value for name, value in params.items() if value is not None}
-    raise typer.Exit(command.run(model, url=url, system=system, params=given, api_key=api_key))
+    server, named = where(url, uds), bool(url or uds)
+    raise typer.Exit(
+        command.run(model, server=server, named=named, system=system, params=given, api_key=api_key)
+    )
 
 
 @app.command()
@@ -209,17 +211,15 @@ def rm(
 
 @app.command()
 def ps(
-    url: Annotated[str, typer.Option("--url", help="The server.")] = "http://127.0.0.1:8000",
-    uds: Annotated[
-        str | None, typer.Option("--uds", help="The server's Unix domain socket.")
-    ] = None,
+    url: Url = None,
+    uds: Uds = None,
     api_key: ApiKey = None,
     json: Json = False,
 ) -> None:
     """Show what a running server has loaded: models, their sizes, running rows, workers."""
     from mlx_serving.cli import ps as command
 
-    raise typer.Exit(command.run(url, uds, json=json, api_key=api_key))
+    raise typer.Exit(command.run(where(url, uds), json=json, api_key=api_key))
 
 
 @app.command()
@@ -235,17 +235,15 @@ def doctor(json: Json = False) -> None:
 
 @app.command()
 def restart(
-    url: Annotated[str, typer.Option("--url", help="The server.")] = "http://127.0.0.1:8000",
-    uds: Annotated[
-        str | None, typer.Option("--uds", help="The server's Unix domain socket.")
-    ] = None,
+    url: Url = None,
+    uds: Uds = None,
     json: Json = False,
 ) -> None:
     """Have a running server on this machine replace its worker; no stream is dropped."""
     from mlx_serving.cli import restart as command
     from mlx_serving.cli.say import Say
 
-    raise typer.Exit(command.run(url, uds, Say(json)))
+    raise typer.Exit(command.run(where(url, uds), Say(json)))
 
 
 @app.command()

@@ -12,9 +12,8 @@ from typing import Any, TextIO
 from mlx_serving.cli.exits import Exit, failed
 from mlx_serving.cli.say import Say
 from mlx_serving.cli.talkers import EngineTalker, Message, ServerTalker, Talker, answers
+from mlx_serving.cli.where import Where
 from mlx_serving.errors import MLXServingError
-
-DEFAULT_URL = "http://127.0.0.1:8000"
 
 HELP = """\
 /reset            forget the conversation
@@ -106,18 +105,20 @@ class Chat:
 def run(
     model: str | None,
     *,
-    url: str | None,
+    server: Where,
+    named: bool,
     system: str | None,
     params: Mapping[str, Any],
     api_key: str | None = None,
 ) -> int:
+    """`named`: the server was asked for; otherwise an engine is started where none answers."""
     say = Say()
     try:
-        talker = _talker(model, url, say, api_key)
+        talker = _talker(model, server, named, say, api_key)
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except MLXServingError as error:
-        return failed(error, say, Exit.FAILED if url else Exit.NO_MODEL)
+        return failed(error, say, Exit.FAILED if named else Exit.NO_MODEL)
     try:
         chat = Chat(talker, sys.stdout, system, params)
         if not sys.stdin.isatty():
@@ -146,10 +147,8 @@ def _loop(chat: Chat) -> None:
             print("\n(/exit leaves)")
 
 
-def _talker(model: str | None, url: str | None, say: Say, api_key: str | None) -> Talker:
-    if url is not None:
-        return ServerTalker(url, model, api_key=api_key)
-    if model is None and answers(DEFAULT_URL):
-        return ServerTalker(DEFAULT_URL, None, api_key=api_key)
+def _talker(model: str | None, server: Where, named: bool, say: Say, api_key: str | None) -> Talker:
+    if named or (model is None and answers(server)):
+        return ServerTalker(server, model, api_key=api_key)
     say.event("starting", f"starting an engine with {model or 'the default model'} ...")
     return EngineTalker(model, say)

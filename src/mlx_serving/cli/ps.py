@@ -11,6 +11,7 @@ import httpx
 from mlx_serving.cli.exits import Exit
 from mlx_serving.cli.say import Say, size
 from mlx_serving.cli.table import print_table
+from mlx_serving.cli.where import Where
 
 TIMEOUT_S = 5.0
 HEADERS = ("MODEL", "STATUS", "WEIGHTS", "CONTEXT", "RUNNING", "WAITING", "PINNED", "REASON")
@@ -18,27 +19,22 @@ _GAUGE = re.compile(r'mlx_serving_(running|waiting)_sequences\{model="((?:[^"\\]
 
 
 def run(
-    url: str,
-    uds: str | None = None,
+    where: Where,
     json: bool = False,
     say: Say | None = None,
     api_key: str | None = None,
 ) -> int:
     say = say or Say(json)
-    base = "http://localhost" if uds else url.rstrip("/").removesuffix("/v1")
-    transport = httpx.HTTPTransport(uds=uds) if uds else None
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        with httpx.Client(
-            base_url=base, transport=transport, timeout=TIMEOUT_S, headers=headers
-        ) as http:
+        with where.client(timeout=TIMEOUT_S, headers=headers) as http:
             report = ask(http)
     except httpx.HTTPStatusError as error:
         remedy = "give --api-key" if error.response.status_code in (401, 403) else None
-        say.error("refused", f"{uds or url} answered {error.response.status_code}", remedy)
+        say.error("refused", f"{where} answered {error.response.status_code}", remedy)
         return Exit.FAILED
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        say.error("no_server", f"no server of ours answers at {uds or url}: {error}")
+        say.error("no_server", f"no server of ours answers at {where}: {error}")
         return Exit.FAILED
     if json:
         print(to_json.dumps(report))

@@ -10,16 +10,15 @@ import httpx
 
 from mlx_serving.cli.exits import Exit
 from mlx_serving.cli.say import Say
+from mlx_serving.cli.where import Where
 
 
-def run(url: str, uds: str | None, say: Say | None = None) -> int:
+def run(where: Where, say: Say | None = None) -> int:
     """Ask the server who it is, and send it SIGHUP."""
     say = say or Say()
-    where = uds or url
-    transport = httpx.HTTPTransport(uds=uds) if uds else None
     try:
-        with httpx.Client(transport=transport, timeout=5.0) as http:
-            pid = http.get(f"{'http://localhost' if uds else url.rstrip('/')}/health").json()["pid"]
+        with where.client(timeout=5.0) as http:
+            pid = http.get("/health").json()["pid"]
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
         say.error("no_server", f"no server of ours answers at {where}: {error}")
         return Exit.FAILED

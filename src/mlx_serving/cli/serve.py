@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from datetime import datetime
 
 import msgspec
 
@@ -20,6 +21,14 @@ from mlx_serving.cli.notify import Notifier
 from mlx_serving.cli.say import Say
 from mlx_serving.config import Config
 from mlx_serving.errors import ConfigError, ModelNotFound
+
+
+class Stamped(logging.Formatter):
+    """Local time with its offset from UTC: a log is read beside those of other machines."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        local = datetime.fromtimestamp(record.created).astimezone()
+        return local.isoformat(sep=" ", timespec="milliseconds")
 
 
 def run(args: ServeArgs, say: Say | None = None, machine: host.Host | None = None) -> int:
@@ -36,11 +45,9 @@ def run(args: ServeArgs, say: Say | None = None, machine: host.Host | None = Non
         return Exit.USAGE
     import uvloop
 
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Stamped("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -11,6 +11,7 @@ import httpx
 
 from mlx_serving import config as settings
 from mlx_serving.cli.say import Say
+from mlx_serving.cli.where import Where
 from mlx_serving.errors import MLXServingError, ServerError, Unauthorized, from_code
 
 CONNECT_TIMEOUT_S = 5.0
@@ -29,10 +30,11 @@ class Talker(Protocol):
     def close(self) -> None: ...
 
 
-def answers(url: str) -> bool:
+def answers(where: Where) -> bool:
     """Whether a server of ours is there."""
     try:
-        return "status" in httpx.get(f"{url}/health", timeout=0.5).json()
+        with where.client(timeout=0.5) as http:
+            return "status" in http.get("/health").json()
     except (httpx.HTTPError, ValueError, TypeError):
         return False
 
@@ -47,20 +49,19 @@ class ServerTalker:
 
     def __init__(
         self,
-        url: str,
+        where: Where,
         model: str | None,
         transport: httpx.BaseTransport | None = None,
         api_key: str | None = None,
     ) -> None:
-        self._url = url.rstrip("/").removesuffix("/v1")
+        self._where = where
         # A queued request may wait for long, and a slow machine prefills for long.
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(
-            base_url=self._url, timeout=timeout, transport=transport, headers=headers
-        )
+        own = {} if transport is None else {"transport": transport}
+        self._http = where.client(timeout=timeout, headers=headers, **own)
         self._model = model or self._first_model()
-        self.name = f"{self._model} at {self._url}"
+        self.name = f"{self._model} at {self._where}"
 
     def answer(self, messages: list[Message], params: Mapping[str, Any], emit: Emit) -> None:
         body = {"model": self._model, "messages": messages, "stream": True, **params}
@@ -76,7 +77,7 @@ class ServerTalker:
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         except ValueError as error:
-            raise ServerError(f"{self._url} did not answer in JSON: {error}") from error
+            raise ServerError(f"{self._where} did not answer in JSON: {error}") from error
 
     def close(self) -> None:
         self._http.close()
@@ -88,14 +89,14 @@ class ServerTalker:
         except httpx.HTTPStatusError as error:
             if error.response.status_code not in (401, 403):
                 raise self._unreachable(error) from error
-            raise Unauthorized(f"{self._url} asks for its key: --api-key") from error
+            raise Unauthorized(f"{self._where} asks for its key: --api-key") from error
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         except (ValueError, LookupError, TypeError) as error:
-            raise ServerError(f"{self._url}/v1/models does not list a model") from error
+            raise ServerError(f"{self._where}/v1/models does not list a model") from error
 
     def _unreachable(self, error: httpx.HTTPError) -> ServerError:
-        return ServerError(f"{self._url}: {error}")
+        return ServerError(f"{self._where}: {error}")
 
 
 def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

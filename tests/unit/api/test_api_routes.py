@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -231,6 +232,39 @@ async def test_requests_are_logged_at_debug_only(
     with caplog.at_level(logging.DEBUG, "mlx_serving.api"):
         await client.get("/health")
     assert "GET '/health' -> 200" in caplog.text
+
+
+async def test_what_clients_do_wrong_is_logged_without_what_they_sent(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    message = {"role": "user", "content": "zebra"}
+    with caplog.at_level(logging.INFO, "mlx_serving.api"):
+        await client.post(CHAT, json={"messages": [message], "temperature": 9})
+        await client.post(CHAT, json={"messages": [message | {"role": "zebra"}]})
+        await client.post(CHAT, json={"messages": [message], "model": "zebra"})
+        await client.get("/nothing")
+    said = [record.getMessage().partition("] ")[2] for record in caplog.records]
+    assert said == [
+        "POST '/v1/chat/completions' -> 400 invalid_value (temperature)",
+        "POST '/v1/chat/completions' -> 400 invalid_value (messages)",
+        "POST '/v1/chat/completions' -> 404 model_not_found (model)",
+        "GET '/nothing' -> 404 not_found",
+    ]
+
+
+async def test_a_compressed_body_is_refused_by_its_encoding(client: httpx.AsyncClient) -> None:
+    body = gzip.compress(b'{"messages": [{"role": "user", "content": "x"}]}')
+    refused = await client.post(CHAT, content=body, headers={"content-encoding": "gzip"})
+    assert refused.status_code == 415 and "gzip" in refused.json()["error"]["message"]
+    plain = {"messages": [{"role": "user", "content": "x"}]}
+    taken = await client.post(CHAT, json=plain, headers={"content-encoding": "identity"})
+    assert taken.status_code == 200
+
+
+async def test_who_would_pull_over_http_is_told_how_it_is_done(client: httpx.AsyncClient) -> None:
+    for method, path in (("POST", "/api/pull"), ("DELETE", "/api/delete")):
+        answer = await client.request(method, path, json={"model": "x"})
+        assert answer.status_code == 404 and "mlx-serving pull" in answer.json()["error"]
 
 
 async def messages(*kinds: str) -> AsyncIterator[dict[str, str]]:

@@ -12,6 +12,7 @@ import pytest
 
 from mlx_serving.cli.chat import Chat
 from mlx_serving.cli.talkers import Emit, Message, ServerTalker
+from mlx_serving.cli.where import where
 from mlx_serving.errors import (
     InvalidRequest,
     MLXServingError,
@@ -119,7 +120,7 @@ def served(chat_completions: Handler) -> tuple[ServerTalker, list[dict[str, Any]
         bodies.append(json.loads(request.content))
         return chat_completions(request)
 
-    return ServerTalker("http://x/v1/", None, httpx.MockTransport(handle)), bodies
+    return ServerTalker(where("http://x/v1/"), None, httpx.MockTransport(handle)), bodies
 
 
 def sse(*events: object) -> httpx.Response:
@@ -192,7 +193,7 @@ def test_a_server_refuses(handler: Handler, error: type[MLXServingError], messag
 )
 def test_a_server_without_models(models: Handler) -> None:
     with pytest.raises(ServerError):
-        ServerTalker("http://x", None, httpx.MockTransport(models))
+        ServerTalker(where("http://x"), None, httpx.MockTransport(models))
 
 
 def test_a_server_that_asks_for_a_key() -> None:
@@ -202,8 +203,8 @@ def test_a_server_that_asks_for_a_key() -> None:
         return httpx.Response(200, json={"data": [{"id": "m"}]})
 
     with pytest.raises(Unauthorized, match="--api-key"):
-        ServerTalker("http://x", None, httpx.MockTransport(handle))
+        ServerTalker(where("http://x"), None, httpx.MockTransport(handle))
     assert (
-        ServerTalker("http://x", None, httpx.MockTransport(handle), "secret").name
+        ServerTalker(where("http://x"), None, httpx.MockTransport(handle), "secret").name
         == "m at http://x"
     )

@@ -9,6 +9,7 @@ import pytest
 
 from mlx_serving.cli import ps
 from mlx_serving.cli.exits import Exit
+from mlx_serving.cli.where import where
 
 HEALTH: dict[str, Any] = {
     "status": "degraded",
@@ -57,5 +58,5 @@ def test_models_sizes_rows_and_workers(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
-    assert ps.run("http://127.0.0.1:9") == Exit.FAILED
+    assert ps.run(where("http://127.0.0.1:9")) == Exit.FAILED
     assert "no server of ours answers at http://127.0.0.1:9" in capsys.readouterr().err

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlx_serving.cli.exits import Exit
+from mlx_serving.cli.serve import Stamped
 
 
 def serve(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -25,6 +29,22 @@ def serve(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 def events(job: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in job.stdout.splitlines()]
+
+
+@pytest.fixture
+def kolkata(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "IST-5:30")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("kolkata")
+def test_the_log_says_its_offset_from_utc() -> None:
+    record = logging.makeLogRecord({"created": 1e9, "msg": "x"})
+    line = Stamped("%(asctime)s: %(message)s").format(record)
+    assert line == "2001-09-09 07:16:40.000+05:30: x"
 
 
 def test_a_port_in_use_is_one_line_before_anything_is_loaded() -> None:
