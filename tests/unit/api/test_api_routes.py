@@ -241,13 +241,11 @@ async def test_what_clients_do_wrong_is_logged_without_what_they_sent(
     with caplog.at_level(logging.INFO, "mlx_serving.api"):
         await client.post(CHAT, json={"messages": [message], "temperature": 9})
         await client.post(CHAT, json={"messages": [message | {"role": "zebra"}]})
-        await client.post(CHAT, json={"messages": [message], "model": "zebra"})
         await client.get("/nothing")
     said = [record.getMessage().partition("] ")[2] for record in caplog.records]
     assert said == [
         "POST '/v1/chat/completions' -> 400 invalid_value (temperature)",
         "POST '/v1/chat/completions' -> 400 invalid_value (messages)",
-        "POST '/v1/chat/completions' -> 404 model_not_found (model)",
         "GET '/nothing' -> 404 not_found",
     ]
 
