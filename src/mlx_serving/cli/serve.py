@@ -48,7 +48,8 @@ def run(args: ServeArgs, say: Say | None = None, machine: host.Host | None = Non
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Stamped("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
-    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
+    for chatty in ("uvicorn", "httpx"):  # theirs at info is not ours
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(config, say, args))
