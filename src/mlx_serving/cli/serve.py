@@ -26,7 +26,7 @@ from mlx_serving.errors import ConfigError, ModelNotFound
 class Stamped(logging.Formatter):
     """Local time with its offset from UTC: a log is read beside those of other machines."""
 
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: ARG002
         local = datetime.fromtimestamp(record.created).astimezone()
         return local.isoformat(sep=" ", timespec="milliseconds")
 
