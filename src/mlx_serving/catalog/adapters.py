@@ -16,7 +16,7 @@ from mlx_serving.adapter_folder import (
 )
 from mlx_serving.catalog import hub
 from mlx_serving.catalog.fingerprint import fingerprint
-from mlx_serving.catalog.home import models_home
+from mlx_serving.catalog.home import hold, models_home
 from mlx_serving.catalog.progress import Progress, Silent
 from mlx_serving.catalog.resolve import HubRepo, LocalFolder, resolve
 from mlx_serving.catalog.tensors import NotWhole, Tensor, read_header
@@ -70,9 +70,11 @@ def ensure_adapter(source: str, config: Config, progress: Progress | None = None
         why = f"there is no adapter {source!r}, neither a folder nor a repository of the hub"
         raise ModelBroken(why, code="adapter_not_found") from error
     try:
-        return read_adapter(path.absolute())
+        files = read_adapter(path.absolute())
     except BadAdapter as bad:
         raise refusal(path, bad) from bad
+    hold(home, files.path)
+    return files
 
 
 def refusal(path: Path, bad: BadAdapter) -> MLXServingError:

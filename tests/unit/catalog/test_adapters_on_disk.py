@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from adapter_files import LAYER, write_adapter, write_tensors
+from contract import served
 from mlx_serving.adapter_folder import BadAdapter
 from mlx_serving.catalog.adapters import ensure_adapter, read_adapter
 from mlx_serving.catalog.ensure import ensure
 from mlx_serving.catalog.health import Broken, Healthy, Unable, examine, this_machine
+from mlx_serving.catalog.inventory import inventory
 from mlx_serving.cli import health, show
 from mlx_serving.config import Config
 from mlx_serving.errors import ModelBroken
@@ -88,3 +95,102 @@ def test_the_commands_tell_of_it(
     (folder / "adapters.safetensors").write_bytes(b"")
     assert health.run(str(folder)) == 6
     assert "adapters.safetensors: is cut short" in capsys.readouterr().out
+
+
+@pytest.fixture
+def adapter_hub(fake_hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The stand-in of the hub with an adapter, as the processes that a test starts see it."""
+    for name in [name for name in os.environ if name.startswith(("HF_", "MLX_SERVING_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_ENDPOINT", fake_hub.url)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("MLX_SERVING_HOME", str(tmp_path / "home"))
+    folder = write_adapter(tmp_path / "a", 1)
+    fake_hub.files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    return fake_hub
+
+
+_ENSURE = """
+from mlx_serving.catalog.adapters import ensure_adapter
+from mlx_serving.config import Config
+from mlx_serving.errors import ModelBroken
+try:
+    print(ensure_adapter("org/tiny", Config()).path)
+except ModelBroken as error:
+    print(error.code)
+"""
+
+
+def ensured() -> str:
+    """The folder, or why there is none; in a process of its own, whose client knows the stand-in."""
+    done = subprocess.run(
+        [sys.executable, "-c", _ENSURE], capture_output=True, text=True, timeout=120, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_one_of_the_hub_is_fetched(adapter_hub: Any) -> None:
+    wanted = dict(adapter_hub.files)
+    adapter_hub.files |= {"0000100_adapters.safetensors": b"\0", "train.py": b"1"}
+    path = Path(ensured())
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == wanted
+
+
+@pytest.mark.slow
+def test_one_that_the_hub_does_not_give_says_why(adapter_hub: Any) -> None:
+    for status, code in ((401, "hub_unauthorized"), (404, "adapter_not_found")):
+        adapter_hub.status = status
+        assert ensured() == code
+    adapter_hub.status = 200
+    path = ensured()
+    adapter_hub.status = 503
+    assert ensured() == path, "the hub is down, and it is in its cache"
+    adapter_hub.status = 200
+    Path(path, "adapters.safetensors").resolve().unlink()
+    adapter_hub.corrupt.add("adapters.safetensors")
+    assert ensured() == "wrong_hash"
+    del adapter_hub.files["adapters.safetensors"]
+    assert ensured() == "no_weights"
+
+
+@pytest.mark.slow
+def test_one_of_the_hub_is_served(adapter_hub: Any, scripted: Any, tmp_path: Path) -> None:
+    """`MODEL+NAME` answers with its weights; the commands see it, and leave it while it is served."""
+    flags = ("--adapter", "fr=org/tiny", "--home", str(tmp_path / "home"))
+    models = [scripted(name="base", mode="hash")]
+    with served.serving(models, *flags) as url, httpx.Client(base_url=url, timeout=120) as http:
+        texts = [_say(http, name) for name in ("base", "base+fr", "fr")]
+        assert texts[0] != texts[1] == texts[2]
+        known = {model["id"]: model for model in http.get("/v1/models").json()["data"]}
+        assert (known["base+fr"]["status"], known["base+fr"]["parent"]) == ("ready", "base")
+        refused = json.loads(_command("rm", "org/tiny", "--yes", "--json").stdout)
+        assert refused["code"] == "in_use"
+        listed = json.loads(_command("list", "--json").stdout)["models"]
+        (entry,) = [model for model in listed if model["name"] == "org/tiny"]
+        assert (entry["status"], entry["adapter"]["kind"]) == ("ok", "lora")
+    assert _command("rm", "org/tiny", "--yes").returncode == 0
+    assert not Path(entry["path"]).exists()
+
+
+def test_list_shows_those_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    home = tmp_path / "home"
+    path = write_adapter(home / "models" / "french")
+    write_adapter(tmp_path / "elsewhere")
+    machine = this_machine()
+    found = {entry.place.name: entry for entry in inventory(home, tmp_path / "hub", machine)}
+    adapters = {name: entry.adapter for name, entry in found.items() if entry.adapter}
+    assert list(adapters) == ["french"]
+    assert adapters["french"].path == path
+    assert ensure_adapter("french", Config(home=str(home))).path == path
+
+
+def _say(http: httpx.Client, model: str) -> str:
+    body = {"model": model, "prompt": "x" * 40, "max_tokens": 8, "temperature": 0}
+    text: str = http.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]["text"]  # fmt: skip
+    return text
+
+
+def _command(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mlx_serving", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
