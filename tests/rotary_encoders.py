@@ -50,7 +50,8 @@ def config(family: str, **changes: Any) -> dict[str, Any]:
 def write(folder: Path, family: str, *, labels: int = 0, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if labels:
-        changes["architectures"] = ["ModernBertForSequenceClassification"]
+        names = {"modernbert": "ModernBert", "nomic_bert": "NomicBert"}
+        changes["architectures"] = [f"{names[family]}ForSequenceClassification"]
     settings = config(family, **changes)
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "tokenizer.json").write_text(encoders.tokenizer_json("bert"))
@@ -104,13 +105,13 @@ def modern_weights(settings: dict[str, Any], labels: int) -> Arrays:
 
 
 def nomic_weights(settings: dict[str, Any], labels: int) -> Arrays:
-    assert not labels
-    w = _Random()
-    w.table("embeddings.word_embeddings", VOCAB)
-    w.table("embeddings.token_type_embeddings", settings["type_vocab_size"])
-    w.norm("emb_ln", bias=True)
+    """As a cross-encoder's are named, with `bert.`, or as an embedder's."""
+    w, prefix = _Random(), "bert." if labels else ""
+    w.table(f"{prefix}embeddings.word_embeddings", VOCAB)
+    w.table(f"{prefix}embeddings.token_type_embeddings", settings["type_vocab_size"])
+    w.norm(f"{prefix}emb_ln", bias=True)
     for i in range(settings["n_layer"]):
-        at = f"encoder.layers.{i}"
+        at = f"{prefix}encoder.layers.{i}"
         w.matrix(f"{at}.attn.Wqkv", 3 * SIZE, SIZE)
         w.matrix(f"{at}.attn.out_proj", SIZE, SIZE)
         w.norm(f"{at}.norm1", bias=True)
@@ -118,6 +119,10 @@ def nomic_weights(settings: dict[str, Any], labels: int) -> Arrays:
             w.matrix(f"{at}.mlp.{part}", INNER, SIZE)
         w.matrix(f"{at}.mlp.fc2", SIZE, INNER)
         w.norm(f"{at}.norm2", bias=True)
+    if labels:
+        for name, size in (("bert.pooler.dense", SIZE), ("classifier", labels)):
+            w.matrix(name, size, SIZE)
+            w.bias(name, size)
     return w.found
 
 
@@ -128,7 +133,9 @@ class Oracle:
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         self._modern = self.config["model_type"] == "modernbert"
         self._arrays = {
-            name.removeprefix("model.").removeprefix("encoder."): array.astype(np.float64)
+            name.removeprefix("model.")
+            .removeprefix("bert.")
+            .removeprefix("encoder."): array.astype(np.float64)
             for name, array in encoders.read(folder / "model.safetensors").items()
         }
 
@@ -152,10 +159,14 @@ class Oracle:
     def score(self, token_ids: list[int]) -> float:
         """The classifier's one logit."""
         states = self.states(token_ids)
+        if not self._modern:
+            return float(
+                self._biased(np.tanh(self._biased(states[0], "pooler.dense")), "classifier")[0]
+            )
         mean = self.config.get("classifier_pooling") == "mean"
         pooled = states.mean(0) if mean else states[0]
         x = self._norm(_gelu(self._linear(pooled, "head.dense")), "head.norm")
-        return float((self._linear(x, "classifier") + self._arrays["classifier.bias"])[0])
+        return float(self._biased(x, "classifier")[0])
 
     def _modern_layer(self, x: np.ndarray, i: int) -> np.ndarray:
         c, at = self.config, f"layers.{i}"
@@ -189,6 +200,9 @@ class Oracle:
 
     def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
         return x @ self._arrays[f"{name}.weight"].T
+
+    def _biased(self, x: np.ndarray, name: str) -> np.ndarray:
+        return self._linear(x, name) + self._arrays[f"{name}.bias"]
 
     def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
         y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)

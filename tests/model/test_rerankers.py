@@ -57,13 +57,20 @@ def write_tokenizer(folder: Path, *, answers: bool = True) -> hf.Tokenizer:
     return tokenizer
 
 
-def write(folder: Path, name: str, *, answers: bool = True, **files: Any) -> tuple[Any, Any]:
-    """A folder, and mlx-lm's model and the tokenizer that are in it."""
+def write(
+    folder: Path, name: str, *, answers: bool = True, labels: int = 0, **files: Any
+) -> tuple[Any, Any]:
+    """A folder, and mlx-lm's model and the tokenizer that are in it. `labels`: of a classifier's head, in
+    place of the language model's."""
     folder.mkdir(parents=True)
     sizes = {"model_type": name, "vocab_size": 272, "max_position_embeddings": 700}
     more = files.pop("config", {})
     model = zoo.build("qwen3", **sizes)
     arrays = dict(tree_flatten(model.parameters()))
+    if labels:
+        arrays.pop("lm_head.weight", None)
+        arrays["score.weight"] = mx.random.normal((labels, zoo.config("qwen3")["hidden_size"]))
+        more = {"architectures": ["Qwen3ForSequenceClassification"], **more}
     mx.save_safetensors(str(folder / "model.safetensors"), arrays)
     config = {**zoo.config("qwen3"), **sizes, "eos_token_id": 0, **more}
     settings = {"bos_token": "<bos>"} | files.pop("tokenizer_config", {})
@@ -142,6 +149,44 @@ def test_instructions_cuts_and_control_tokens(served: tuple[SyncEngine, Served])
     # What looks like control tokens are characters in a client's text.
     used = engine.rerank("q", ["<|im_end|>"], model=name).usage.prompt_tokens
     assert used == size + 1 + len("<|im_end|>")
+
+
+def test_a_classifiers_scores_are_its_heads(tmp_path: Path) -> None:
+    """What its one row makes of the question's last state, through a sigmoid."""
+    folder = tmp_path / "tuned"
+    model, tokenizer = write(folder, "qwen3", labels=1)
+    weights: Any = mx.load(str(folder / "model.safetensors"))
+    row = np.array(weights["score.weight"][0]).astype(np.float64)
+
+    def expected(document: str, *more: str) -> float:
+        ids = tokenizer.encode(qwen3("Which city?", document, *more), add_special_tokens=False).ids
+        state = np.array(model.model(mx.array([ids]))[0, -1]).astype(np.float64)
+        return float(1 / (1 + np.exp(-state @ row)))
+
+    with SyncEngine(str(folder), prefill_step_size=64, supervise=False) as engine:
+        ranking = engine.rerank("Which city?", DOCUMENTS)
+        scores = {ranked.index: ranked.score for ranked in ranking.results}
+        wanted = [expected(document) for document in DOCUMENTS]
+        assert [scores[i] for i in range(len(DOCUMENTS))] == pytest.approx(wanted, abs=1e-4)
+        assert max(wanted) - min(wanted) > 0.01, "the documents count"
+        told = engine.rerank("Which city?", DOCUMENTS[:1], instruction="Find code.").results[0]
+        assert told.score == pytest.approx(expected(DOCUMENTS[0], "Find code."), abs=1e-4)
+        for call in (engine.chat, engine.embed):
+            with pytest.raises(errors.InvalidRequest, match="/v1/rerank"):
+                call("Hi")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"labels": 3}, "3 classes"),
+        ({"config": {"architectures": ["Qwen3ForSequenceClassification"]}}, "score.weight"),
+    ],
+)
+def test_a_classifier_that_gives_no_score_is_broken(tmp_path: Path, files: Any, said: str) -> None:
+    write(tmp_path / "m", "qwen3", **files)
+    with pytest.raises(ModelBroken, match=said):
+        loader.load("m", tmp_path / "m", ModelOptions(kernels="off"), lambda *_: None)
 
 
 def test_each_says_what_it_is_for(served: tuple[SyncEngine, Served]) -> None:

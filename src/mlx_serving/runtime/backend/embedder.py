@@ -1,4 +1,5 @@
-"""Decoders that were made into embedders: what mlx-lm needs to load one, and which it cannot run."""
+"""Decoders that were made into embedders and classifiers: what mlx-lm needs to load one, and which it cannot
+run."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_serving.errors import ModelBroken
+from mlx_serving.runtime.backend.judge import HEAD
 from mlx_serving.runtime.backend.pooling import read_pooling
 
 
@@ -24,12 +26,14 @@ def check_decoder(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def decoder_classes(config: dict[str, Any]) -> tuple[type, type]:
-    """mlx-lm's classes for the model, taking weights that were saved without the head's `model.`."""
+    """mlx-lm's classes for the model, taking weights that were saved without the head's `model.`, and
+    leaving a classifier's head to `judge`."""
     from mlx_lm.utils import _get_classes
 
     model_class, args_class = _get_classes(config)
 
     def sanitize(self: Any, weights: dict[str, Any]) -> dict[str, Any]:
+        weights = {name: array for name, array in weights.items() if name != HEAD}
         if not any(name.startswith("model.") for name in weights):
             weights = {f"model.{name}": array for name, array in weights.items()}
         given = getattr(model_class, "sanitize", None)

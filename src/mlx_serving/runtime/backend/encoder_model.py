@@ -33,10 +33,10 @@ from mlx_serving.runtime.backend.mlx_model import (
 from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
 from mlx_serving.runtime.backend.pooling import (
     Pooling,
-    activation,
     max_seq_length,
     read_pooling,
     read_prompts,
+    score_activation,
     to_bytes,
 )
 from mlx_serving.runtime.backend.rotary_encoder import (
@@ -165,7 +165,7 @@ def load(
         _use_kernels(model, parsed)
     pooling = read_pooling(path, "mean")
     prompts, default_prompt = read_prompts(path)
-    score = _score(path, config) if ranks else None
+    score = score_activation(path, config) if ranks else None
     runner = EncoderRunner(model, pooling, score, exact_batch=options.exact_batch)
     on_phase("compiling", model_id)
     _warm_up(runner)
@@ -232,8 +232,6 @@ def _parse(path: Path, config: dict[str, Any]) -> Parsed:
 
 def _load_weights(path: Path, parsed: Parsed, config: dict[str, Any], ranks: bool) -> TextEncoder:
     family = FAMILIES[parsed.model_type]
-    if ranks and parsed.model_type == "nomic_bert":
-        raise ModelBroken(f"{path}: a cross-encoder of nomic_bert is not known here")
     try:
         stored: dict[str, Any] = {}
         for file in sorted(path.glob("model*.safetensors")):
@@ -261,14 +259,6 @@ def _load_weights(path: Path, parsed: Parsed, config: dict[str, Any], ranks: boo
     except Exception as e:  # whatever a wrong config or tensor leads to
         raise ModelBroken(f"{path}: {type(e).__name__}: {first_lines(e)}") from e
     return model
-
-
-def _score(path: Path, config: dict[str, Any]) -> Score:
-    """What becomes of a cross-encoder's one logit: a sigmoid, unless the config names something else."""
-    section = config.get("sentence_transformers")
-    asked = section.get("activation_fn") if isinstance(section, dict) else None
-    asked = asked or config.get("sbert_ce_default_activation_function") or "Sigmoid"
-    return activation(str(asked), path / "config.json")
 
 
 def _use_kernels(model: TextEncoder, config: Parsed) -> None:

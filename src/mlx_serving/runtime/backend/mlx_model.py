@@ -18,7 +18,7 @@ from mlx_serving.runtime.backend.arch import head_on_last, make_store
 from mlx_serving.runtime.backend.embedder import check_decoder, decoder_classes
 from mlx_serving.runtime.backend.grammar import Grammars, tokenizer_file
 from mlx_serving.runtime.backend.held import weights_of
-from mlx_serving.runtime.backend.judge import Judge, read_judge
+from mlx_serving.runtime.backend.judge import Classifier, Judge, is_classifier, read_judge
 from mlx_serving.runtime.backend.kernels import Kernels, decoder_kernels
 from mlx_serving.runtime.backend.kv import KVStore
 from mlx_serving.runtime.backend.loader import read_json
@@ -91,8 +91,8 @@ def load(
     if form is not None:
         _refuse(check(store))
     vocab_size = _vocab_size(model)
-    pooling = read_pooling(path, "last")
     judge = read_judge(path, config)
+    pooling = judge.pooling if isinstance(judge, Classifier) else read_pooling(path, "last")
     prompts, default_prompt = read_prompts(path)
     backbone = head_on_last(model)
     adapters = Adapters(model, native=kernels.native, fused=kernels.fused)
@@ -105,7 +105,7 @@ def load(
         exact_batch=options.exact_batch,
         pooler=RowPooler(pooling),
         foresight=_jumps(options, kernels, store),
-        judge=judge,
+        judge=judge if isinstance(judge, Judge) else None,
         adapters=adapters,
     )
     grammars = Grammars(tokenizer_file(path, options), vocab_size, eos, Bounds.of(options))
@@ -185,7 +185,7 @@ def load(
         prefix_reuse=prefix.reuse,
         prefix_reuse_why=prefix.why,
         kind=kind,
-        embedding_size=_embedding_size(backbone, pooling, judge),
+        embedding_size=0 if judge else _embedding_size(backbone, pooling),
         max_input_tokens=min(context - 1, max_seq_length(path) or context),
         prefill_step_size=step_size,
         max_num_seqs=rows if kind == "decoder" else 0,
@@ -218,11 +218,12 @@ def _load_weights(
         raise ModelBroken(
             f"{path}: config.json asks to run {config['model_file']!r}, which is refused"
         )
-    made_for_vectors = is_embedder(path)
+    classifies = is_classifier(config)
+    made_for_vectors = is_embedder(path) and not classifies
     if made_for_vectors:
         check_decoder(path, config)
     try:
-        if made_for_vectors:
+        if made_for_vectors or classifies:
             headless = {"tie_word_embeddings": True}
             model, config = load_model(path, True, True, headless, decoder_classes)
         else:
@@ -330,8 +331,8 @@ def _kv_capacity(weight_bytes: int, room: int, kv_bytes: int, most: int) -> int:
     return min(tokens, most)
 
 
-def _embedding_size(backbone: Module | None, pooling: Pooling, judge: Judge | None) -> int:
-    return 0 if backbone is None or judge is not None else pooling.size(hidden_size(backbone))
+def _embedding_size(backbone: Module | None, pooling: Pooling) -> int:
+    return 0 if backbone is None else pooling.size(hidden_size(backbone))
 
 
 def hidden_size(backbone: Any) -> int:

@@ -50,6 +50,14 @@ def activation(name: str, path: Path) -> Callable[[mx.array], mx.array]:
     return found
 
 
+def score_activation(path: Path, config: Mapping[str, Any]) -> Callable[[mx.array], mx.array]:
+    """What becomes of a classifier's one logit: a sigmoid, unless the config names something else."""
+    section = config.get("sentence_transformers")
+    asked = section.get("activation_fn") if isinstance(section, dict) else None
+    asked = asked or config.get("sbert_ce_default_activation_function") or "Sigmoid"
+    return activation(str(asked), path / "config.json")
+
+
 @dataclass(frozen=True, slots=True)
 class Dense:
     """A linear layer over pooled vectors."""

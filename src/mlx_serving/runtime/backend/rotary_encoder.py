@@ -292,10 +292,22 @@ class _NomicLayer(Module):
         return self.norm2(x + self.mlp(x, act))
 
 
+class _NomicHead(Module):
+    """`NomicBertForSequenceClassification`'s: BERT's."""
+
+    def __init__(self, c: NomicBertConfig, labels: int) -> None:
+        super().__init__()
+        self.dense = Linear(c.hidden_size, c.hidden_size)
+        self.out = Linear(c.hidden_size, labels)
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        return self.out(mx.tanh(self.dense(hidden[:, 0])))
+
+
 class NomicBert(TextEncoder):
     def __init__(self, config: NomicBertConfig, labels: int = 0) -> None:
-        assert not labels, "there is no such cross-encoder"
-        super().__init__(None, _GATES[config.hidden_act])
+        head = _NomicHead(config, labels) if labels else None
+        super().__init__(head, _GATES[config.hidden_act])
         self.embeddings = _NomicEmbeddings(config)
         self.emb_ln = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = [_NomicLayer(config) for _ in range(config.num_hidden_layers)]
@@ -307,11 +319,16 @@ class NomicBert(TextEncoder):
         return batch.split(x)
 
 
-def rename_nomic(weights: dict[str, Any], _labels: int) -> dict[str, Any]:
+def rename_nomic(weights: dict[str, Any], labels: int) -> dict[str, Any]:
+    """As `rename_modern`."""
     found: dict[str, Any] = {}
     for name, array in weights.items():
         name = name.removeprefix("bert.").removeprefix("encoder.")
         name = name.replace(".attn.out_proj.", ".attn.Wo.")
+        if labels and name.startswith(("pooler.dense.", "classifier.")):
+            name = name.replace("pooler.dense.", "head.dense.")
+            name = name.replace("classifier.", "head.out.")
+            found[name] = array
         if name.startswith(("embeddings.", "emb_ln.", "layers.")):
             found[name] = array
     return found
