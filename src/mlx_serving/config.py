@@ -68,6 +68,7 @@ Remedy = Literal[
     "lower_ceiling",
     "raise_ceiling",
     "raise_class",
+    "evict_idle",
 ]
 AlertFormat = Literal["json", "slack", "pagerduty"]
 
@@ -143,7 +144,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     slo: tuple[str, ...] = ()
     """A service level to watch: 'ttft p95 < 500ms', 'errors < 1%' (docs/service-levels.md)."""
     slo_remedies: tuple[Remedy, ...] = ()
-    """What may be done about a level that is not kept, in this order: roll_back, shed_low, shed_normal, limit_admission, smaller_chunks, lower_ceiling, raise_ceiling, raise_class."""
+    """What may be done about a level that is not kept, in this order: roll_back, shed_low, shed_normal, limit_admission, smaller_chunks, lower_ceiling, raise_ceiling, raise_class, evict_idle."""
     slo_dry_run: bool = False
     """Say what remedies would be applied, and apply none."""
     alert_webhook: Annotated[str, Meta(min_length=1)] | None = None

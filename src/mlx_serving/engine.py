@@ -325,6 +325,7 @@ class Engine:
         m, model = self.metrics, stats.model_id
         self.gateway.ceilings.observe(stats)
         self.gateway.companies.observe(stats)
+        self.gateway.relief.observe(stats)
         if stats.decode_rows:
             m.batch_occupancy.labels(model).observe(stats.decode_rows)
         if stats.prefill_tokens:

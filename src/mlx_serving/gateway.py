@@ -20,6 +20,7 @@ import msgspec
 from mlx_serving import clock, embedding
 from mlx_serving.catalog.home import models_home
 from mlx_serving.catalog.lifecycle import Failed, ModelSlot, Ready
+from mlx_serving.catalog.relief import Relief
 from mlx_serving.config import Config
 from mlx_serving.content.embedding import Text
 from mlx_serving.errors import (
@@ -88,6 +89,7 @@ class Gateway:
         self.ceilings = Ceilings(config, worker, metrics)
         events.add_hook(lambda event: self.ceilings.loaded(event.info), ModelLoaded)
         self.companies = Companies()
+        self.relief = Relief(self._slots.bases)
         self._favour = Favour()
         self._reuse = _reuse(config, metrics)
         metrics.cache_entries.set_function(lambda: self._cache_size().entries)
@@ -121,6 +123,7 @@ class Gateway:
             self.ceilings,
             self.rollouts,
             self._favour,
+            self.relief,
             self._events,
             self._metrics,
         )
@@ -162,6 +165,7 @@ class Gateway:
         self._admission.narrow(None, 0)
         self._favour.objectives = ()
         self.ceilings.tune(0, 0)
+        self.relief.keep_out(0)
         self._metrics.slo_burn.clear()
         self._metrics.slo_violated.clear()
         if watch is not None:

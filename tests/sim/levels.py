@@ -4,11 +4,13 @@ and remedies applied, under a virtual clock."""
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from mlx_serving.catalog.relief import IDLE_S
 from mlx_serving.telemetry.events import RequestFinished
 from mlx_serving.traffic.ceilings import Wishes, tuning
 from mlx_serving.traffic.levels import TICK_S, LevelChanged, Levels
@@ -42,6 +44,12 @@ class Server:
     max_open: int = 64
     shed_from: Priority | None = None
     halvings: int = 0
+    idle_holds: int = 0
+    """Rows' worth of memory that another model holds, which somebody asks for every `idle_asked_s`."""
+    idle_asked_s: float = math.inf
+    idle_in_memory: bool = True
+    idle_since_s: float = 0.0
+    kept_out: int = 0
     canary_slow: float = 1.0
     """Factor on the service time of a tenth of the requests, until it is rolled back."""
     now_s: float = 0.0
@@ -72,6 +80,27 @@ class Server:
         wishes = Wishes(None, self.usual, self.chunk_halvings, self.ceiling_steps)
         return tuning(info, wishes, Enabled()).max_num_seqs or self.rows
 
+    @property
+    def room(self) -> int:
+        """Rows that there is memory for."""
+        return self.rows - self.idle_holds * self.idle_in_memory
+
+    def keep_out(self, models: int) -> None:
+        if models != self.kept_out:
+            self.idle_in_memory = models < self.kept_out
+        self.kept_out = models
+
+    def can(self, remedy: Remedy) -> bool:
+        match remedy:
+            case "evict_idle":
+                lacks = bool(self.waiting) and self.room <= len(self.running) < self.ceiling
+                long_idle = self.now_s - self.idle_since_s >= IDLE_S
+                return lacks and self.idle_in_memory and long_idle
+            case "roll_back":
+                return self.canary_slow > 1.0
+            case _:
+                return True
+
     def favour(self, objectives: Sequence[Objective]) -> None:
         self.favoured = objectives
 
@@ -91,7 +120,9 @@ class Server:
             self.waiting.append((self.now_s, priority))
 
     def start(self, rng: random.Random) -> None:
-        while self.waiting and len(self.running) < self.ceiling:
+        if self.now_s - self.idle_since_s >= self.idle_asked_s:
+            self.idle_in_memory, self.idle_since_s = True, self.now_s
+        while self.waiting and len(self.running) < min(self.ceiling, self.room):
             first = min(self.waiting, key=self._class) if self.classes else self.waiting[0]
             self.waiting.remove(first)
             arrived_s, priority = first

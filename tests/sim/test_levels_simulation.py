@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 
@@ -76,11 +77,17 @@ def read_to(from_s: float, to_s: float):
     return Server(stall_s=lambda now_s: 0.08 if from_s <= now_s < to_s else 0.0)
 
 
+def beside_an_idle_model(asked_s: float = math.inf):
+    """Half of the memory is another model's."""
+    return Server(rows=16, usual=16, knee=16, idle_holds=8, idle_asked_s=asked_s)
+
+
 IN_WORKER = {
     # remedy: level, server while it lasts, offered load while it lasts
     "lower_ceiling": (TPOT, lambda _: crowded(), 1.3),
     "raise_ceiling": (TTFT, lambda _: wary(), 1.4),
     "smaller_chunks": (TPOT, lambda to_s: read_to(300, to_s), 0.35),
+    "evict_idle": (TTFT, lambda _: beside_an_idle_model(), 0.7),
 }
 
 
@@ -96,6 +103,7 @@ def test_what_a_worker_takes_on_is_changed_and_changed_back(seed, remedy):
     in_surge = [state for at_s, state in states(changes) if applied[0][0] < at_s < 1500]
     assert "recovering" in in_surge
     assert levels.applied == () and (server.chunk_halvings, server.ceiling_steps) == (0, 0)
+    assert server.idle_in_memory
     assert [row["state"] for row in levels.report()] == ["ok"]
 
 
@@ -110,6 +118,26 @@ def test_a_worker_is_changed_ever_more_seldom(seed, remedy):
     early = [c for at_s, c in changes if c.act and at_s < 3000]
     late = [c for at_s, c in changes if c.act and at_s >= 6000]
     assert early and len(late) <= len(early) / 2
+
+
+@pytest.mark.parametrize("asked_s", [150.0, 600.0])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_model_that_is_asked_for_now_and_then_leaves_ever_more_seldom(seed, asked_s):
+    server = beside_an_idle_model(asked_s)
+    changes, _, _ = simulate(
+        seed, TTFT, ["evict_idle"], surge(300, 1e9, 0.7, low=0.35), until_s=9000, server=server
+    )
+    early = [c for at_s, c in changes if c.act and at_s < 3000]
+    late = [c for at_s, c in changes if c.act and at_s >= 6000]
+    assert early and len(late) <= len(early)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nobody_leaves_where_memory_is_not_what_requests_wait_for(seed):
+    server = Server(rows=16, usual=8, knee=16, idle_holds=8)
+    changes, _, _ = simulate(seed, TTFT, ["evict_idle"], surge(300, 1500, 1.4), server=server)
+    assert "violated" in [state for _, state in states(changes)]
+    assert acts(changes, "applied") == [] and server.idle_in_memory
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -181,6 +181,23 @@ async def test_three_models_in_a_budget_for_two_over_five_hundred_requests(weigh
     await hold_two_of_three(weighing, 500)
 
 
+async def test_a_violated_level_has_an_idle_model_leave_for_sequences_that_wait_for_memory(
+    weighing,
+):
+    kv = 64 * 1024
+    models = [weighing(name, 100, context=4096, kv_bytes_per_token=kv) for name in "ab"]
+    slo = {"slo": ["ttft p50 < 0.001ms"], "slo_remedies": ["evict_idle"]}
+    async with Engine(models, memory_budget=424 * MIB, prefix_cache_bytes=0, **slo) as engine:
+        assert states(engine) == {"a": "ready", "b": "ready"}
+        engine.gateway.relief.idle_s = 0.0
+        while states(engine)["b"] == "ready":
+            crowd = [engine.complete("x", model="a", max_tokens=40, seed=1) for _ in range(32)]
+            assert len({answer.text for answer in await asyncio.gather(*crowd)}) == 1
+        assert engine.gateway.health()["slos"][0]["remedies"] == ["evict_idle"]
+        answer = await engine.complete("x", model="b", max_tokens=4)
+        assert answer.usage.completion_tokens == 4
+
+
 async def test_requests_of_two_models_share_what_the_weights_leave(weighing):
     """Some fourteen short sequences fit beside the weights: who does not fit waits. A long one does not
     fit beside both models: the one that nobody uses leaves."""

@@ -23,7 +23,7 @@ from typing import assert_never
 from mlx_serving import clock, errors, host
 from mlx_serving.runtime.backend.model import Device, LoadedAdapter, LoadedModel
 from mlx_serving.runtime.collector import Collector
-from mlx_serving.runtime.core.memory import share
+from mlx_serving.runtime.core.memory import lacks, share
 from mlx_serving.runtime.core.plan import Constraint, StepPlan
 from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
 from mlx_serving.runtime.core.sequence import Sequence
@@ -79,6 +79,7 @@ class Model:
         self._now = now
         self._last_done_s = 0.0
         self._pace_told = False
+        self.lacks_memory = False
         self._stages = Stages(now)
         self._cache_told: CacheStats | None = None
         self._early: list[wire.TokenRow] = []
@@ -257,6 +258,7 @@ class Model:
             cache=self._news_of_cache(),
             own_ms=step.own_s * 1e3 if step else 0.0,
             stages=self._stages.take(),
+            lacks_memory=self.lacks_memory,
         )
 
     def _news_of_cache(self) -> CacheStats | None:
@@ -396,8 +398,9 @@ class Loop:
         weights = sum(model.held_bytes for model in models)
         claims = [model.claim() for model in models]
         sharing = share(self._device.usable_bytes - weights, claims)
-        for model, room in zip(models, sharing.rooms, strict=True):
+        for model, claim, room in zip(models, claims, sharing.rooms, strict=True):
             model.grant(room, alone=len(models) == 1)
+            model.lacks_memory = lacks(claim, room)
         if sharing.short_bytes and not self._short_bytes:
             self._link.send(wire.Short(sharing.short_bytes))
         self._short_bytes = sharing.short_bytes

@@ -66,8 +66,16 @@ class Hands(Protocol):
         """Have the requests that these are about go one class higher, for each of them."""
         ...
 
+    def keep_out(self, models: int) -> None:
+        """Have so many models that nobody uses out of memory; those beyond come back."""
+        ...
+
     def roll_back(self) -> None:
         """End every running canary."""
+        ...
+
+    def can(self, remedy: Remedy) -> bool:
+        """Whether it would do anything now."""
         ...
 
 
@@ -137,7 +145,7 @@ class Levels:
     def _act(self, now_s: float) -> None:
         act = choose(
             [Watched(x.objective.text, x.objective.metric, x.state) for x in self._levels],
-            self._ladder,
+            [remedy for remedy in self._ladder if self._hands.can(remedy)],
             self._applied,
             now_s=now_s,
             last_act_s=self._last_act_s,
@@ -173,6 +181,7 @@ class Levels:
         self._hands.narrow(shed_from, in_force.count("limit_admission"))
         ceiling_steps = in_force.count("raise_ceiling") - in_force.count("lower_ceiling")
         self._hands.tune(in_force.count("smaller_chunks"), ceiling_steps)
+        self._hands.keep_out(in_force.count("evict_idle"))
 
     def _level(self, text: str) -> Level:
         return next(level for level in self._levels if level.objective.text == text)

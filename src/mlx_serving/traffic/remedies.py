@@ -19,7 +19,8 @@ REMEDIES: tuple[Remedy, ...] = get_args(Remedy)
 refused with 503; limit_admission: fewer requests are open at once, by half each time;
 smaller_chunks: prompts are computed in smaller pieces, by half each time; lower_ceiling,
 raise_ceiling: fewer sequences, or more, are computed at once, by a quarter less or twice as many;
-raise_class: the requests that a level is about go one class higher each time."""
+raise_class: the requests that a level is about go one class higher each time; evict_idle: a model
+that nobody uses leaves memory, for sequences that wait for it."""
 
 SERVES: Mapping[Remedy, frozenset[MetricName]] = {
     "roll_back": frozenset({"ttft", "tpot", "duration", "errors", "throughput"}),
@@ -30,6 +31,7 @@ SERVES: Mapping[Remedy, frozenset[MetricName]] = {
     "lower_ceiling": frozenset({"tpot", "throughput"}),
     "raise_ceiling": frozenset({"ttft", "duration"}),
     "raise_class": frozenset({"ttft", "duration"}),
+    "evict_idle": frozenset({"ttft", "duration"}),
 }
 COOL_DOWN_S = 30.0
 """Between two acts: what was done must have had time to work."""
@@ -43,6 +45,7 @@ MOST: Mapping[Remedy, int] = {
     "lower_ceiling": 4,
     "raise_ceiling": 3,
     "raise_class": 3,
+    "evict_idle": 4,
 }
 """How often a remedy may be in force at once; those that are not here work once."""
 AGAINST: Mapping[Remedy, Remedy] = {
@@ -101,7 +104,7 @@ def choose(
     """What to do now.
 
     Args:
-        ladder: the remedies allowed, in the order in which they are tried.
+        ladder: the remedies that could do something, in the order in which they are tried.
         applied: those in force, the oldest first.
         last_act_s: when something was last done.
         calm_since_s: since when no level has been violated.

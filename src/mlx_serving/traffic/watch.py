@@ -6,10 +6,11 @@ import asyncio
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
-from mlx_serving.config import Config
+from mlx_serving.config import Config, Remedy
 from mlx_serving.telemetry.events import (
     Event,
     EventBus,
@@ -40,6 +41,15 @@ _DEPENDS = (
 """Settings that latencies depend on."""
 
 
+class Relief(Protocol):
+    """Memory that idle models could give up; the catalog's."""
+
+    @property
+    def possible(self) -> bool: ...
+
+    def keep_out(self, models: int) -> None: ...
+
+
 class Watch:
     """Hears of every finished request from `start` to `stop`.
 
@@ -53,6 +63,7 @@ class Watch:
         ceilings: Ceilings,
         rollouts: Rollouts,
         favour: Favour,
+        relief: Relief,
         events: EventBus,
         metrics: Metrics,
     ) -> None:
@@ -63,7 +74,7 @@ class Watch:
         )
         self._levels = Levels(
             [parse(text) for text in config.slo],
-            _Hands(admission, ceilings, rollouts, favour),
+            _Hands(admission, ceilings, rollouts, favour, relief),
             ladder=config.slo_remedies,
             dry_run=config.slo_dry_run,
             on_change=self._changed,
@@ -143,9 +154,15 @@ class _Hands:
     """What remedies for service levels can do here."""
 
     def __init__(
-        self, admission: Admission, ceilings: Ceilings, rollouts: Rollouts, favour: Favour
+        self,
+        admission: Admission,
+        ceilings: Ceilings,
+        rollouts: Rollouts,
+        favour: Favour,
+        relief: Relief,
     ) -> None:
         self._favour = favour
+        self._relief = relief
         self._admission = admission
         self._ceilings = ceilings
         self._rollouts = rollouts
@@ -159,7 +176,22 @@ class _Hands:
     def favour(self, objectives: Sequence[Objective]) -> None:
         self._favour.objectives = objectives
 
+    def keep_out(self, models: int) -> None:
+        self._relief.keep_out(models)
+
     def roll_back(self) -> None:
-        for name in self._rollouts.names():
-            if self._rollouts.get(name).status == "running":
-                self._rollouts.roll_back(name)
+        for name in self._running():
+            self._rollouts.roll_back(name)
+
+    def can(self, remedy: Remedy) -> bool:
+        match remedy:
+            case "evict_idle":
+                return self._relief.possible
+            case "roll_back":
+                return bool(self._running())
+            case _:
+                return True
+
+    def _running(self) -> list[str]:
+        names = self._rollouts.names()
+        return [name for name in names if self._rollouts.get(name).status == "running"]

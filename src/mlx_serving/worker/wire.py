@@ -292,6 +292,8 @@ class StepStats(msgspec.Struct, frozen=True, array_like=True):
     """Computed beside others of their sequence, since a grammar left no choice."""
     stages: list[StageTime] = []
     """Of sequences' ways to their first tokens, since the step before."""
+    lacks_memory: bool = False
+    """A sequence waits for nothing but KV memory."""
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):

@@ -36,6 +36,8 @@ def later(levels, applied=(), ladder=REMEDIES, *, last_act_s=0.0, calm_since_s=0
     ("levels", "applied", "ladder", "expected"),
     [
         ([FINE], (), REMEDIES, Wait()),
+        ([SLOW], (), ["evict_idle"], Apply("evict_idle", SLOW.text)),
+        ([TIGHT], (), ["evict_idle"], Wait()),
         ([FINE, SLOW], (), ["shed_low"], Apply("shed_low", SLOW.text)),
         ([SLOW], (SHED,), ["shed_low"], Wait()),
         ([SLOW], (SHED,), ["shed_low", "shed_normal"], Apply("shed_normal", SLOW.text)),

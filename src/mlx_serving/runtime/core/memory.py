@@ -67,6 +67,11 @@ def share(capacity_bytes: int, claims: Sequence[Claim]) -> Sharing:
     return Sharing(tuple(rooms), 0 if held else max(0, kept - capacity_bytes))
 
 
+def lacks(claim: Claim, room: Room) -> bool:
+    """Whether the first that waits could have a row, were there memory for it."""
+    return claim.first is not None and claim.kv_bytes + claim.first_bytes > room.admit_bytes
+
+
 def _given(held: Sequence[int], wanted: int) -> list[int]:
     """What each gives of what it holds; who holds most gives first."""
     given = [0] * len(held)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from mlx_serving.runtime.core.memory import Claim, Room, share
+from mlx_serving.runtime.core.memory import Claim, Room, lacks, share
 from mlx_serving.runtime.core.prefix import PrefixIndex, most_blocks, pool_blocks
 
 
@@ -46,6 +46,32 @@ from mlx_serving.runtime.core.prefix import PrefixIndex, most_blocks, pool_block
 def test_who_gets_what(claims: list[Claim], rooms: list[Room], short: int) -> None:
     sharing = share(100, claims)
     assert (list(sharing.rooms), sharing.short_bytes) == (rooms, short)
+
+
+@pytest.mark.parametrize(
+    ("claims", "lacking"),
+    [
+        ([Claim()], [False]),
+        ([Claim(kv_bytes=30, first=(2, 1), first_bytes=70)], [False]),
+        ([Claim(kv_bytes=30, first=(2, 1), first_bytes=71)], [True]),
+        # Prefix caches give way, and are no lack.
+        ([Claim(kv_bytes=30, prefix_bytes=70, first=(2, 1), first_bytes=60)], [False]),
+        # Who waits for an earlier one's memory lacks it as well.
+        (
+            [
+                Claim(kv_bytes=40, first=(2, 7), first_bytes=20),
+                Claim(first=(2, 3), first_bytes=50),
+            ],
+            [True, False],
+        ),
+        ([Claim(kv_bytes=100), Claim(first=(2, 3), first_bytes=1)], [False, True]),
+    ],
+)
+def test_who_waits_for_nothing_but_memory_lacks_it(
+    claims: list[Claim], lacking: list[bool]
+) -> None:
+    rooms = share(100, claims).rooms
+    assert [lacks(claim, room) for claim, room in zip(claims, rooms, strict=True)] == lacking
 
 
 def test_obeying_one_after_another_never_overdraws() -> None:
