@@ -92,6 +92,12 @@ def test_an_ab_report(server, run: Run) -> None:
     assert "ttft" in report.stdout and "always within" in report.stdout
     plot = run("ab", "report", "t", "--plot")
     assert plot.returncode == 0 and "bound at every look" in plot.stdout
+    file = server[1].with_name("t.png")
+    drawn = run("ab", "report", "t", "--png", str(file))
+    assert drawn.returncode == 0, drawn.stderr
+    assert file.read_bytes().startswith(b"\x89PNG") and "t.png is written" in drawn.stderr
+    nowhere = run("ab", "report", "t", "--png", str(file.parent / "none" / "t.png"))
+    assert nowhere.returncode == 1 and "cannot be written" in nowhere.stderr
     listed = json.loads(run("ab", "status", "--json").stdout)
     assert [sum(one["samples"]) for one in listed] == [70]
     assert run("ab", "stop", "t").returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,10 @@ from mlx_serving.cli.admin import Server, of_a_server
 canary_app = typer.Typer(no_args_is_help=True)
 ab_app = typer.Typer(no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="The rollout's name.")]
+Metrics = Annotated[
+    str | None,
+    typer.Option("--metrics", help="What counts, as error,tpot; default: all but logprob."),
+]
 
 
 @canary_app.callback()
@@ -39,6 +44,7 @@ def canary_start(
     min_s: Annotated[
         float, typer.Option("--min-s", min=0, help="Least length of a stage, in seconds.")
     ] = 60.0,
+    metrics: Metrics = None,
 ) -> int:
     """Start a canary."""
     from mlx_serving.cli import rollouts as command
@@ -49,7 +55,7 @@ def canary_start(
         raise typer.BadParameter("percentages, as 10,25,50,100", param_hint="--stages") from None
     steps = [{"share": s, "min_samples": min_samples, "min_s": min_s} for s in shares]
     spec = {"name": name, "model": model, "variant": variant, "stages": steps}
-    return command.start(server, spec)
+    return command.start(server, spec | _counted(metrics))
 
 
 @ab_app.command("start")
@@ -65,6 +71,7 @@ def ab_start(
     shadow: Annotated[
         bool, typer.Option("--shadow", help="Copy the share instead; its answers go nowhere.")
     ] = False,
+    metrics: Metrics = None,
 ) -> int:
     """Start an A/B test, or a shadow."""
     from mlx_serving.cli import rollouts as command
@@ -72,7 +79,11 @@ def ab_start(
     mode = "shadow" if shadow else "ab"
     stages = [{"share": share / 100, "min_samples": 1, "min_s": 0}]
     spec = {"name": name, "model": model, "variant": variant, "mode": mode, "stages": stages}
-    return command.start(server, spec)
+    return command.start(server, spec | _counted(metrics))
+
+
+def _counted(metrics: str | None) -> dict[str, list[str]]:
+    return {} if metrics is None else {"metrics": metrics.split(",")}
 
 
 @canary_app.command("status")
@@ -122,8 +133,13 @@ def ab_report(
     server: Server,
     name: Name,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the differences.")] = False,
+    png: Annotated[
+        Path | None, typer.Option("--png", help="Draw them into this file (the extra 'plot').")
+    ] = None,
 ) -> int:
     """Compare the two sides of a rollout, metric by metric."""
     from mlx_serving.cli import rollouts as command
 
-    return command.plot(server, name) if plot else command.status(server, name)
+    if plot or png is not None:
+        return command.plot(server, name, png)
+    return command.status(server, name)

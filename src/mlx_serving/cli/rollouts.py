@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -48,17 +49,35 @@ def remove(server: Server, name: str) -> int:
     return Exit.OK
 
 
-def plot(server: Server, name: str) -> int:
-    """Each metric's difference with its bound, drawn in the terminal."""
-    from mlx_serving.cli.rollout_plot import draw
-
+def plot(server: Server, name: str, png: Path | None = None) -> int:
+    """Each metric's difference with its bound, drawn in the terminal or into a file."""
     found = server.call("GET", f"{ROLLOUTS}/{quote(name, safe='')}")
     if found is None:
         return Exit.FAILED
     if not found["metrics"]:
         server.say.error("too_early", "there are not enough answers on both sides to compare yet")
         return Exit.FAILED
+    if png is not None:
+        return _picture(server, found, png)
+    from mlx_serving.cli.rollout_plot import draw
+
     print(draw(found["metrics"]))
+    return Exit.OK
+
+
+def _picture(server: Server, report: Mapping[str, Any], file: Path) -> int:
+    from mlx_serving.cli.rollout_png import draw
+
+    try:
+        draw(report, file)
+    except ImportError:
+        install = "pip install 'mlx-serving[plot]'"
+        server.say.error("no_matplotlib", "a PNG is drawn by matplotlib, which is missing", install)
+        return Exit.FAILED
+    except OSError as error:
+        server.say.error("not_written", f"{file} cannot be written: {error.strerror}")
+        return Exit.FAILED
+    server.say.event("drawn", f"{file} is written", file=str(file))
     return Exit.OK
 
 
@@ -100,7 +119,7 @@ def _metrics(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _mean(metric: Mapping[str, Any], mean: float) -> str:
-    if metric["scale"] == "share":
+    if metric["scale"] == "share" or metric["metric"] == "logprob":
         return f"{100 * mean:.1f} %"
     return f"{mean:.1f}" + ("" if metric["metric"] == "tokens_per_s" else " ms")
 
