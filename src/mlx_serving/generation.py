@@ -121,6 +121,19 @@ class Generation:
         """Something in an answer began like a tool call and was not one."""
         return any(choice.malformed for choice in self._choices)
 
+    @property
+    def broken_off(self) -> bool | None:
+        """An answer ended before its schema or grammar allowed it; None: there is none."""
+        if self.request.grammar is None:
+            return None
+        return not all(choice.whole for choice in self._choices)
+
+    @property
+    def logprob(self) -> float | None:
+        """Mean log-probability of all answers' tokens; None: they were not asked for."""
+        count = sum(choice.logprobs for choice in self._choices)
+        return sum(choice.logprob_sum for choice in self._choices) / count if count else None
+
     async def start(self, open_rows: OpenRows) -> None:
         """Start every choice's sequence, or none."""
         try:
@@ -162,6 +175,8 @@ class Generation:
             reused=self.reused,
             empty=self.empty,
             malformed=self.malformed,
+            broken_off=self.broken_off,
+            logprob=self.logprob,
             company=self.meeting.company() if self.meeting else None,
         )
 
@@ -240,6 +255,12 @@ class _Choice:
         self.tokens = 0
         self.source: RowSource | None = None
         self.finished = False
+        self.whole = False
+        """It ended where the model, or its tool call, did."""
+        self.logprob_sum = 0.0
+        self.logprobs = 0
+        """How many have been added up."""
+        self._eos = served.info.eos_token_ids
         self._parser = served.text.open_parser(request.prompt, token_ids)
         self._text: ChoiceText = served.text.open_stream(
             request.stop,
@@ -297,6 +318,10 @@ class _Choice:
         elif row.finish_reason is not None:
             text += self._text.finish()
             finish, stop_reason = row.finish_reason, row.stop_token_id
+            self.whole = row.stop_token_id in self._eos
+        if delta.logprobs is not None:
+            self.logprobs += len(delta.logprobs)
+            self.logprob_sum += sum(entry.logprob for entry in delta.logprobs)
         event = TokenEvent(
             choice=self.index,
             text=text,
@@ -318,6 +343,7 @@ class _Choice:
         elif parser.done:
             self.cancel()
             event.finish_reason = "stop"
+            self.whole = True
         event.text = "".join(p.content for p in parsed)
         event.reasoning = "".join(p.reasoning for p in parsed)
         event.reasoning_tokens = len(event.token_ids) if event.reasoning else 0

@@ -15,6 +15,7 @@ import pytest
 
 from mlx_serving import Engine, errors
 from mlx_serving.api.app import create_app
+from mlx_serving.telemetry import events
 from mlx_serving.types import Grammar
 
 PERSON: dict[str, Any] = {
@@ -57,6 +58,29 @@ async def client(scripted: Any) -> AsyncIterator[openai.AsyncOpenAI]:
 async def ask(client: openai.AsyncOpenAI, **fields: Any) -> Any:
     fields.setdefault("max_tokens", 400)
     return (await client.completions.create(model="scripted", prompt="Hi", **fields)).choices
+
+
+@pytest.mark.parametrize(
+    ("fields", "broken_off"),
+    [
+        ({"grammar": Grammar(kind="choice", text='["yes", "no"]')}, False),
+        ({"grammar": Grammar(kind="regex", text="[a-f]{9}"), "max_tokens": 3}, True),
+        ({"grammar": Grammar(kind="regex", text="ab{9}c"), "stop": ["b"]}, True),
+        ({"max_tokens": 3}, None),
+    ],
+)
+async def test_it_is_known_whether_an_answer_was_broken_off(
+    scripted: Any, fields: dict[str, Any], broken_off: bool | None
+) -> None:
+    async with Engine(str(scripted(mode="hash"))) as engine:
+        ended: list[events.RequestFinished] = []
+        engine.on(events.RequestFinished, ended.append)
+        await engine.complete("Hi", **{"max_tokens": 40, "logprobs": 0, **fields})
+        (finished,) = ended
+        assert finished.broken_off is broken_off
+        assert finished.logprob is not None and finished.logprob <= 0.0
+        await engine.complete("Hi", max_tokens=3)
+        assert ended[-1].logprob is None
 
 
 async def test_mixed_requests_give_what_each_gives_alone(client: openai.AsyncOpenAI) -> None:

@@ -89,6 +89,10 @@ class RequestFinished(msgspec.Struct, frozen=True, kw_only=True, tag="request_fi
     """The answer has neither text nor a call."""
     malformed: bool = False
     """Something in it began like a tool call and was not one."""
+    broken_off: bool | None = None
+    """Its schema or grammar had not come to its end when the answer did; None: it had none."""
+    logprob: float | None = None
+    """Mean log-probability of its tokens by the model that chose them; None: they were not asked for."""
     company: Company | None = None
     """What it met in its worker; None: it got no token."""
 

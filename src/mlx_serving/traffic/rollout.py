@@ -40,6 +40,10 @@ class Metric:
     worse: Literal["higher", "lower"]
     matters: float
     """The least difference that matters, on the scale: log(1.05) is 5 %, 0.02 two in a hundred."""
+    timed: bool = False
+    """It depends on how many sequences share the steps, and is counted by `stratum`."""
+    only: Literal["shadow", "named"] | None = None
+    """In shadows only; or only where a rollout names it."""
 
     def worsening(self, difference: float) -> float:
         return difference if self.worse == "higher" else -difference
@@ -60,14 +64,17 @@ class Metric:
 _FIVE_PERCENT = math.log(1.05)
 METRICS = (
     Metric("error", "share", "higher", 0.02),
-    Metric("ttft", "log", "higher", _FIVE_PERCENT),
-    Metric("tpot", "log", "higher", _FIVE_PERCENT),
-    Metric("tokens_per_s", "log", "lower", _FIVE_PERCENT),
+    Metric("ttft", "log", "higher", _FIVE_PERCENT, timed=True),
+    Metric("tpot", "log", "higher", _FIVE_PERCENT, timed=True),
+    Metric("tokens_per_s", "log", "lower", _FIVE_PERCENT, timed=True),
     Metric("empty", "share", "higher", 0.02),
     Metric("capped", "share", "higher", 0.05),
     Metric("malformed", "share", "higher", 0.02),
-    Metric("disagreement", "share", "higher", 0.05),
+    Metric("broken_off", "share", "higher", 0.02),
+    Metric("disagreement", "share", "higher", 0.05, only="shadow"),
+    Metric("logprob", "log", "lower", _FIVE_PERCENT, only="named"),
 )
+USUAL = tuple(metric for metric in METRICS if metric.only is None)
 _SHARE_FLOOR = 0.01
 """Least variance of a share: twenty requests without an error do not prove that there are none."""
 
@@ -176,7 +183,7 @@ def decide(
     figures: Figures,
     *,
     alpha: float = 0.05,
-    metrics: Sequence[Metric] = METRICS,
+    metrics: Sequence[Metric] = USUAL,
 ) -> Decision:
     """What to do now.
 
@@ -200,7 +207,7 @@ def decide(
 
 
 def guard(
-    figures: Figures, alpha: float, metrics: Sequence[Metric] = METRICS
+    figures: Figures, alpha: float, metrics: Sequence[Metric] = USUAL
 ) -> RollBack | Hold | None:
     """RollBack: a metric is surely worse, and by more than matters. Hold: it may be."""
     doubt: Hold | None = None
@@ -218,12 +225,12 @@ def guard(
 
 
 def estimates(
-    figures: Figures, alpha: float, metrics: Sequence[Metric] = METRICS
+    figures: Figures, alpha: float, metrics: Sequence[Metric] = USUAL
 ) -> Iterator[tuple[Metric, Estimate]]:
     """Each metric's difference over all stages, with bounds that hold together at every look."""
     for metric in metrics:
         floor = _SHARE_FLOOR if metric.scale == "share" else 0.0
-        each = alpha / len(metrics) * (1 - _REGARDLESS if metric.scale == "log" else 1)
+        each = alpha / len(metrics) * (1 - _REGARDLESS if metric.timed else 1)
         found = anytime(figures.of(metric.name), alpha=each, effect=metric.matters, floor=floor)
         if found is not None:
             yield metric, found
@@ -240,7 +247,7 @@ def regardless(
     `charged`, is no worse than the true one, and the milder of both counts.
     """
     for metric in metrics:
-        if metric.scale != "log":
+        if not metric.timed:
             continue
         each = alpha / len(metrics) * _REGARDLESS
         both = (

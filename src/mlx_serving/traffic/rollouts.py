@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, assert_never, get_args
+from typing import Annotated, Literal, assert_never
 
 import msgspec
 from msgspec import Meta
@@ -43,7 +43,16 @@ Mode = Literal["canary", "ab", "shadow"]
 """canary: stages, decided by the figures; ab: a share that stays; shadow: the variant answers
 copies, and nobody sees its answers."""
 MetricName = Literal[
-    "error", "ttft", "tpot", "tokens_per_s", "empty", "capped", "malformed", "disagreement"
+    "error",
+    "ttft",
+    "tpot",
+    "tokens_per_s",
+    "empty",
+    "capped",
+    "malformed",
+    "broken_off",
+    "disagreement",
+    "logprob",
 ]
 Status = Literal["running", "promoted", "rolled_back", "stopped"]
 SAVE_EVERY = 20
@@ -63,12 +72,15 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """The variant's share, stage by stage; ab and shadow stay in the first."""
     alpha: Annotated[float, Meta(gt=0, le=0.5)] = 0.05
     """Chance that a variant that is no worse is rolled back, over the whole rollout."""
-    metrics: Annotated[tuple[MetricName, ...], Meta(min_length=1)] = get_args(MetricName)
-    """Those that count."""
+    metrics: Annotated[tuple[MetricName, ...], Meta(min_length=1)] | None = None
+    """Those that count; default: all that the mode has, but logprob."""
 
     @property
     def compared(self) -> tuple[Metric, ...]:
-        return tuple(metric for metric in METRICS if metric.name in self.metrics)
+        named, modes = self.metrics, (None, self.mode)
+        if named is None:
+            return tuple(metric for metric in METRICS if metric.only in modes)
+        return tuple(metric for metric in METRICS if metric.name in named)
 
 
 class Note(msgspec.Struct, frozen=True):
@@ -153,6 +165,10 @@ def measured(finished: RequestFinished) -> Mapping[str, float] | None:
         "capped": float(finished.outcome == "length"),
         "malformed": float(finished.malformed),
     }
+    if finished.broken_off is not None:
+        figures["broken_off"] = float(finished.broken_off)
+    if finished.logprob is not None and math.isfinite(finished.logprob):
+        figures["logprob"] = finished.logprob
     return figures | {name: math.log(value) for name, value in _times(finished) if value > 0}
 
 
@@ -205,6 +221,8 @@ class Rollouts:
 
     def start(self, spec: Spec) -> Rollout:
         """Raises InvalidRequest where the name is taken or the model's traffic is split already."""
+        if spec.mode != "shadow" and "disagreement" in (spec.metrics or ()):
+            raise InvalidRequest("Only a shadow's answers can disagree.", param="metrics")
         if spec.model == spec.variant:
             raise InvalidRequest("A model cannot be its own variant.", param="variant")
         if spec.name in self._all:

@@ -153,6 +153,43 @@ def test_what_an_answer_says():
     assert not any("tpot" in name for name in measured(finished(tpot_ms=None)) or {})
 
 
+def test_what_a_schema_and_log_probabilities_say():
+    plain = measured(finished())
+    assert plain is not None and not {"broken_off", "logprob"} & set(plain)
+    found = measured(finished(broken_off=True, logprob=-0.5))
+    assert found is not None and (found["broken_off"], found["logprob"]) == (1.0, -0.5)
+    whole = measured(finished(broken_off=False, logprob=-math.inf))
+    assert whole is not None and whole["broken_off"] == 0.0 and "logprob" not in whole
+
+
+def names(**fields) -> set[str]:
+    return {metric.name for metric in spec(**fields).compared}
+
+
+def test_what_counts():
+    usual = {"error", "ttft", "tpot", "tokens_per_s", "empty", "capped", "malformed", "broken_off"}
+    assert names() == names(mode="ab") == usual
+    assert names(mode="shadow") == {*usual, "disagreement"}
+    assert names(metrics=("logprob", "error")) == {"logprob", "error"}
+    with pytest.raises(InvalidRequest) as caught:
+        Rollouts().start(spec(metrics=("error", "disagreement")))
+    assert caught.value.param == "metrics"
+
+
+@pytest.mark.parametrize(
+    ("metric", "old", "new"), [("broken_off", 0.0, 1.0), ("logprob", -0.5, -0.7)]
+)
+def test_a_variant_whose_answers_are_worse_is_rolled_back(metric, old, new):
+    rollouts, stages = Rollouts(), (Stage(0.5, min_samples=10_000),)
+    rollouts.start(spec(metrics=("error", metric), stages=stages))
+    for i in range(200):
+        spread = 0.1 * (i % 3 - 1) if metric == "logprob" else 0.0
+        values = {**OK, metric: old + spread}, {**OK, metric: new + spread}
+        feed(rollouts, 1, old=values[0], new=values[1])
+    found = rollouts.get("c")
+    assert found.status == "rolled_back" and found.last.startswith(f"rolled back: {metric}")
+
+
 def test_what_other_models_took_is_not_the_answer_s():
     company = Company(Met(others_ms=5.0, sequences=1.0), Met(others_ms=60.0, sequences=2.0))
     figures = measured(finished(company=company))
