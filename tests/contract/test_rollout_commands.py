@@ -80,7 +80,8 @@ def test_a_canary_by_hand(server, run: Run) -> None:
 
 
 def test_an_ab_report(server, run: Run) -> None:
-    assert run("ab", "start", "old", "new", "--name", "t", "--share", "50").returncode == 0
+    counted = ("--share", "50", "--metrics", "error,ttft,score")
+    assert run("ab", "start", "old", "new", "--name", "t", *counted).returncode == 0
     early = run("ab", "report", "t", "--plot")
     assert early.returncode == 1 and "not enough answers" in early.stderr
     body = {"model": "old", "prompt": "x", "max_tokens": 4, "temperature": 0}
@@ -88,16 +89,20 @@ def test_an_ab_report(server, run: Run) -> None:
         for user in range(70):
             headers = {"x-session-id": f"user-{user}"}
             http.post("/v1/completions", json=body, headers=headers).raise_for_status()
+        for model, score in (("old", 0.9), ("new", 0.4)) * 25:
+            said = {"model": model, "score": score}
+            http.post("/v1/rollouts/t/scores", json=said).raise_for_status()
+        refused = http.post("/v1/rollouts/t/scores", json={"model": "old", "score": 2})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "score"
     report = run("ab", "report", "t")
     assert "ttft" in report.stdout and "always within" in report.stdout
+    assert "90.0 %" in report.stdout and "-50.0 points" in report.stdout
     plot = run("ab", "report", "t", "--plot")
     assert plot.returncode == 0 and "bound at every look" in plot.stdout
     file = server[1].with_name("t.png")
     drawn = run("ab", "report", "t", "--png", str(file))
     assert drawn.returncode == 0, drawn.stderr
     assert file.read_bytes().startswith(b"\x89PNG") and "t.png is written" in drawn.stderr
-    nowhere = run("ab", "report", "t", "--png", str(file.parent / "none" / "t.png"))
-    assert nowhere.returncode == 1 and "cannot be written" in nowhere.stderr
     listed = json.loads(run("ab", "status", "--json").stdout)
     assert [sum(one["samples"]) for one in listed] == [70]
     assert run("ab", "stop", "t").returncode == 0

@@ -128,6 +128,7 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
         "/v1/requests/": {"POST": requests.cancel},
         "/v1/rollouts/*/promote": {"POST": admin(rollouts.promote)},
         "/v1/rollouts/*/rollback": {"POST": admin(rollouts.roll_back)},
+        "/v1/rollouts/*/scores": {"POST": admin(rollouts.score)},
         "/v1/rollouts/": {"GET": admin(rollouts.one), "DELETE": admin(rollouts.remove)},
     }
     table = Table(exact, prefixes, keyring, over_uds=config.uds is not None)
@@ -332,6 +333,7 @@ ENDPOINTS = (
     ("GET /v1/rollouts/{name}", "one of them; admin"),
     ("POST /v1/rollouts/{name}/promote", "the variant answers everything from here on; admin"),
     ("POST /v1/rollouts/{name}/rollback", "the model answers everything from here on; admin"),
+    ("POST /v1/rollouts/{name}/scores", "what a judge says of one answer; admin"),
     ("DELETE /v1/rollouts/{name}", "forget it; admin"),
     ("GET /v1/models", "the configured models, broken ones with the cause; ?usable=true: without"),
     ("GET /v1/models/{id}", "one served model"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -11,7 +11,7 @@ from mlx_serving.api.body import convert, read_object
 from mlx_serving.api.exchange import Exchange
 from mlx_serving.api.port import GatewayPort
 from mlx_serving.live import InForce
-from mlx_serving.traffic.rollouts import Report, Spec
+from mlx_serving.traffic.rollouts import Report, Score, Spec
 
 PREFIX = "/v1/rollouts/"
 
@@ -26,13 +26,17 @@ class Removed(msgspec.Struct):
     deleted: Literal[True] = True
 
 
-BODIES: Mapping[str, type[msgspec.Struct]] = {"POST /v1/rollouts": Spec}
+BODIES: Mapping[str, type[msgspec.Struct]] = {
+    "POST /v1/rollouts": Spec,
+    "POST /v1/rollouts/{name}/scores": Score,
+}
 ANSWERS: Mapping[str, type[msgspec.Struct]] = {
     "POST /v1/rollouts": Report,
     "GET /v1/rollouts": ReportList,
     "GET /v1/rollouts/{name}": Report,
     "POST /v1/rollouts/{name}/promote": Report,
     "POST /v1/rollouts/{name}/rollback": Report,
+    "POST /v1/rollouts/{name}/scores": Report,
     "DELETE /v1/rollouts/{name}": Removed,
 }
 
@@ -43,7 +47,7 @@ class RolloutRoutes:
         self._now = now
 
     async def start(self, exchange: Exchange) -> None:
-        spec = convert(read_object(await exchange.body(self._now.config.max_body_bytes)), Spec)
+        spec = convert(await self._body(exchange), Spec)
         found = self._gateway.start_rollout(spec)
         await self._report(exchange, found.spec.name)
 
@@ -65,10 +69,19 @@ class RolloutRoutes:
         self._gateway.rollouts.roll_back(name)
         await self._report(exchange, name)
 
+    async def score(self, exchange: Exchange) -> None:
+        name = _name(exchange).removesuffix("/scores")
+        given = convert(await self._body(exchange), Score)
+        self._gateway.rollouts.score(name, given)
+        await self._report(exchange, name)
+
     async def remove(self, exchange: Exchange) -> None:
         name = _name(exchange)
         self._gateway.rollouts.remove(name)
         await exchange.respond(200, msgspec.json.encode(Removed(name)))
+
+    async def _body(self, exchange: Exchange) -> dict[str, Any]:
+        return read_object(await exchange.body(self._now.config.max_body_bytes))
 
     async def _report(self, exchange: Exchange, name: str) -> None:
         await exchange.respond(200, msgspec.json.encode(self._gateway.rollouts.report(name)))

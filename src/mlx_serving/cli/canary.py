@@ -14,7 +14,9 @@ ab_app = typer.Typer(no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="The rollout's name.")]
 Metrics = Annotated[
     str | None,
-    typer.Option("--metrics", help="What counts, as error,tpot; default: all but logprob."),
+    typer.Option(
+        "--metrics", help="What counts, as error,tpot; default: all but logprob and score."
+    ),
 ]
 
 

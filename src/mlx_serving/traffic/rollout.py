@@ -36,7 +36,7 @@ class Metric:
 
     name: str
     scale: Literal["log", "share"]
-    """log: a positive figure, compared by ratio; share: 0 or 1, compared by difference."""
+    """log: a positive figure, compared by ratio; share: from 0 to 1, compared by difference."""
     worse: Literal["higher", "lower"]
     matters: float
     """The least difference that matters, on the scale: log(1.05) is 5 %, 0.02 two in a hundred."""
@@ -73,6 +73,7 @@ METRICS = (
     Metric("broken_off", "share", "higher", 0.02),
     Metric("disagreement", "share", "higher", 0.05, only="shadow"),
     Metric("logprob", "log", "lower", _FIVE_PERCENT, only="named"),
+    Metric("score", "share", "lower", 0.02, only="named"),
 )
 USUAL = tuple(metric for metric in METRICS if metric.only is None)
 _SHARE_FLOOR = 0.01

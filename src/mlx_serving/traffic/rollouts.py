@@ -53,6 +53,7 @@ MetricName = Literal[
     "broken_off",
     "disagreement",
     "logprob",
+    "score",
 ]
 Status = Literal["running", "promoted", "rolled_back", "stopped"]
 SAVE_EVERY = 20
@@ -73,7 +74,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     alpha: Annotated[float, Meta(gt=0, le=0.5)] = 0.05
     """Chance that a variant that is no worse is rolled back, over the whole rollout."""
     metrics: Annotated[tuple[MetricName, ...], Meta(min_length=1)] | None = None
-    """Those that count; default: all that the mode has, but logprob."""
+    """Those that count; default: all that the mode has, but logprob and score."""
 
     @property
     def compared(self) -> tuple[Metric, ...]:
@@ -81,6 +82,15 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         if named is None:
             return tuple(metric for metric in METRICS if metric.only in modes)
         return tuple(metric for metric in METRICS if metric.name in named)
+
+
+class Score(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a judge says of one answer."""
+
+    model: str
+    """Which of the two gave it."""
+    score: Annotated[float, Meta(ge=0, le=1)]
+    """1 is best."""
 
 
 class Note(msgspec.Struct, frozen=True):
@@ -298,6 +308,17 @@ class Rollouts:
             self._decide(found)
         if self._unsaved >= SAVE_EVERY:
             self._save()
+
+    def score(self, name: str, given: Score) -> None:
+        """Count a judge's word on an answer. Raises InvalidRequest, naming the field of `given`."""
+        spec = self.get(name).spec
+        if "score" not in (spec.metrics or ()):
+            raise InvalidRequest(f"'score' is not among the metrics of '{name}'.", param="score")
+        if given.model not in (spec.model, spec.variant):
+            either = f"'{spec.model}' or '{spec.variant}'"
+            raise InvalidRequest(f"Rollout '{name}' is about {either}.", param="model")
+        arm = Arm(name, given.model, given.model == spec.variant)
+        self.observe(arm, {"score": given.score})
 
     def report(self, name: str) -> Report:
         found = self.get(name)

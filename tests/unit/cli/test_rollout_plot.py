@@ -68,3 +68,9 @@ def test_without_its_library_the_extra_is_named(tmp_path: Path, monkeypatch: Any
     found = rollouts.plot(Answers(Say(err=err)), "canary", tmp_path / "a.png")
     assert found == Exit.FAILED and "mlx-serving[plot]" in err.getvalue()
     assert not (tmp_path / "a.png").exists()
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    err = io.StringIO()
+    found = rollouts.plot(Answers(Say(err=err)), "canary", tmp_path / "none" / "a.png")
+    assert found == Exit.FAILED and "none/a.png cannot be written" in err.getvalue()

@@ -8,7 +8,7 @@ import pytest
 from mlx_serving.errors import InvalidRequest, RequestNotFound
 from mlx_serving.telemetry.events import Company, Met, RequestFinished
 from mlx_serving.traffic.rollout import Stage
-from mlx_serving.traffic.rollouts import FAILED, Arm, Rollouts, Spec, measured
+from mlx_serving.traffic.rollouts import FAILED, Arm, Rollouts, Score, Spec, measured
 from mlx_serving.types import Usage
 
 OK = {"error": 0.0, "empty": 0.0, "capped": 0.0}
@@ -188,6 +188,28 @@ def test_a_variant_whose_answers_are_worse_is_rolled_back(metric, old, new):
         feed(rollouts, 1, old=values[0], new=values[1])
     found = rollouts.get("c")
     assert found.status == "rolled_back" and found.last.startswith(f"rolled back: {metric}")
+
+
+def test_what_a_judge_says_counts_where_it_is_wanted():
+    rollouts, stages = Rollouts(), (Stage(0.5, min_samples=10_000),)
+    rollouts.start(spec(metrics=("error", "score"), stages=stages))
+    for i in range(150):
+        rollouts.score("c", Score(model="old", score=0.8 + 0.1 * (i % 2)))
+        rollouts.score("c", Score(model="new", score=0.6 + 0.1 * (i % 2)))
+    report = rollouts.report("c")
+    assert report.status == "rolled_back" and "score -20" in report.last
+    assert report.samples == (0, 0)  # of requests
+
+
+@pytest.mark.parametrize(
+    ("metrics", "model", "param"), [(None, "new", "score"), (("score",), "other", "model")]
+)
+def test_a_judge_s_mistakes_are_named(metrics, model, param):
+    rollouts = Rollouts()
+    rollouts.start(spec(metrics=metrics))
+    with pytest.raises(InvalidRequest) as caught:
+        rollouts.score("c", Score(model=model, score=1.0))
+    assert caught.value.param == param
 
 
 def test_what_other_models_took_is_not_the_answer_s():
