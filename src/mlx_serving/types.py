@@ -31,6 +31,7 @@ Caching = Literal["use", "refresh", "none"]
 
 MAX_LOGPROBS = 20
 """Top log-probabilities a token may ask for, as OpenAI bounds it."""
+MAX_PENALTY_WINDOW = 32_768
 MAX_CHOICES = 64
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
@@ -94,6 +95,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     """Subtracted once from the logit of each token seen in the output."""
     frequency_penalty: float = 0.0
     """Subtracted once per occurrence in the output."""
+    penalty_window: int | None = None
+    """Of prompt and output, the last tokens that the three penalties look at; None: all."""
     logit_bias: dict[int, float] = {}
     seed: int = 0
     """64 bits; drawn by the gateway at admission where the client gave none."""
@@ -124,6 +127,10 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
         )
         frequency = self.frequency_penalty
         r(-2 <= frequency <= 2, "frequency_penalty", "from -2 to 2", frequency)
+        if self.penalty_window is not None:
+            limit = MAX_PENALTY_WINDOW
+            ok = 1 <= self.penalty_window <= limit
+            r(ok, "penalty_window", f"from 1 to {limit}", self.penalty_window)
         for token_id, bias in self.logit_bias.items():
             param = f"logit_bias.{token_id}"
             r(math.isfinite(bias) and -100 <= bias <= 100, param, "from -100 to 100", bias)

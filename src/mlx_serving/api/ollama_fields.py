@@ -73,7 +73,8 @@ OPTIONS: Table = table(
             "min_p": "0 to 1",
             "seed": "-1: drawn, and said in x-mlx-serving-seed",
             "stop": "a string or up to 16",
-            "repeat_penalty": "above 0, to 100, default 1: off; over the whole prompt and output",
+            "repeat_penalty": "above 0, to 100, default 1: off",
+            "repeat_last_n": "the last tokens of prompt and output that penalties look at, to 32,768, default 64; 0: none, -1: all",
             "presence_penalty": "-2 to 2",
             "frequency_penalty": "-2 to 2",
         },
@@ -98,7 +99,6 @@ OPTIONS: Table = table(
     (
         "refused",
         {
-            "repeat_last_n": ("repeat_penalty looks at the whole prompt and output", (-1,)),
             "typical_p": ("not implemented", (1, 1.0)),
             "tfs_z": ("not implemented", (1, 1.0)),
             "mirostat": ("not implemented", (0,)),

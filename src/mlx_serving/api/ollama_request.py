@@ -19,6 +19,7 @@ from mlx_serving.content.tools.definitions import tool_use
 from mlx_serving.errors import Forbidden, InvalidRequest
 from mlx_serving.types import (
     MAX_LOGPROBS,
+    MAX_PENALTY_WINDOW,
     ChatPrompt,
     GenerateRequest,
     Grammar,
@@ -78,6 +79,7 @@ class _Options(msgspec.Struct, kw_only=True):
     seed: int | None = None
     stop: str | list[str] | None = None
     repeat_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    repeat_last_n: Annotated[int, Meta(ge=-1, le=MAX_PENALTY_WINDOW)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
 
@@ -102,6 +104,8 @@ class _Message(msgspec.Struct, kw_only=True):
     tool_name: str | None = None
     tool_call_id: str | None = None
 
+
+_NO_PENALTIES = _Options()
 
 SHAPES: Mapping[str, type[msgspec.Struct]] = {
     "/api/chat": _ChatBody,
@@ -222,14 +226,17 @@ def _sampling(options: _Options, logprobs: int | None) -> SamplingParams:
     def given(value: float | None, default: float) -> float:
         return default if value is None else value
 
+    window = 64 if options.repeat_last_n is None else options.repeat_last_n
+    penalties = _NO_PENALTIES if window == 0 else options
     return SamplingParams(
         temperature=given(options.temperature, 0.8),
         top_k=40 if options.top_k is None else options.top_k,
         top_p=given(options.top_p, 0.9),
         min_p=given(options.min_p, 0.0),
-        repetition_penalty=given(options.repeat_penalty, 1.0),
-        presence_penalty=given(options.presence_penalty, 0.0),
-        frequency_penalty=given(options.frequency_penalty, 0.0),
+        repetition_penalty=given(penalties.repeat_penalty, 1.0),
+        presence_penalty=given(penalties.presence_penalty, 0.0),
+        frequency_penalty=given(penalties.frequency_penalty, 0.0),
+        penalty_window=window if window > 0 else None,
         logprobs=logprobs,
     )
 

@@ -68,9 +68,22 @@ OPTIONS: dict[str, tuple[Any, Read, Any]] = {
     "seed": (5, lambda r: r.seed, 5),
     "stop": (["a", "b"], lambda r: r.stop, ("a", "b")),
     "repeat_penalty": (1.3, lambda r: r.sampling.repetition_penalty, 1.3),
+    "repeat_last_n": (9, lambda r: r.sampling.penalty_window, 9),
     "presence_penalty": (-2, lambda r: r.sampling.presence_penalty, -2.0),
     "frequency_penalty": (2, lambda r: r.sampling.frequency_penalty, 2.0),
 }
+
+
+@pytest.mark.parametrize(
+    ("last_n", "wanted"), [(None, (1.3, 64)), (-1, (1.3, None)), (0, (1.0, None))]
+)
+async def test_how_far_penalties_look_back(
+    client: httpx.AsyncClient, gateway: Any, last_n: int | None, wanted: tuple[float, int | None]
+) -> None:
+    """As Ollama has it: 64 tokens unless told otherwise, 0 for none."""
+    options = {"repeat_penalty": 1.3, "repeat_last_n": last_n}
+    sampling = (await request_of(client, gateway, CHAT, options=options)).sampling
+    assert (sampling.repetition_penalty, sampling.penalty_window) == wanted
 
 
 async def send(client: httpx.AsyncClient, route: str, **body: Any) -> httpx.Response:

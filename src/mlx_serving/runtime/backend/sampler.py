@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_serving.runtime.backend.counts import Counts, ints
 from mlx_serving.runtime.core.plan import RowStart
 from mlx_serving.types import MAX_LOGPROBS, SamplingParams, TokenLogprob
 
@@ -77,7 +78,9 @@ class Batch:
 @dataclass(slots=True)
 class _Penalty:
     rows: mx.array
+    slot_ids: tuple[int, ...]
     slots: mx.array
+    """The same on the device."""
     repetition: mx.array
     presence: mx.array
     frequency: mx.array
@@ -139,7 +142,7 @@ class Sampler:
         self._vocab = vocab_size
         self._eos = tuple(eos_token_ids)
         self._rows: list[RowState | None] = [None] * max_rows
-        self._counts = _Counts(vocab_size)
+        self._counts = Counts(vocab_size)
         self._batches: dict[tuple[int | None, ...], Batch] = {}
 
     def start(self, start: RowStart) -> None:
@@ -153,7 +156,7 @@ class Sampler:
             ban = self._dense(dict.fromkeys(stops, -np.inf)) if stops else None
         slot = None
         if _penalises(params):
-            slot = self._counts.take(start.token_ids, start.prompt_len)
+            slot = self._counts.take(start.token_ids, start.prompt_len, params.penalty_window)
         self._rows[start.row] = RowState(
             params=params,
             prompt_len=start.prompt_len,
@@ -167,8 +170,7 @@ class Sampler:
         """The row's sequence has got these without a draw."""
         state = self._rows[row]
         if token_ids and state is not None and state.count_slot is not None:
-            slots = _ints([state.count_slot] * len(token_ids))
-            self._counts.add(slots, _ints(token_ids))
+            self._counts.append(state.count_slot, token_ids)
 
     def free(self, row: int) -> None:
         state, self._rows[row] = self._rows[row], None
@@ -206,7 +208,8 @@ class Sampler:
         raw = logits.astype(mx.float32)
         tokens = self._tokens(raw, batch, positions, masks)
         if batch.penalty is not None:
-            self._counts.add(batch.penalty.slots, tokens[batch.penalty.rows])
+            penalty = batch.penalty
+            self._counts.add(penalty.slot_ids, penalty.slots, tokens[penalty.rows])
         draw = Draw(tokens, batch.logprobs)
         if batch.logprob_rows is not None:
             _log_probabilities(draw, raw, batch.logprob_rows)
@@ -229,7 +232,7 @@ class Sampler:
             x = x.at[rows].add(bias)
         if batch.penalty is not None:
             p = batch.penalty
-            x = _put(x, p.rows, self._counts.penalise(x[p.rows], p))
+            x = _put(x, p.rows, _penalise(x[p.rows], *self._counts.tables(), p))
         if batch.ban is not None:
             rows, ban, until = batch.ban
             banned = mx.array(list(positions), dtype=mx.int32)[rows] < until
@@ -259,21 +262,22 @@ class Sampler:
         batch = Batch()
         bias = [(i, s.bias) for i, s in states if s.bias is not None]
         if bias:
-            batch.bias = _ints(i for i, _ in bias), mx.stack([b for _, b in bias])
+            batch.bias = ints(i for i, _ in bias), mx.stack([b for _, b in bias])
         bans = [
             (i, s.ban, s.prompt_len + s.params.min_tokens) for i, s in states if s.ban is not None
         ]
         if bans:
             batch.ban = (
-                _ints(i for i, _, _ in bans),
+                ints(i for i, _, _ in bans),
                 mx.stack([b for _, b, _ in bans]),
-                _ints(u for _, _, u in bans),
+                ints(u for _, _, u in bans),
             )
         counted = [(i, s.count_slot, s.params) for i, s in states if s.count_slot is not None]
         if counted:
             batch.penalty = _Penalty(
-                rows=_ints(i for i, _, _ in counted),
-                slots=_ints(slot for _, slot, _ in counted),
+                rows=ints(i for i, _, _ in counted),
+                slot_ids=tuple(slot for _, slot, _ in counted),
+                slots=ints(slot for _, slot, _ in counted),
                 repetition=_column(p.repetition_penalty for _, _, p in counted),
                 presence=_column(p.presence_penalty for _, _, p in counted),
                 frequency=_column(p.frequency_penalty for _, _, p in counted),
@@ -282,7 +286,7 @@ class Sampler:
         wanted = [(i, s.params.logprobs) for i, s in states if s.params.logprobs is not None]
         if wanted:
             batch.logprobs = wanted
-            batch.logprob_rows = _ints(i for i, _ in wanted)
+            batch.logprob_rows = ints(i for i, _ in wanted)
         return batch
 
     def _dense(self, values: dict[int, float]) -> mx.array:
@@ -293,60 +297,14 @@ class Sampler:
         return mx.array(dense)
 
 
-class _Counts:
-    """How often each token occurs, `[slots, vocabulary]`, for the sequences with penalties."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab = vocab_size
-        self._free: list[int] = []
-        self._output: mx.array | None = None
-        self._prompt: mx.array | None = None
-
-    def take(self, token_ids: Sequence[int], prompt_len: int) -> int:
-        if not self._free:
-            self._grow()
-        slot = self._free.pop()
-        assert self._output is not None and self._prompt is not None
-        self._prompt[slot] = self._histogram(token_ids[:prompt_len])
-        self._output[slot] = self._histogram(token_ids[prompt_len:])
-        return slot
-
-    def give_back(self, slot: int) -> None:
-        self._free.append(slot)
-
-    def tables(self) -> tuple[mx.array, mx.array]:
-        """Of outputs and of prompts, `[slots, vocabulary]` int32 each."""
-        assert self._output is not None and self._prompt is not None
-        return self._output, self._prompt
-
-    def add(self, slots: mx.array, tokens: mx.array) -> None:
-        assert self._output is not None
-        self._output = self._output.at[slots, tokens].add(mx.array(1, mx.int32))
-
-    def penalise(self, x: mx.array, p: _Penalty) -> mx.array:
-        """Repetition over prompt and output; presence and frequency over the output."""
-        assert self._output is not None and self._prompt is not None
-        output = self._output[p.slots]
-        seen = (output > 0) | (self._prompt[p.slots] > 0)
-        repeated = mx.where(x > 0, x / p.repetition, x * p.repetition)
-        x = mx.where(seen, repeated, x)
-        return x - p.presence * (output > 0) - p.frequency * output
-
-    def _grow(self) -> None:
-        old = 0 if self._output is None else self._output.shape[0]
-        new = max(1, old)
-        zeros = mx.zeros((new, self._vocab), mx.int32)
-        if self._output is None or self._prompt is None:
-            self._output, self._prompt = zeros, mx.zeros_like(zeros)
-        else:
-            self._output = mx.concatenate([self._output, zeros])
-            self._prompt = mx.concatenate([self._prompt, zeros])
-        self._free += range(old, old + new)
-
-    def _histogram(self, token_ids: Sequence[int]) -> mx.array:
-        ids = np.asarray(token_ids, dtype=np.int64)
-        counts = np.bincount(ids[ids < self._vocab], minlength=self._vocab)
-        return mx.array(counts.astype(np.int32))
+def _penalise(x: mx.array, output: mx.array, prompt: mx.array, p: _Penalty) -> mx.array:
+    """Repetition over prompt and output; presence and frequency over the output. The tables have a row for
+    each slot."""
+    output = output[p.slots]
+    seen = (output > 0) | (prompt[p.slots] > 0)
+    repeated = mx.where(x > 0, x / p.repetition, x * p.repetition)
+    x = mx.where(seen, repeated, x)
+    return x - p.presence * (output > 0) - p.frequency * output
 
 
 def _allow(x: mx.array, masks: Mapping[int, bytes]) -> mx.array:
@@ -373,18 +331,18 @@ def _describe_draw(states: Sequence[tuple[int, RowState]], lines: int, vocab: in
     for width in (*TOP_K_WIDTHS, vocab):
         group = [(j, p.top_k) for j, p in enumerate(params) if lower < p.top_k <= width]
         if group and lower < vocab:
-            ks = _ints(min(k, vocab) for _, k in group)
-            top_k.append((min(width, vocab), _ints(j for j, _ in group), ks))
+            ks = ints(min(k, vocab) for _, k in group)
+            top_k.append((min(width, vocab), ints(j for j, _ in group), ks))
         lower = width
     nucleus = [(j, p.top_p) for j, p in enumerate(params) if p.top_p < 1]
     floor = [p.min_p for p in params]
     return _Draw(
-        rows=_ints(i for i, _ in drawing),
+        rows=ints(i for i, _ in drawing),
         all_rows=len(drawing) == lines,
         keys=mx.array([s.key for _, s in drawing], dtype=mx.uint32),
         temperature=_column(max(p.temperature, MIN_TEMPERATURE) for p in params),
         top_k=top_k,
-        top_p=(_ints(j for j, _ in nucleus), _column(p for _, p in nucleus)) if nucleus else None,
+        top_p=(ints(j for j, _ in nucleus), _column(p for _, p in nucleus)) if nucleus else None,
         log_min_p=_column(np.log(m) if m > 0 else -np.inf for m in floor) if any(floor) else None,
     )
 
@@ -450,10 +408,6 @@ def _log_probabilities(draw: Draw, raw: mx.array, rows: mx.array) -> None:
         width = min(MAX_LOGPROBS, x.shape[-1])
         draw.top_ids = mx.argpartition(x, x.shape[-1] - width, axis=-1)[:, -width:]
         draw.top_logprobs = mx.take_along_axis(x, draw.top_ids, axis=-1) - total
-
-
-def _ints(values: Iterable[int]) -> mx.array:
-    return mx.array(list(values), dtype=mx.int32)
 
 
 def _column(values: Iterable[float]) -> mx.array:

@@ -198,6 +198,20 @@ def test_penalties_count_what_is_drawn() -> None:
     assert {second for _, second in seen} == {0}
 
 
+def test_a_windows_penalties_forget() -> None:
+    """The one likely token comes again as soon as the window has lost it."""
+    sampler = Sampler(VOCAB, EOS, 1)
+    told = SamplingParams(temperature=0.0, repetition_penalty=100.0, penalty_window=2)
+    sampler.start(start(0, told, output=()))
+    x = np.zeros((1, VOCAB), np.float32)
+    x[0, :12] = np.arange(12, 0, -1)
+    drawn = [
+        sampler.sample(mx.array(x), [0], [len(PROMPT) + i]).tokens.tolist()[0] for i in range(6)
+    ]
+    # The prompt ends with 2, 7.
+    assert drawn == [0, 1, 2, 0, 1, 2]
+
+
 def test_a_moved_row_keeps_its_counts_and_its_numbers() -> None:
     p = SamplingParams(temperature=0.9, seed=3, presence_penalty=2.0, frequency_penalty=1.0)
     x = mx.array(logits(1))
