@@ -200,7 +200,7 @@ async def _stops(c: Client) -> None:
     assert await c.counted(max_tokens=3) == 3 == await c.counted(max_tokens=None, max_completion_tokens=3)  # fmt: skip
 
 
-@check("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")  # fmt: skip
+@check("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar")  # fmt: skip
 async def _structure(c: Client) -> None:
     for body in (
         {"response_format": FORMAT},
@@ -211,6 +211,8 @@ async def _structure(c: Client) -> None:
     assert re.fullmatch("[A-F]{3}", await c.say(guided_regex="[A-F]{3}"))
     assert await c.say(guided_choice=["rot", "blau"]) in ("rot", "blau")
     assert await c.say(guided_grammar='start: "a" | "b" start', max_tokens=60) in "bbbbbbbbbbba"
+    told = await c.say(grammar='root ::= "(" root ")" | [0-9]+', max_tokens=9)
+    assert re.fullmatch(r"\(*[0-9]*\)*", told) and told
 
 
 @check("cache_salt")

@@ -127,6 +127,8 @@ LIMITS: list[tuple[str, dict[str, Any], str]] = [
         {"prompt": "x", "guided_grammar": "start: " + "(" * 5000},
         "guided_grammar",
     ),
+    ("/v1/completions", {"prompt": "x", "grammar": "root ::= " + "(" * 5000}, "grammar"),
+    ("/v1/completions", {"prompt": "x", "grammar": "root ::= a" + "\na ::= a" * 5000}, "grammar"),
     ("/v1/completions", {"prompt": "x", "guided_choice": ["c"] * 100_000}, "guided_choice"),
     ("/v1/chat/completions", {"messages": []}, "messages"),
     (

@@ -93,7 +93,7 @@ async def test_mixed_requests_give_what_each_gives_alone(client: openai.AsyncOpe
             {"extra_body": {"guided_regex": "[A-F]{2,9}"}, "frequency_penalty": 0.5},
             {"stop": ["\x07", "a"], "max_tokens": 20},
             {"extra_body": {"guided_grammar": 'start: "<" start ">" | "-"'}},
-            {"extra_body": {"response_format": {"type": "text"}}, "max_tokens": 5},
+            {"extra_body": {"grammar": 'root ::= "<" root ">" | [-+]+'}, "max_tokens": 5},
         ][i % 8] | {"seed": i}
 
     together = await asyncio.gather(*(ask(client, **wish(i)) for i in range(32)))
@@ -138,6 +138,7 @@ REFUSED = [
     ({"response_format": schema_format({"enum": ["x" * 70_000]})}, "65536"),
     ({"guided_regex": "("}, "unclosed"),
     ({"guided_grammar": 'root ::= "a"'}, "Expected token"),
+    ({"grammar": 'root ::= "a" other'}, "no rule is called 'other'"),
     ({"structured_outputs": {"json": {"$ref": "#/$defs/none"}}}, "none"),
 ]
 

@@ -62,6 +62,7 @@ _SAMPLING = {
     "guided_regex": "as structured_outputs.regex",
     "guided_choice": "as structured_outputs.choice",
     "guided_grammar": "as structured_outputs.grammar",
+    "grammar": "GBNF, the notation of llama.cpp's server; empty: none",
     "cache_salt": "1 to 256 characters; requests share cached prefixes only with equal salts",
 }
 _ADVISORY = {

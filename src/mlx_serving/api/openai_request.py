@@ -105,6 +105,7 @@ class _Body(msgspec.Struct, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[Any] | None = None
     guided_grammar: str | None = None
+    grammar: str | None = None
 
 
 class _ChatBody(_Body, kw_only=True):
@@ -290,6 +291,7 @@ _GRAMMARS: Mapping[str, Callable[..., Grammar | None]] = {
     "guided_regex": structured.regex,
     "guided_choice": structured.choice,
     "guided_grammar": structured.lark,
+    "grammar": structured.gbnf,
 }
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import msgspec
 
+from mlx_serving.content.gbnf import BadGrammar, parse
+from mlx_serving.content.lexemes import to_lark
 from mlx_serving.errors import InvalidRequest, UnsupportedParameter
 from mlx_serving.types import Grammar
 from mlx_serving.unknown import refuse_others
@@ -202,6 +204,17 @@ def lark(grammar: Any, *, param: str) -> Grammar:
     text = _text(grammar, param)
     if text.count("&") > MAX_CONJUNCTION:
         raise InvalidRequest(f"'{param}' has over {MAX_CONJUNCTION} '&'.", param=param)
+    return Grammar(kind="lark", text=text, param=param)
+
+
+def gbnf(grammar: Any, *, param: str) -> Grammar | None:
+    """llama.cpp's notation; None for an empty text, which its clients send for none."""
+    if grammar == "":
+        return None
+    try:
+        text = to_lark(parse(_text(grammar, param)))
+    except BadGrammar as bad:
+        raise InvalidRequest(f"'{param}' is no GBNF grammar: {bad}.", param=param) from None
     return Grammar(kind="lark", text=text, param=param)
 
 

@@ -80,6 +80,11 @@ SHARED: dict[str, tuple[Any, Read, Any]] = {
         lambda r: r.grammar,
         Grammar(kind="lark", text='start: "a"', param="guided_grammar"),
     ),
+    "grammar": (
+        "root ::= [ab]",
+        lambda r: r.grammar,
+        Grammar(kind="lark", text="start: T0\nT0: /[a-b]/", param="grammar"),
+    ),
 }
 CHAT: dict[str, tuple[Any, Read, Any]] = {
     **SHARED,
@@ -351,6 +356,8 @@ CHAT_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"guided_choice": []}, "guided_choice"),
     ({"guided_choice": ["a", 1]}, "guided_choice"),
     ({"guided_grammar": ""}, "guided_grammar"),
+    ({"grammar": 'start: "a"'}, "grammar"),
+    ({"grammar": 'root ::= "a"', "guided_regex": "a"}, "grammar"),
     ({"best_of": True}, "best_of"),
 ]
 
