@@ -5,8 +5,8 @@
 
 One task (`_run`) walks these states; everything else reads them. Streams of a worker that died
 are sent to the next one with the tokens that they have; what cannot be sent in the present state
-waits in the backlog. When to start, whom to blame, and what is stuck are decided in `breaker`,
-`blame` and `watchdog`.
+waits in the backlog. One worker's time is a `life`; when to start, whom to blame, and what is stuck
+are decided in `breaker`, `blame` and `watchdog`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import itertools
 import logging
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from mlx_serving import clock, errors
 from mlx_serving.types import (
@@ -43,16 +42,13 @@ from mlx_serving.worker.breaker import (
 )
 from mlx_serving.worker.client import Connection, SequenceStream
 from mlx_serving.worker.growth import Growth
+from mlx_serving.worker.life import Death, Life
 from mlx_serving.worker.models import Models
 from mlx_serving.worker.process import Process, WorkerProcess, ended
-from mlx_serving.worker.watchdog import Deadlines, stuck
+from mlx_serving.worker.watchdog import Deadlines
 
 log = logging.getLogger(__name__)
 
-EXIT_TIMEOUT_S = 1.0
-"""How long a worker whose socket has closed may take to exit by itself."""
-EXPLAIN_S = 0.5
-"""How long a stuck worker gets to say where it is."""
 MAX_PARKED = 4096
 
 
@@ -94,8 +90,6 @@ class Supervisor:
         self._resume_timeout_s = resume_timeout_s
         self._replace_timeout_s = replace_timeout_s
         self._growth = growth or Growth()
-        self._ready_s = now()
-        """When the present worker was."""
         self._revive = revive
         self._random = random.Random(seed)
         self._spawn = spawn
@@ -103,18 +97,12 @@ class Supervisor:
         self._state: port.WorkerState = port.Stopped()
         self._changed = asyncio.Event()
         self._run_task: asyncio.Task[None] | None = None
-        self._process: Process | None = None
-        self._connection: Connection | None = None
-        """The living worker's; see `_usable`."""
+        self._life: Life | None = None
+        """The present worker's; see `_usable`."""
         self._breaker: Breaker = Closed()
         self._hurry = asyncio.Event()
         """Start the next worker without waiting for the back-off."""
-        self._replacing = ""
-        """Why the present worker is."""
-        self._stuck: str | None = None
-        """What the watchdog ended the present worker for."""
         self._models = Models(max_deaths)
-        self._probing: str | None = None
         self._backlog = Backlog(self._expired, max_deaths)
         self._seq_ids = itertools.count(1)
         self._restarts = 0
@@ -131,25 +119,25 @@ class Supervisor:
 
     @property
     def models(self) -> tuple[ModelInfo, ...]:
-        return tuple(self._connection.models.values()) if self._connection is not None else ()
+        return tuple(self._life.connection.models.values()) if self._life is not None else ()
 
     @property
     def wired(self) -> dict[str, wire.Wired]:
-        return self._connection.wired if self._connection is not None else {}
+        return self._life.connection.wired if self._life is not None else {}
 
     @property
     def broken(self) -> dict[str, errors.MLXServingError]:
         return self._models.broken
 
     def health(self) -> list[port.WorkerHealth]:
-        state, connection = self.state, self._connection
+        state, life = self.state, self._life
         serves = isinstance(state, port.Ready) or self._usable() is not None
         cause = getattr(state, "cause", self._cause)
         return [
             port.WorkerHealth(
-                pid=self._process.pid if self._process is not None else None,
+                pid=life.pid if life is not None else None,
                 state=reasons.tag(state),
-                phase=connection.phase.phase if connection is not None and connection.phase else "",
+                phase=life.phase if life is not None else "",
                 models=tuple(info.model_id for info in self.models),
                 cause=None if serves else reasons.brief(cause) or None,
                 restarts=self._restarts,
@@ -175,16 +163,12 @@ class Supervisor:
             await asyncio.wait([task])
         stopped = errors.Draining("the server is shutting down")
         self._backlog.end(lambda _: stopped)
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.send(wire.Shutdown())
-            connection.abandon(stopped)
-            connection.close()
-        process, self._process = self._process, None
-        if process is not None:
-            if connection is None:
-                process.kill()
-            await ended(process, deadline_s)
+        life, self._life = self._life, None
+        if life is not None:
+            life.connection.send(wire.Shutdown())
+            life.connection.abandon(stopped)
+            life.connection.close()
+            await ended(life.process, deadline_s)
 
     def restart(self) -> None:
         """Replace the worker; streams go on in the next one. Lifts quarantines and back-off."""
@@ -194,14 +178,8 @@ class Supervisor:
         self._models.pardon()
         self._breaker = Closed()
         self._hurry.set()
-        self._replace("as asked")
-
-    def _replace(self, why: str) -> None:
-        connection, process = self._connection, self._process
-        if connection is not None and process is not None and not self._replacing:
-            self._replacing = why
-            connection.send(wire.Shutdown())
-            asyncio.get_running_loop().call_later(self._replace_timeout_s, process.kill)
+        if self._life is not None:
+            self._life.replace("as asked", self._replace_timeout_s)
 
     async def load_model(
         self, model_id: str, path: str, options: wire.ModelOptions | None = None
@@ -234,8 +212,8 @@ class Supervisor:
 
     def order(self, order: wire.Order) -> None:
         self._models.order(order)
-        if self._connection is not None:
-            self._connection.send(order)
+        if self._life is not None:
+            self._life.connection.send(order)
 
     def bound(self, deadlines: Deadlines, resume_timeout_s: float, rss_limit_bytes: int) -> None:
         self._deadlines, self._resume_timeout_s = deadlines, resume_timeout_s
@@ -290,21 +268,21 @@ class Supervisor:
             await self._run()
         except Exception as error:
             log.exception("the supervisor failed")
-            if self._process is not None:
-                self._process.kill()
+            if self._life is not None:
+                self._life.process.kill()
             self._fail(port.Failed(f"the supervisor failed: {error!r}"))
 
     async def _run(self) -> None:
         while True:
             self._set_state(port.Starting())
-            cause = self._cause = await self._live()
-            pid = self._process.pid if self._process is not None else 0
-            self._process = None
+            death = await self._live()
+            pid, cause = death.pid, death.cause
+            self._cause = cause
             if not self._revive:
                 self._fail(failed := port.Failed(cause))
                 self.on_event(port.WorkerExited(pid, cause, failed))
                 return
-            in_s = self._decide()
+            in_s = self._decide(death)
             waiting: port.Restarting | port.CircuitOpen
             match self._breaker:
                 case Open(until_s, _):
@@ -321,90 +299,66 @@ class Supervisor:
                 await asyncio.wait_for(self._hurry.wait(), in_s)
             self._breaker = after_wait(self._breaker)
 
-    def _decide(self) -> float:
+    def _decide(self, death: Death) -> float:
         """Move the breaker. Returns the seconds to wait."""
         self._hurry.clear()
-        if self._replacing:
-            self._replacing = ""
+        if death.wanted:
             return 0.0
         assert not isinstance(self._breaker, Open)
         wait = after_death(self._policy, self._breaker, self._now(), self._random.random())
         self._breaker = wait.breaker
         return wait.in_s
 
-    async def _live(self) -> str:
-        """One worker from start to death; returns the death's cause."""
-        self._stuck = None
+    async def _live(self) -> Death:
+        """One worker from start to death."""
         try:
-            process = self._process = self._spawn()
+            life = await Life.begin(self._spawn, self._stats, self._phase, self._now)
         except OSError as error:
-            return f"the worker could not be started: {error}"
-        self._set_state(port.Starting(process.pid))
-        connection = await Connection.open(process.socket, self._stats, self._phase, self._now)
-        connection.on_memory = self._memory
-        self._connection = connection
-        watching = asyncio.create_task(self._watch(connection, process))
+            return Death(f"the worker could not be started: {error}")
+        self._life = life
+        life.connection.on_memory = self._memory
+        self._set_state(port.Starting(life.pid))
+        watching = asyncio.create_task(life.watch(lambda: self._deadlines, self._check_size))
         try:
-            await self._prepare(connection, process)
-            await connection.lost
+            await self._prepare(life)
+            await life.connection.lost
         finally:
             watching.cancel()
-        status = await ended(process, EXIT_TIMEOUT_S)
-        self._connection = None
-        cause = process.cause(status)
-        if self._stuck is not None:
-            cause = f"{self._stuck}; {cause}"
-        elif self._replacing:
-            cause = f"replaced {self._replacing}; {cause}"
-        self._bury(connection, cause)
-        return cause
+        death = await life.died()
+        self._life = None
+        self._bury(life, death)
+        return death
 
-    async def _watch(self, connection: Connection, process: Process) -> None:
-        """End a worker that is stuck, after its last words."""
-        while self._stuck is None:
-            tick_s = self._deadlines.tick_s
-            before_s = self._now()
-            await asyncio.sleep(tick_s)
-            late_s = self._now() - before_s - tick_s
-            if late_s > tick_s:
-                connection.excuse(late_s)
-            self._check_size(connection, process)
-            self._stuck = stuck(self._deadlines, connection.vitals())
-        log.error("worker %d is stuck: %s", process.pid, self._stuck)
-        process.explain()
-        await asyncio.sleep(EXPLAIN_S)
-        process.kill()
-        connection.close()
-
-    def _check_size(self, connection: Connection, process: Process) -> None:
-        age_s = self._now() - self._ready_s
-        if not self._revive or self._usable() is None or connection.loading:
+    def _check_size(self, life: Life) -> None:
+        if not self._revive or self._usable() is None or life.connection.loading:
             return
-        if self._growth.outgrown(connection.rss_bytes, age_s):
+        rss_bytes, age_s = life.connection.rss_bytes, life.age_s
+        if self._growth.outgrown(rss_bytes, age_s):
             self._growth.replaced(age_s)
-            held, limit = connection.rss_bytes >> 20, self._growth.limit_bytes >> 20
-            log.warning("worker %d has grown to %d MiB: it is replaced", process.pid, held)
-            self._replace(f"because it had {held} MiB, more than worker_rss_limit_bytes ({limit})")
+            held, limit = rss_bytes >> 20, self._growth.limit_bytes >> 20
+            log.warning("worker %d has grown to %d MiB: it is replaced", life.pid, held)
+            why = f"because it had {held} MiB, more than worker_rss_limit_bytes ({limit})"
+            life.replace(why, self._replace_timeout_s)
 
-    async def _prepare(self, connection: Connection, process: Process) -> None:
+    async def _prepare(self, life: Life) -> None:
         """Hello, then the models that the last worker had, then its streams. Returns early when
         the worker dies meanwhile."""
-        await _first(connection.hello, connection.lost)
-        if not connection.hello.done():
+        hello = await life.hello()
+        if hello is None:
             return
-        self.on_event(port.WorkerStarted(process.pid, self._restarts))
-        self._reconcile(connection, connection.hello.result())
+        self.on_event(port.WorkerStarted(life.pid, self._restarts))
+        self._reconcile(life.connection, hello)
         models = self._models.to_reload()
         if models:
-            self._set_state(port.Loading(process.pid, tuple(model_id for model_id, _, _ in models)))
+            self._set_state(port.Loading(life.pid, tuple(model_id for model_id, _, _ in models)))
         for model_id, path, options in models:
-            if not await self._reload(connection, model_id, path, options):
+            if not await self._reload(life, model_id, path, options):
                 return
         assert not isinstance(self._breaker, Open)
         self._breaker = after_probe(self._breaker)
-        self._set_state(port.Ready(process.pid))
-        self._ready_s = self._now()
-        self._backlog.hand_over(lambda stream: self._send_or_fail(stream, connection))
+        self._set_state(port.Ready(life.pid))
+        life.serves()
+        self._backlog.hand_over(lambda stream: self._send_or_fail(stream, life.connection))
 
     def _reconcile(self, connection: Connection, hello: wire.Hello) -> None:
         differences = reconcile.compare(self._models.wanted, hello.models, hello.sequences)
@@ -414,26 +368,22 @@ class Supervisor:
             connection.send(wire.UnloadModel(model_id))
 
     async def _reload(
-        self, connection: Connection, model_id: str, path: str, options: wire.ModelOptions
+        self, life: Life, model_id: str, path: str, options: wire.ModelOptions
     ) -> bool:
         """False: the worker died over it."""
-        load = asyncio.ensure_future(connection.load_model(model_id, path, options))
         try:
-            await _first(load, connection.lost)
-            if not load.done():
-                return False
-            info = load.result()
+            info = await life.load(model_id, path, options)
         except errors.MLXServingError as error:
             self._models.not_reloaded(model_id, error)
             self.on_event(port.ModelLoadFailed(model_id, error.code, error.message))
             return True
-        finally:
-            load.cancel()
+        if info is None:
+            return False
         # It may survive its loads and none of its steps.
-        if isinstance(self._breaker, HalfOpen) and not await self._probe(connection, model_id):
+        if isinstance(self._breaker, HalfOpen) and not await life.probe(self._probe(model_id)):
             return False
         self._models.acquit(model_id)
-        self._give_orders(connection, model_id)
+        self._give_orders(life.connection, model_id)
         self.on_event(port.ModelReady(info))
         return True
 
@@ -442,70 +392,51 @@ class Supervisor:
         for order in self._models.orders(model_id):
             connection.send(order)
 
-    async def _probe(self, connection: Connection, model_id: str) -> bool:
-        """One token of a prompt of ours, so that the next death is not a client's. False: it died."""
-        self._probing = model_id
-        sampling = SamplingParams(temperature=0.0, max_tokens=1)
-        request = wire.Submit(
+    def _probe(self, model_id: str) -> wire.Submit:
+        """One token."""
+        return wire.Submit(
             seq_id=next(self._seq_ids),
             model_id=model_id,
             token_ids=[0],
             prompt_len=1,
-            sampling=sampling,
+            sampling=SamplingParams(temperature=0.0, max_tokens=1),
         )
-        stream = SequenceStream(request)
-        answered = asyncio.ensure_future(_ended(stream))
-        connection.submit(stream)
-        await _first(answered, connection.lost)
-        stream.cancel()
-        if not answered.done():
-            return False
-        self._probing = None
-        if (error := answered.exception()) is not None:
-            log.warning("the probe of %r failed: %s", model_id, error)
-        return True
 
     # After a death
 
-    def _bury(self, connection: Connection, cause: str) -> None:
+    def _bury(self, life: Life, death: Death) -> None:
         """Whom to blame, and who goes on."""
-        cause = reasons.brief(cause)
+        cause = reasons.brief(death.cause)
         died = errors.WorkerDied(cause)
-        if not self._replacing:
-            self._blame_model(connection, cause)
-        self._probing = None
-        streams = connection.release()
-        connection.close()
-        connection.abandon(died)
+        if not death.wanted and (suspect := life.suspect) is not None:
+            self._blame_model(suspect, cause, hung=life.load_hung)
+        streams = life.connection.release()
+        life.connection.close()
+        life.connection.abandon(died)
         if not self._revive:
             for stream in streams:
                 stream.fail(died)
             return
-        if self._replacing:
+        if death.wanted:
             for stream in streams:
                 stream.starting = False
         self._backlog.orphaned(streams, self._resume_timeout_s, cause)
 
-    def _blame_model(self, connection: Connection, cause: str) -> None:
-        """A model whose load, or whose probe, the worker died over."""
-        phase = connection.phase.phase if connection.phase is not None else ""
-        loading = connection.loading[:1] if phase in ("loading", "compiling") else ()
-        for model_id in (self._probing,) if self._probing is not None else loading:
-            # A load that hangs costs its whole deadline each time.
-            hung = self._stuck is not None and bool(loading)
-            error = self._models.blame(model_id, cause, at_once=hung)
-            if error is not None:
-                log.error("%s", error.message)
-                self.on_event(port.ModelLoadFailed(model_id, error.code, error.message))
+    def _blame_model(self, model_id: str, cause: str, *, hung: bool) -> None:
+        # A load that hangs costs its whole deadline each time.
+        error = self._models.blame(model_id, cause, at_once=hung)
+        if error is not None:
+            log.error("%s", error.message)
+            self.on_event(port.ModelLoadFailed(model_id, error.code, error.message))
 
     # Sending and parking
 
     def _usable(self) -> Connection | None:
         """The connection while submissions may be sent: models reloaded, worker not known dead."""
-        connection = self._connection
-        if not isinstance(self._state, port.Ready) or connection is None or connection.lost.done():
+        life = self._life
+        if life is None or not isinstance(self._state, port.Ready) or not life.reachable:
             return None
-        return connection if not self._replacing else None
+        return life.connection
 
     def _send(self, stream: SequenceStream, connection: Connection) -> None:
         self._models.check(stream.request.model_id)
@@ -559,8 +490,8 @@ class Supervisor:
     def _fail(self, failed: port.Failed) -> None:
         self._set_state(failed)
         self._backlog.end(self._expired)
-        if self._connection is not None:
-            self._connection.abandon(self._unavailable())
+        if self._life is not None:
+            self._life.connection.abandon(self._unavailable())
 
     # Reports
 
@@ -580,13 +511,3 @@ class Supervisor:
 
     def _phase(self, phase: wire.Phase) -> None:
         self.on_event(port.PhaseChanged(phase.phase, phase.detail, phase.elapsed_s))
-
-
-async def _first(*futures: asyncio.Future[Any]) -> None:
-    """Wait until one of them is done; whether it failed is the caller's to see."""
-    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
-
-
-async def _ended(stream: SequenceStream) -> None:
-    async for _ in stream:
-        pass
