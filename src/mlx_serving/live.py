@@ -178,17 +178,3 @@ def _checked(make: Callable[[], T]) -> T:
         return make()
     except ConfigError as error:
         raise InvalidRequest(error.message, param=error.param, code=error.code) from error
-
-
-class InForce:
-    """The configuration as it is now, for who looks at it with every request."""
-
-    def __init__(self, config: Config, live: LiveSettings) -> None:
-        self.config = config
-        live.own(self._prepare)
-
-    def _prepare(self, wanted: Config) -> Apply:
-        async def apply() -> None:
-            self.config = wanted
-
-        return apply

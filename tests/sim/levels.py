@@ -17,7 +17,8 @@ from mlx_serving.traffic.levels import TICK_S, LevelChanged, Levels
 from mlx_serving.traffic.remedies import Remedy
 from mlx_serving.traffic.slo import Objective, parse
 from mlx_serving.traffic.step_guard import Enabled
-from mlx_serving.types import ModelInfo, Priority, Usage
+from mlx_serving.types import Priority, Usage
+from model_infos import model_info
 
 SERVICE_S = 2.0
 """Mean time that a request holds a row."""
@@ -68,15 +69,7 @@ class Server:
         self.ceiling = self._ceiling()
 
     def _ceiling(self) -> int:
-        info = ModelInfo(
-            model_id="m",
-            path="",
-            architecture="",
-            context_length=1,
-            vocab_size=1,
-            eos_token_ids=(),
-            max_num_seqs=self.rows,
-        )
+        info = model_info(max_num_seqs=self.rows)
         wishes = Wishes(None, self.usual, self.chunk_halvings, self.ceiling_steps)
         return tuning(info, wishes, Enabled()).max_num_seqs or self.rows
 

@@ -13,21 +13,13 @@ import pytest
 from mlx_serving.config import Config
 from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.traffic.ceilings import Ceilings
-from mlx_serving.types import ModelInfo
 from mlx_serving.worker.wire import StepStats, Tune
+from model_infos import model_info
 
 MOST = 64
 TOKENS = 30
 """Of an answer, on average."""
-INFO = ModelInfo(
-    model_id="m",
-    path="",
-    architecture="",
-    context_length=1,
-    vocab_size=1,
-    eos_token_ids=(),
-    max_num_seqs=MOST,
-)
+INFO = model_info(max_num_seqs=MOST)
 
 Curve = Callable[[int], float]
 """Milliseconds of a step with so many rows."""

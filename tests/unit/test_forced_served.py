@@ -33,7 +33,7 @@ OBJECT = {"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}
 
 @asynccontextmanager
 async def client_of(engine: Engine) -> AsyncIterator[openai.AsyncOpenAI]:
-    transport = httpx.ASGITransport(create_app(engine.gateway, engine.config))
+    transport = httpx.ASGITransport(create_app(engine.gateway))
     async with httpx.AsyncClient(transport=transport) as http:
         yield openai.AsyncOpenAI(
             base_url="http://test/v1", api_key="x", http_client=http, max_retries=0

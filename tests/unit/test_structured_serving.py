@@ -48,7 +48,7 @@ def schema_format(schema: Any, strict: bool = True) -> dict[str, Any]:
 @pytest.fixture
 async def client(scripted: Any) -> AsyncIterator[openai.AsyncOpenAI]:
     async with Engine(str(scripted(mode="hash"))) as engine:
-        transport = httpx.ASGITransport(create_app(engine.gateway, engine.config))
+        transport = httpx.ASGITransport(create_app(engine.gateway))
         async with httpx.AsyncClient(transport=transport) as http:
             yield openai.AsyncOpenAI(
                 base_url="http://test/v1", api_key="x", http_client=http, max_retries=0

@@ -51,7 +51,7 @@ def serve(scripted: Any) -> Serve:
     async def open_client(*, settings: Any = None, **model: Any) -> AsyncIterator[Any]:
         model.setdefault("context", 4096)
         async with Engine(str(scripted(**model)), supervise=False, **(settings or {})) as engine:
-            transport = httpx.ASGITransport(create_app(engine.gateway, engine.config))
+            transport = httpx.ASGITransport(create_app(engine.gateway))
             async with httpx.AsyncClient(transport=transport) as http:
                 yield openai.AsyncOpenAI(
                     base_url="http://test/v1", api_key="x", http_client=http, max_retries=0

@@ -44,9 +44,7 @@ from mlx_serving.api.responses import ResponsesRoutes
 from mlx_serving.api.rollouts import RolloutRoutes
 from mlx_serving.api.settings import SettingsRoutes
 from mlx_serving.api.tokens import TokenRoutes
-from mlx_serving.config import Config
 from mlx_serving.errors import InvalidRequest, MLXServingError, ModelNotFound
-from mlx_serving.live import InForce
 from mlx_serving.types import ServedModel
 from mlx_serving.unknown import left_out
 
@@ -76,18 +74,19 @@ class MethodNotAllowed(InvalidRequest):
     status, code = 405, "method_not_allowed"
 
 
-def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
+def create_app(gateway: GatewayPort) -> ASGIApp:
     """The application over `gateway`. Raises ConfigError where the API keys cannot be read."""
-    now, keyring = InForce(config, gateway.live), load_keys(config)
-    gateway.live.own(keyring.prepare)
-    rollouts = RolloutRoutes(gateway, now)
+    live, config = gateway.live, gateway.live.config
+    keyring = load_keys(config)
+    live.own(keyring.prepare)
+    rollouts = RolloutRoutes(gateway)
     gateway = Guard(gateway, keyring)
-    openai, info = OpenAIRoutes(gateway, now), InfoRoutes(gateway)
-    anthropic, ollama = AnthropicRoutes(gateway, now), OllamaRoutes(gateway, now)
-    responses, tokens = ResponsesRoutes(gateway, now), TokenRoutes(gateway, now)
-    embeddings, ollama_embed = EmbeddingRoutes(gateway, now), OllamaEmbedRoutes(gateway, now)
+    openai, info = OpenAIRoutes(gateway), InfoRoutes(gateway)
+    anthropic, ollama = AnthropicRoutes(gateway), OllamaRoutes(gateway)
+    responses, tokens = ResponsesRoutes(gateway), TokenRoutes(gateway)
+    embeddings, ollama_embed = EmbeddingRoutes(gateway), OllamaEmbedRoutes(gateway)
     requests, cache = RequestRoutes(), CacheRoutes(gateway)
-    settings = SettingsRoutes(gateway, now)
+    settings = SettingsRoutes(gateway)
     exact: Mapping[str, Methods] = {
         "/": {"GET": public(info.index)},
         "/health": {"GET": public(info.health)},
@@ -140,7 +139,7 @@ def create_app(gateway: GatewayPort, config: Config) -> ASGIApp:
             await send({"type": "websocket.close", "code": 1000})
         else:
             exchange = Exchange(scope, receive, send)
-            left_out.set([] if now.config.unknown_fields == "warn" else None)
+            left_out.set([] if live.config.unknown_fields == "warn" else None)
             with requests.tracked(exchange):
                 await _answer(exchange, table)
 

@@ -80,8 +80,8 @@ def _is_own(origin: str, host: str | None) -> bool:
 class Rules:
     """The policy in force."""
 
-    def __init__(self, config: Config, live: LiveSettings) -> None:
-        self.policy = policy(config)
+    def __init__(self, live: LiveSettings) -> None:
+        self.policy = policy(live.config)
         live.own(self._prepare)
 
     def _prepare(self, wanted: Config) -> Apply:

@@ -13,18 +13,17 @@ from mlx_serving.api.exchange import Exchange
 from mlx_serving.api.port import GatewayPort
 from mlx_serving.api.sse import ClientWatch
 from mlx_serving.errors import Cancelled
-from mlx_serving.live import InForce
 
 T = TypeVar("T")
 
 
 class EmbeddingRoutes:
-    def __init__(self, gateway: GatewayPort, now: InForce) -> None:
+    def __init__(self, gateway: GatewayPort) -> None:
         self._gateway = gateway
-        self._now = now
+        self._live = gateway.live
 
     async def embed(self, exchange: Exchange) -> None:
-        body = await exchange.body(self._now.config.max_body_bytes)
+        body = await exchange.body(self._live.config.max_body_bytes)
         call = parse_embeddings(body, default_model=self._gateway.default_model())
         async with ClientWatch(exchange):
             running = self._gateway.embed(call.request)
@@ -33,7 +32,7 @@ class EmbeddingRoutes:
             await exchange.respond(200, answer, advised(call.advisory))
 
     async def rerank(self, exchange: Exchange) -> None:
-        body = await exchange.body(self._now.config.max_body_bytes)
+        body = await exchange.body(self._live.config.max_body_bytes)
         call = parse_rerank(body, default_model=self._gateway.default_model())
         async with ClientWatch(exchange):
             running = self._gateway.rank(call.request)

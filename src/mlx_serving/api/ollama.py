@@ -16,7 +16,6 @@ from mlx_serving.api.ollama_request import OllamaCall, parse_chat, parse_generat
 from mlx_serving.api.port import GatewayPort
 from mlx_serving.api.sse import NDJSON
 from mlx_serving.errors import InvalidRequest, ModelNotFound
-from mlx_serving.live import InForce
 from mlx_serving.types import ServedModel
 
 PROTOCOL = "0.12.11"
@@ -27,9 +26,9 @@ MANAGING = ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete")
 
 
 class OllamaRoutes:
-    def __init__(self, gateway: GatewayPort, now: InForce) -> None:
+    def __init__(self, gateway: GatewayPort) -> None:
         self._gateway = gateway
-        self._now = now
+        self._live = gateway.live
 
     async def chat(self, exchange: Exchange) -> None:
         await self._serve(exchange, "chat", parse_chat)
@@ -47,7 +46,7 @@ class OllamaRoutes:
         await _json(exchange, {"models": models})
 
     async def show(self, exchange: Exchange) -> None:
-        body = read_object(await exchange.body(self._now.config.max_body_bytes))
+        body = read_object(await exchange.body(self._live.config.max_body_bytes))
         name = body.get("model") or body.get("name")
         if not isinstance(name, str):
             raise InvalidRequest("'model' must be a string.", param="model")
@@ -64,7 +63,7 @@ class OllamaRoutes:
         self, exchange: Exchange, route: response.Route, parse: Callable[..., OllamaCall]
     ) -> None:
         started_s = clock.monotonic()
-        body = await exchange.body(self._now.config.max_body_bytes)
+        body = await exchange.body(self._live.config.max_body_bytes)
         call = parse(body, default_model=self._gateway.default_model())
         reply = response.Reply(route, call.model, started_s)
         served = self._find(call.model)
@@ -81,7 +80,7 @@ class OllamaRoutes:
             await drive.serve(
                 exchange,
                 self._gateway,
-                self._now.config,
+                self._live.config,
                 msgspec.structs.replace(call.request, model=model),
                 answer=reply.whole,
                 writer=reply.writer if call.stream else None,

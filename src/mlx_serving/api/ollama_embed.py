@@ -21,7 +21,6 @@ from mlx_serving.api.exchange import Exchange
 from mlx_serving.api.ollama_request import kept_s
 from mlx_serving.api.port import GatewayPort
 from mlx_serving.api.sse import ClientWatch
-from mlx_serving.live import InForce
 from mlx_serving.types import MAX_INPUTS, Embeddings, EmbedRequest, TextPrompt
 
 _json = msgspec.json.Encoder().encode
@@ -64,9 +63,9 @@ ANSWERS: Mapping[str, type[msgspec.Struct]] = {"/api/embed": Vectors, "/api/embe
 
 
 class OllamaEmbedRoutes:
-    def __init__(self, gateway: GatewayPort, now: InForce) -> None:
+    def __init__(self, gateway: GatewayPort) -> None:
         self._gateway = gateway
-        self._now = now
+        self._live = gateway.live
 
     async def embed(self, exchange: Exchange) -> None:
         started_s = clock.monotonic()
@@ -123,7 +122,7 @@ class OllamaEmbedRoutes:
             await exchange.respond(200, b'{"embedding":%s}' % vector, advised(advisory))
 
     async def _read(self, exchange: Exchange, table: Table) -> tuple[dict[str, Any], list[str]]:
-        raw = read_object(await exchange.body(self._now.config.max_body_bytes))
+        raw = read_object(await exchange.body(self._live.config.max_body_bytes))
         return raw, check(table, raw)
 
     async def _run(self, exchange: Exchange, request: EmbedRequest) -> Embeddings:

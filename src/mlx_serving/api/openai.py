@@ -16,16 +16,15 @@ from mlx_serving.api.openai_response import Answer, Chunks, Route
 from mlx_serving.api.port import GatewayPort, Generation
 from mlx_serving.api.sse import DONE, ClientWatch, EventStream
 from mlx_serving.errors import MLXServingError
-from mlx_serving.live import InForce
 from mlx_serving.types import GenerateRequest, TokenEvent
 
 log = logging.getLogger(__name__)
 
 
 class OpenAIRoutes:
-    def __init__(self, gateway: GatewayPort, now: InForce) -> None:
+    def __init__(self, gateway: GatewayPort) -> None:
         self._gateway = gateway
-        self._now = now
+        self._live = gateway.live
 
     async def chat_completions(self, exchange: Exchange) -> None:
         await self._serve(exchange, "chat", self._parse_chat)
@@ -40,14 +39,14 @@ class OpenAIRoutes:
         return parse_completion(
             body,
             default_model=self._gateway.default_model(),
-            default_max_tokens=self._now.config.max_tokens,
+            default_max_tokens=self._live.config.max_tokens,
         )
 
     async def _serve(
         self, exchange: Exchange, route: Route, parse: Callable[[bytes], Call]
     ) -> None:
-        call = parse(await exchange.body(self._now.config.max_body_bytes))
-        async with ClientWatch(exchange, self._now.config.ping_interval_s) as watch:
+        call = parse(await exchange.body(self._live.config.max_body_bytes))
+        async with ClientWatch(exchange, self._live.config.ping_interval_s) as watch:
             generations = await self._open([wishes.apply(exchange, r) for r in call.requests])
             exchange.call_id, exchange.generations = call.id, generations
             try:

@@ -14,20 +14,19 @@ from mlx_serving.api.responses_request import parse_response
 from mlx_serving.api.responses_response import ResponseWriter, whole
 from mlx_serving.api.responses_store import ResponseStore
 from mlx_serving.errors import RequestNotFound
-from mlx_serving.live import InForce
 from mlx_serving.types import Message
 
 PREFIX = "/v1/responses/"
 
 
 class ResponsesRoutes:
-    def __init__(self, gateway: GatewayPort, now: InForce) -> None:
+    def __init__(self, gateway: GatewayPort) -> None:
         self._gateway = gateway
-        self._now = now
+        self._live = gateway.live
         self._store = ResponseStore()
 
     async def create(self, exchange: Exchange) -> None:
-        body = await exchange.body(self._now.config.max_body_bytes)
+        body = await exchange.body(self._live.config.max_body_bytes)
 
         def recall(response_id: str) -> Sequence[Message] | None:
             stored = self._store.get(response_id, exchange.client)
@@ -45,7 +44,7 @@ class ResponsesRoutes:
             await drive.serve(
                 exchange,
                 self._gateway,
-                self._now.config,
+                self._live.config,
                 call.request,
                 answer=lambda generation, collected: whole(generation, call, keep, collected),
                 writer=writer if call.stream else None,

@@ -10,7 +10,6 @@ import msgspec
 from mlx_serving.api.body import convert, read_object
 from mlx_serving.api.exchange import Exchange
 from mlx_serving.api.port import GatewayPort
-from mlx_serving.live import InForce
 from mlx_serving.traffic.rollouts import Report, Score, Spec
 
 PREFIX = "/v1/rollouts/"
@@ -42,9 +41,9 @@ ANSWERS: Mapping[str, type[msgspec.Struct]] = {
 
 
 class RolloutRoutes:
-    def __init__(self, gateway: GatewayPort, now: InForce) -> None:
+    def __init__(self, gateway: GatewayPort) -> None:
         self._gateway = gateway
-        self._now = now
+        self._live = gateway.live
 
     async def start(self, exchange: Exchange) -> None:
         spec = convert(await self._body(exchange), Spec)
@@ -81,7 +80,7 @@ class RolloutRoutes:
         await exchange.respond(200, msgspec.json.encode(Removed(name)))
 
     async def _body(self, exchange: Exchange) -> dict[str, Any]:
-        return read_object(await exchange.body(self._now.config.max_body_bytes))
+        return read_object(await exchange.body(self._live.config.max_body_bytes))
 
     async def _report(self, exchange: Exchange, name: str) -> None:
         await exchange.respond(200, msgspec.json.encode(self._gateway.rollouts.report(name)))

@@ -26,7 +26,6 @@ from mlx_serving.api.exchange import ASGIApp
 from mlx_serving.api.port import GatewayPort
 from mlx_serving.config import Config
 from mlx_serving.errors import ConfigError
-from mlx_serving.live import InForce
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
@@ -47,7 +46,6 @@ log = logging.getLogger(__name__)
 async def serve(
     app: ASGIApp,
     gateway: GatewayPort,
-    config: Config,
     *,
     on_started: Callable[[str], None] | None = None,
     on_draining: Callable[[], None] | None = None,
@@ -59,12 +57,12 @@ async def serve(
     handled in the main thread only. Raises ConfigError if the address cannot be listened on.
     """
     stops = asyncio.Queue[None](maxsize=2)
-    context, now = tls.context(config), InForce(config, gateway.live)
-    rules = browsers.Rules(config, gateway.live)
+    live, config = gateway.live, gateway.live.config
+    context, rules = tls.context(config), browsers.Rules(live)
     app = browsers.keeping_out(app, lambda: rules.policy)
     with _listen(config) as (listener, address), _signals(stops):
         files = _raise_file_limit()
-        made = _uvicorn_config(app, lambda: Limits.of(now.config, files), context)
+        made = _uvicorn_config(app, lambda: Limits.of(live.config, files), context)
         server = _Server(made, lambda: on_started and on_started(address))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         watching = asyncio.create_task(_watch(should_stop, stops))
@@ -75,7 +73,7 @@ async def serve(
                 serving.result()
             if on_draining is not None:
                 on_draining()
-            drained = await _drain(gateway, now.config.drain_timeout_s, stops)
+            drained = await _drain(gateway, live.config.drain_timeout_s, stops)
             await _close(server, serving, drained=drained)
         finally:
             for task in (first, watching, serving):

@@ -10,7 +10,7 @@ import msgspec
 from mlx_serving.api.body import read_object
 from mlx_serving.api.exchange import Exchange
 from mlx_serving.api.port import GatewayPort
-from mlx_serving.live import LIVE, Change, InForce
+from mlx_serving.live import LIVE, Change
 
 
 class Settings(msgspec.Struct):
@@ -27,18 +27,17 @@ ANSWERS: Mapping[str, type[msgspec.Struct]] = {
 
 
 class SettingsRoutes:
-    def __init__(self, gateway: GatewayPort, now: InForce) -> None:
-        self._gateway = gateway
-        self._now = now
+    def __init__(self, gateway: GatewayPort) -> None:
+        self._live = gateway.live
 
     async def show(self, exchange: Exchange) -> None:
         """Every setting, and which of them can change while the server runs."""
-        live = self._gateway.live
-        await exchange.respond(200, msgspec.json.encode(Settings(live.shown(), sorted(LIVE))))
+        settings = Settings(self._live.shown(), sorted(LIVE))
+        await exchange.respond(200, msgspec.json.encode(settings))
 
     async def change(self, exchange: Exchange) -> None:
-        values = read_object(await exchange.body(self._now.config.max_body_bytes))
-        await exchange.respond(200, msgspec.json.encode(await self._gateway.live.change(values)))
+        values = read_object(await exchange.body(self._live.config.max_body_bytes))
+        await exchange.respond(200, msgspec.json.encode(await self._live.change(values)))
 
     async def reload(self, exchange: Exchange) -> None:
-        await exchange.respond(200, msgspec.json.encode(await self._gateway.live.reload()))
+        await exchange.respond(200, msgspec.json.encode(await self._live.reload()))

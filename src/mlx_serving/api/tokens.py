@@ -15,7 +15,6 @@ from mlx_serving.api.openai_request import parse_chat
 from mlx_serving.api.port import GatewayPort
 from mlx_serving.api.tokens_fields import DETOKENIZE, TOKENIZE
 from mlx_serving.errors import InvalidRequest
-from mlx_serving.live import InForce
 from mlx_serving.types import Prompt, TextPrompt
 
 _OF_CHATS = (
@@ -47,12 +46,12 @@ SHAPES: Mapping[str, type[msgspec.Struct]] = {"/tokenize": _Tokenize, "/detokeni
 
 
 class TokenRoutes:
-    def __init__(self, gateway: GatewayPort, now: InForce) -> None:
+    def __init__(self, gateway: GatewayPort) -> None:
         self._gateway = gateway
-        self._now = now
+        self._live = gateway.live
 
     async def tokenize(self, exchange: Exchange) -> None:
-        raw = read_object(await exchange.body(self._now.config.max_body_bytes))
+        raw = read_object(await exchange.body(self._live.config.max_body_bytes))
         check(TOKENIZE, raw)
         body = convert(raw, _Tokenize)
         model = body.model or self._gateway.default_model()
@@ -67,7 +66,7 @@ class TokenRoutes:
         await exchange.respond(200, msgspec.json.encode(answer))
 
     async def detokenize(self, exchange: Exchange) -> None:
-        raw = read_object(await exchange.body(self._now.config.max_body_bytes))
+        raw = read_object(await exchange.body(self._live.config.max_body_bytes))
         check(DETOKENIZE, raw)
         body = convert(raw, _Detokenize)
         model = body.model or self._gateway.default_model()

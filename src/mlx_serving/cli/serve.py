@@ -97,7 +97,7 @@ async def _serve(config: Config, say: Say, args: ServeArgs) -> int:
         manager.ready("loading models")
         starting.append(asyncio.create_task(engine.start(wait_ready=False)))
 
-    app = create_app(engine.gateway, config)
+    app = create_app(engine.gateway)
     loop = asyncio.get_running_loop()
     # nohup has it ignored: then a closed terminal is none of our business.
     minds = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal()
@@ -106,7 +106,6 @@ async def _serve(config: Config, say: Say, args: ServeArgs) -> int:
         code = await serve(
             app,
             engine.gateway,
-            config,
             on_started=on_started,
             on_draining=lambda: manager.stopping(engine.gateway.live.config.drain_timeout_s),
             should_stop=give_up,

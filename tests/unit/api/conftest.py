@@ -275,7 +275,8 @@ def config() -> Config:
 @pytest.fixture
 async def client(gateway: FakeGateway, config: Config) -> AsyncIterator[httpx.AsyncClient]:
     """Talks to the application without a socket; an exception that leaves the app fails the test."""
-    transport = httpx.ASGITransport(create_app(gateway, config))
+    gateway.live.config = config
+    transport = httpx.ASGITransport(create_app(gateway))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
 
@@ -283,8 +284,8 @@ async def client(gateway: FakeGateway, config: Config) -> AsyncIterator[httpx.As
 @pytest.fixture
 async def relaxed(gateway: Any) -> AsyncIterator[httpx.AsyncClient]:
     """A server that leaves out what it does not know."""
-    app = create_app(gateway, Config(unknown_fields="warn"))
-    transport = httpx.ASGITransport(app)
+    gateway.live.config = Config(unknown_fields="warn")
+    transport = httpx.ASGITransport(create_app(gateway))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
 
@@ -325,7 +326,7 @@ class RunningServer:
 
     def __init__(self, gateway: FakeGateway, config: Config) -> None:
         self.gateway = gateway
-        self.config = config
+        gateway.live.config = config
         self.address = ""
         self.exit_code: int | None = None
         self._started = threading.Event()
@@ -351,9 +352,9 @@ class RunningServer:
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        app = create_app(self.gateway, self.config)
+        app = create_app(self.gateway)
         self.exit_code = await serve(
-            app, self.gateway, self.config, on_started=self._on_started, should_stop=self._stop
+            app, self.gateway, on_started=self._on_started, should_stop=self._stop
         )
 
     def _on_started(self, address: str) -> None:

@@ -113,7 +113,8 @@ def connect(gateway: Any, tmp_path: Path) -> Connect:
     """Clients of one server with KEYS, each with a key or none and an address."""
     file = tmp_path / "keys.yaml"
     file.write_text(KEYS)
-    app = create_app(gateway, Config(api_keys_file=str(file), admin_key="root"))
+    gateway.live.config = Config(api_keys_file=str(file), admin_key="root")
+    app = create_app(gateway)
 
     def client(key: str | None = None, peer: str = "10.0.0.9", **headers: str) -> httpx.AsyncClient:
         auth = {"authorization": f"Bearer {key}"} if key else {}
@@ -286,8 +287,8 @@ async def test_one_key_cannot_cancel_another_s_request(connect: Connect, gateway
     [("open", None, 200), ("key", None, 401), ("key", "one", 200), ("admin", "one", 403)],
 )
 async def test_who_reads_metrics(gateway: Any, setting: Any, key: str | None, status: int) -> None:
-    config = Config(api_key=("one",), metrics_access=setting)
-    transport = httpx.ASGITransport(create_app(gateway, config), client=("10.0.0.9", 1))
+    gateway.live.config = Config(api_key=("one",), metrics_access=setting)
+    transport = httpx.ASGITransport(create_app(gateway), client=("10.0.0.9", 1))
     headers = {"authorization": f"Bearer {key}"} if key else {}
     async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
         assert (await client.get("/metrics", headers=headers)).status_code == status

@@ -216,9 +216,8 @@ async def test_silence_is_filled_with_pings(gateway: Any) -> None:
             gone.set()
 
     scope = {"type": "http", "method": "POST", "path": MESSAGES, "headers": []}
-    await asyncio.wait_for(
-        create_app(gateway, Config(ping_interval_s=0.01))(scope, receive, send), 5
-    )
+    gateway.live.config = Config(ping_interval_s=0.01)
+    await asyncio.wait_for(create_app(gateway)(scope, receive, send), 5)
     assert events(sent[1]["body"]) == [("ping", {"type": "ping"})]
     assert gateway.generations[0].ended
 
@@ -237,7 +236,7 @@ async def test_what_the_server_cuts_is_told(gateway: Any) -> None:
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": MESSAGES, "headers": []}
-    app = asyncio.ensure_future(create_app(gateway, Config())(scope, receive, send))
+    app = asyncio.ensure_future(create_app(gateway)(scope, receive, send))
     while len(sent) < 2:  # noqa: ASYNC110 - nothing signals it
         await asyncio.sleep(0)
     await asyncio.sleep(0)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from mlx_serving.api import fields
 from mlx_serving.api.app import create_app
-from mlx_serving.config import Config
 
 JUNK = st.recursive(
     st.none()
@@ -49,7 +48,7 @@ def bodies(table: fields.Table) -> st.SearchStrategy[dict[str, Any]]:
 
 def answer(gateway: Any, route: str, body: bytes) -> httpx.Response:
     async def post() -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(gateway, Config()))
+        transport = httpx.ASGITransport(create_app(gateway))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.post(route, content=body)
 

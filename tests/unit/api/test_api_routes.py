@@ -172,7 +172,8 @@ async def test_the_content_type_does_not_matter(client: httpx.AsyncClient, kind:
 
 
 async def test_oversize_bodies_are_refused_unread(gateway: Any) -> None:
-    app = create_app(gateway, Config(max_body_bytes=1024))
+    gateway.live.config = Config(max_body_bytes=1024)
+    app = create_app(gateway)
     reads = 0
 
     async def receive() -> dict[str, Any]:
@@ -209,7 +210,7 @@ async def test_a_client_that_leaves_amid_its_body_gets_nothing(gateway: Any) -> 
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
-    await create_app(gateway, Config())(scope, receive, send)
+    await create_app(gateway)(scope, receive, send)
     assert sent == []
 
 
@@ -271,7 +272,7 @@ async def messages(*kinds: str) -> AsyncIterator[dict[str, str]]:
 
 
 async def test_other_scopes(gateway: Any) -> None:
-    app = create_app(gateway, Config())
+    app = create_app(gateway)
     sent: list[str] = []
     events = messages("lifespan.startup", "lifespan.shutdown")
 

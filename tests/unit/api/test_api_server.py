@@ -234,8 +234,8 @@ from mlx_serving.config import Config
 
 gateway = FakeGateway()
 gateway.script = lambda request: [[text_event("x")], "hang"]
-config = Config(port=0, drain_timeout_s=60)
-sys.exit(uvloop.run(serve(create_app(gateway, config), gateway, config,
+gateway.live.config = Config(port=0, drain_timeout_s=60)
+sys.exit(uvloop.run(serve(create_app(gateway), gateway,
                           on_started=lambda address: print(address, flush=True))))
 """
 
@@ -263,7 +263,8 @@ def test_one_signal_drains_and_a_second_cuts(signum: int) -> None:
 
 
 def run(config: Config, gateway: Any) -> int:
-    return asyncio.run(serve(create_app(gateway, config), gateway, config))
+    gateway.live.config = config
+    return asyncio.run(serve(create_app(gateway), gateway))
 
 
 def test_addresses_that_cannot_be_listened_on(

@@ -360,7 +360,7 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
 async def test_a_client_that_leaves_cancels_its_generation(gateway: Any, stream: bool) -> None:
     gateway.script = lambda request: [[TokenEvent(choice=0, text="x", token_ids=[1])], "hang"]
     wire = Wire({"messages": MESSAGES, "stream": stream})
-    task = wire.run(create_app(gateway, Config()))
+    task = wire.run(create_app(gateway))
     if stream:
         await wire.wrote.wait()
     else:
@@ -374,7 +374,7 @@ async def test_a_client_that_leaves_cancels_its_generation(gateway: Any, stream:
 async def test_a_client_that_leaves_while_waiting_is_not_admitted(gateway: Any) -> None:
     gateway.open_hangs = True
     wire = Wire({"messages": MESSAGES})
-    task = wire.run(create_app(gateway, Config()))
+    task = wire.run(create_app(gateway))
     await until(lambda: bool(gateway.requests))
     wire.gone.set()
     await asyncio.wait_for(task, 5)
@@ -386,7 +386,7 @@ async def test_a_client_that_leaves_while_waiting_is_not_admitted(gateway: Any) 
 async def test_what_the_server_cuts_is_told(gateway: Any, stream: bool) -> None:
     gateway.script = lambda request: [[TokenEvent(choice=0, text="x", token_ids=[1])], "hang"]
     wire = Wire({"messages": MESSAGES, "stream": stream})
-    task = wire.run(create_app(gateway, Config()))
+    task = wire.run(create_app(gateway))
     await until(lambda: bool(gateway.generations) and (not stream or bool(wire.sent)))
     await asyncio.sleep(0)
     task.cancel()
@@ -399,8 +399,9 @@ async def test_what_the_server_cuts_is_told(gateway: Any, stream: bool) -> None:
 
 async def test_silence_is_filled_with_pings(gateway: Any) -> None:
     gateway.script = lambda request: ["hang"]
+    gateway.live.config = Config(ping_interval_s=0.01)
     wire = Wire({"messages": MESSAGES, "stream": True})
-    task = wire.run(create_app(gateway, Config(ping_interval_s=0.01)))
+    task = wire.run(create_app(gateway))
     while len(wire.sent) < 4:
         await asyncio.wait_for(wire.wrote.wait(), 5)
         wire.wrote.clear()

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from mlx_serving.api import fields
 from mlx_serving.api.app import create_app
-from mlx_serving.config import Config
 
 USER = [{"role": "user", "content": "Hi"}]
 RIGHT: dict[str, dict[str, Any]] = {
@@ -64,7 +63,7 @@ def test_junk(make_gateway: Any, request: tuple[str, dict[str, Any]]) -> None:
     route, body = request
 
     async def post() -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(make_gateway(), Config()))
+        transport = httpx.ASGITransport(create_app(make_gateway()))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.post(route, content=json.dumps(body).encode())
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from msgspec.structs import replace
 
 from mlx_serving.api.app import create_app
 from mlx_serving.config import Config
@@ -43,7 +44,7 @@ async def test_a_change_that_cannot_be(client: httpx.AsyncClient) -> None:
 
 async def test_a_reload(client: httpx.AsyncClient, gateway: Any) -> None:
     assert (await client.post("/v1/admin/reload")).status_code == 400
-    gateway.live.read = lambda: Config(max_queue=3, port=9)
+    gateway.live.read = lambda: replace(gateway.live.config, max_queue=3, port=9)
     assert (await client.post("/v1/admin/reload")).json() == {
         "applied": {"max_queue": 3},
         "needs_restart": ["port"],
@@ -51,7 +52,8 @@ async def test_a_reload(client: httpx.AsyncClient, gateway: Any) -> None:
 
 
 async def test_only_the_admin_key_may(gateway: Any) -> None:
-    transport = httpx.ASGITransport(create_app(gateway, Config(api_key=("k",), admin_key="boss")))
+    gateway.live.config = Config(api_key=("k",), admin_key="boss")
+    transport = httpx.ASGITransport(create_app(gateway))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         for method, path in (
             ("GET", "/v1/admin/config"),
@@ -73,7 +75,7 @@ async def test_keys_that_change_in_their_file(gateway: Any, tmp_path: Path) -> N
     config = Config(api_keys_file=str(file), admin_key="boss")
     gateway.live.config = config
     gateway.live.read = lambda: config
-    transport = httpx.ASGITransport(create_app(gateway, config), client=("10.0.0.9", 1))
+    transport = httpx.ASGITransport(create_app(gateway), client=("10.0.0.9", 1))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
 
         async def status(key: str) -> int:
@@ -95,8 +97,8 @@ async def test_keys_that_change_in_their_file(gateway: Any, tmp_path: Path) -> N
 
 
 async def test_what_the_api_takes_changes(gateway: Any) -> None:
-    gateway.live.config = config = Config(max_tokens=4)
-    app = create_app(gateway, config)
+    gateway.live.config = Config(max_tokens=4)
+    app = create_app(gateway)
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app), base_url="http://test"
     ) as client:
@@ -122,7 +124,6 @@ async def test_what_the_api_takes_changes(gateway: Any) -> None:
 
 
 def test_what_connections_and_pages_may_changes(start_server: Any, gateway: Any) -> None:
-    gateway.live.config = Config(port=0, drain_timeout_s=0.3)
     server = start_server()
     origin = {"origin": "https://chat.example.org"}
     with httpx.Client(base_url=server.address) as client:

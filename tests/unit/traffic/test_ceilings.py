@@ -7,19 +7,10 @@ from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.traffic import knee
 from mlx_serving.traffic.ceilings import Ceilings, Wishes, tuning
 from mlx_serving.traffic.step_guard import WINDOW_STEPS, Bypassed, Degraded, Enabled
-from mlx_serving.types import ModelInfo
 from mlx_serving.worker.wire import StepStats, Tune
+from model_infos import model_info
 
-INFO = ModelInfo(
-    model_id="m",
-    path="",
-    architecture="",
-    context_length=1,
-    vocab_size=1,
-    eos_token_ids=(),
-    prefill_step_size=256,
-    max_num_seqs=16,
-)
+INFO = model_info(prefill_step_size=256, max_num_seqs=16)
 
 
 def tune(rows=None, prefill=None):
@@ -118,16 +109,7 @@ def test_settings_change_what_is_told():
 
 def test_what_decodes_nothing_is_left_alone():
     made, worker, _ = ceilings(concurrency_limit=3)
-    encoder = ModelInfo(
-        model_id="e",
-        path="",
-        architecture="",
-        context_length=1,
-        vocab_size=1,
-        eos_token_ids=(),
-        kind="embedder",
-    )
-    made.loaded(encoder)
+    made.loaded(model_info("e", kind="embedder"))
     assert len(worker.told) == 1
 
 
