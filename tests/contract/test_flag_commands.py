@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import httpx
 
+import commands
 from contract.served import serving
 
 
@@ -19,9 +18,8 @@ def test_flags_are_listed_and_reach_another_share_while_the_server_runs(scripted
     body = {"model": "old", "prompt": "x", "max_tokens": 4, "temperature": 0}
     with serving(models, "--feature-flags", flag) as url:
 
-        def run(*args: str) -> subprocess.CompletedProcess[str]:
-            argv = [sys.executable, "-m", "mlx_serving", "flag", *args, "--url", url]
-            return subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+        def run(*args: str) -> commands.Job:
+            return commands.run("flag", *args, "--url", url)
 
         def reached(http: httpx.Client) -> set[int]:
             found = set()

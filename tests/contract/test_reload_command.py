@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
 
+import commands
 from contract.served import serving
 
 
-def reload(url: str, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mlx_serving", "reload", "--url", url, *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def reload(url: str, *args: str) -> commands.Job:
+    return commands.run("reload", "--url", url, *args)
 
 
 def test_the_file_is_read_again(scripted, tmp_path: Path) -> None:

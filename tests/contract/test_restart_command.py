@@ -18,6 +18,8 @@ from threading import Thread
 import httpx
 import pytest
 
+import commands
+
 Serve = Callable[..., tuple[subprocess.Popen[str], str]]
 
 
@@ -48,11 +50,6 @@ def serve() -> Iterator[Serve]:
         assert server.wait(30) == 0
 
 
-def restart(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mlx_serving", "restart", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-
 def texts(lines: Iterator[str]) -> Iterator[str]:
     """The pieces of a streamed completion, to its [DONE]."""
     for line in lines:
@@ -73,7 +70,7 @@ def test_a_restart_replaces_the_worker_under_a_stream(scripted, serve: Serve, ho
             pieces = texts(response.iter_lines())
             got = next(pieces)
             if how == "command":
-                job = restart("--url", url)
+                job = commands.run("restart", "--url", url)
                 assert job.returncode == 0, job.stderr
             else:
                 server.send_signal(signal.SIGHUP)
@@ -112,7 +109,7 @@ def test_a_closed_terminal_stops_the_server(scripted) -> None:
 
 
 def test_restart_says_when_nobody_is_there() -> None:
-    job = restart("--url", "http://127.0.0.1:9")
+    job = commands.run("restart", "--url", "http://127.0.0.1:9")
     assert job.returncode == 1
     assert "no server of ours answers" in job.stderr
 
@@ -132,6 +129,6 @@ def test_restart_signals_no_process_that_is_not_a_server() -> None:
 
     with HTTPServer(("127.0.0.1", 0), Health) as other:
         Thread(target=other.handle_request, daemon=True).start()
-        job = restart("--url", f"http://127.0.0.1:{other.server_port}")
+        job = commands.run("restart", "--url", f"http://127.0.0.1:{other.server_port}")
     assert job.returncode == 1 and "does not run on this machine" in job.stderr
     assert victim.communicate(b"\n") == (None, None) and victim.returncode == 0

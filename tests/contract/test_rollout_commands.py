@@ -3,47 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+import commands
+from contract.served import serving
+
+Run = Callable[..., commands.Job]
 
 
-@pytest.fixture
-def server(scripted, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+@pytest.fixture(scope="module")
+def server(scripted_once, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """URL of a server of two scripted models, and the file of its rollouts."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("MLX_SERVING_")}
     models = [
-        str(scripted(name=name, text=text * 40)) for name, text in (("old", "a"), ("new", "b"))
+        scripted_once(name=name, text=text * 40) for name, text in (("old", "a"), ("new", "b"))
     ]
-    file = tmp_path / "rollouts.json"
-    command = [sys.executable, "-m", "mlx_serving", "serve", *models, "--json", "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--rollouts-file", str(file)], stdout=subprocess.PIPE, text=True, env=env
-    )
-    assert process.stdout is not None
-    url = json.loads(process.stdout.readline())["url"]
-    for _ in models:
-        assert json.loads(process.stdout.readline())["event"] == "model_loaded"
-    yield url, file
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    file = tmp_path_factory.mktemp("kept") / "rollouts.json"
+    with serving(models, "--rollouts-file", str(file)) as url:
+        yield url, file
 
 
 @pytest.fixture
 def run(server) -> Run:
-    def command(*args: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-m", "mlx_serving", *args, "--url", server[0]]
-        return subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
-
-    return command
+    return lambda *args: commands.run(*args, "--url", server[0])
 
 
 def test_a_canary_by_hand(server, run: Run) -> None:
@@ -116,11 +101,5 @@ def test_what_is_wrong_is_named(run: Run) -> None:
     assert share.returncode == 1 and "stages[0].share" in share.stderr
     missing = run("canary", "status", "none")
     assert missing.returncode == 1 and "no rollout 'none'" in missing.stderr
-    nobody = subprocess.run(
-        [sys.executable, "-m", "mlx_serving", "ab", "status", "--url", "http://127.0.0.1:9"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    nobody = commands.run("ab", "status", "--url", "http://127.0.0.1:9")
     assert nobody.returncode == 1 and "no server of ours" in nobody.stderr
