@@ -19,6 +19,10 @@ class Report:
     promoted: int = 0
     """Rows given to those who had waited too long."""
     refused: int = 0
+    compiled: int = 0
+    """Grammars that a waiting sequence waited for."""
+    malformed: int = 0
+    """Those that were none."""
     evictions: int = 0
     """Rows that paused sequences had to give up."""
     discarded: int = 0

@@ -12,14 +12,14 @@ import heapq
 import math
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from mlx_serving.errors import ContextOverflow, DeadlineExceeded
 from mlx_serving.runtime.core import invariants
 from mlx_serving.runtime.core.disk import STAGED_BYTES
 from mlx_serving.runtime.core.memory import Room
-from mlx_serving.runtime.core.plan import Limits, PendingStep, StepPlan
+from mlx_serving.runtime.core.plan import Limits, Matcher, PendingStep, StepPlan
 from mlx_serving.runtime.core.policy import usable_context
 from mlx_serving.runtime.core.rows import bucketed
 from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
@@ -45,12 +45,16 @@ class Request:
     """When its reader stalls, and when it goes on."""
     salt: str | None = None
     turn: Turn = field(default_factory=Turn)
+    compiles_s: float | None = None
+    """How long its grammar takes to compile, in every worker; None: it has none."""
+    malformed: bool = False
+    """Its grammar turns out to be none."""
 
     submitted: bool = False
     rejected: bool = False
     cancelled: bool = False
     refused: bool = False
-    """It could not have ended by its deadline, and was not begun."""
+    """It was not begun: it could not have ended by its deadline, or its grammar is none."""
     paused: bool = False
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -132,6 +136,7 @@ def scenario(seed: int, *, crowded: bool = True) -> Scenario:
         deaths_s=[rng.uniform(0, 2 * horizon_s) for _ in range(rng.choice([0, 0, 1, 2]))],
         failures_s=[rng.uniform(0, 2 * horizon_s) for _ in range(rng.choice([0, 0, 1]))],
     )
+    _with_grammars(plain, random.Random(seed ^ 0x6A14))
     shared = _sharing(plain, random.Random(~seed))
     return _crowded(shared, random.Random(seed ^ 0xC201)) if crowded else shared
 
@@ -155,6 +160,17 @@ def _crowded(plain: Scenario, rng: random.Random) -> Scenario:
             deadline_s=request.arrives_s + in_s if rng.random() < hurried else None,
         )
     return dataclasses.replace(plain, limits=limits)
+
+
+def _with_grammars(plain: Scenario, rng: random.Random) -> None:
+    """Perhaps some of the requests have one that takes its time."""
+    if rng.random() < 0.5:
+        return
+    share, mean_s = rng.choice([0.2, 1.0]), rng.choice([0.1, 2.0, 20.0])
+    for request in plain.requests:
+        if rng.random() < share:
+            request.compiles_s = rng.expovariate(1 / mean_s)
+            request.malformed = rng.random() < 0.1
 
 
 def _sharing(plain: Scenario, rng: random.Random) -> Scenario:
@@ -243,6 +259,13 @@ def _request(rng: random.Random, seq_id: int, context: int, horizon_s: float) ->
         cancels_s=arrives_s + rng.expovariate(1 / 30) if rng.random() < 0.15 else None,
         pauses_s=pauses_s,
     )
+
+
+class AnyToken:
+    """A constraint that the fake runner does not look at."""
+
+    def matcher(self, output: Iterable[int]) -> Matcher:
+        raise NotImplementedError
 
 
 class Simulation:
@@ -370,6 +393,8 @@ class Simulation:
     def _observe_sharing(self, plan: StepPlan) -> None:
         report, scheduler = self.report, self._scheduler
         for start in plan.starts:
+            constrained = self._requests[start.seq_id].compiles_s is not None
+            assert (start.constraint is not None) == constrained, "begun without its grammar"
             report.reused += start.reused
             self._cached.setdefault(start.seq_id, min(start.reused, start.prompt_len))
         report.published += sum(len(publish.blocks) for publish in plan.publish)
@@ -452,7 +477,8 @@ class Simulation:
         self._log(f"{self._now_s:8.1f} submit {request.seq_id} {request.priority.name}")
 
     def _add(self, request: Request, priority: Priority | None = None) -> None:
-        self._scheduler.add(
+        scheduler = self._scheduler
+        scheduler.add(
             Sequence(
                 seq_id=request.seq_id,
                 tokens=request.prompt + request.tokens,
@@ -461,9 +487,26 @@ class Simulation:
                 priority=request.priority if priority is None else priority,
                 salt=request.salt,
                 turn=request.turn,
+                compiling=request.compiles_s is not None,
             ),
             self._now_s,
         )
+        if request.compiles_s is not None:
+            at_s = self._now_s + request.compiles_s
+            self._at(at_s, lambda: self._compiled(request, scheduler))
+
+    def _compiled(self, request: Request, scheduler: Scheduler) -> None:
+        """Of a worker that may be no more, for a request that may have ended."""
+        if scheduler is not self._scheduler or not request.live:
+            return
+        if request.malformed:
+            self.report.malformed += 1
+            request.refused = True
+            assert not request.tokens and scheduler.cancel(request.seq_id)
+        else:
+            self.report.compiled += 1
+            scheduler.provide(request.seq_id, AnyToken())
+        self._log(f"{self._now_s:8.1f} compiled {request.seq_id} {request.malformed=}")
 
     def _cancel(self, request: Request) -> None:
         live = request.live

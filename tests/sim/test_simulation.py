@@ -41,6 +41,8 @@ def test_a_few_seeds_and_everything_is_injected() -> None:
         "cancelled",
         "rejected",
         "pressures",
+        "compiled",
+        "malformed",
     )
     disk = ("disk_read", "disk_written", "disk_lost", "disk_not_written", "disk_evicted")
     turns = ("outranked", "promoted", "refused")

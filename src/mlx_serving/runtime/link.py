@@ -1,4 +1,5 @@
-"""The worker's end of the socket: frames out and in, and the pulse that says what the loop is at."""
+"""The worker's end of the socket: frames out and in, a bell for its other threads, and the pulse that
+says what the loop is at."""
 
 from __future__ import annotations
 
@@ -26,6 +27,10 @@ class Link:
         self._sending = threading.Lock()
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
+        self._bell, self._clapper = socket.socketpair()
+        self._bell.setblocking(False)
+        self._clapper.setblocking(False)
+        self._poll.register(self._bell, select.POLLIN)
 
     def send(self, message: wire.FromWorker) -> None:
         """Blocks while the parent does not read: it is then busy, and so are its readers.
@@ -34,8 +39,21 @@ class Link:
             self._sock.sendall(wire.encode(message))
 
     def wait(self, timeout_s: float) -> bool:
-        """Sleep until something (or the end) can be received."""
-        return bool(self._poll.poll(timeout_s * 1000))
+        """Sleep until something (or the end) can be received, or somebody rings. False: in vain."""
+        woken = self._poll.poll(timeout_s * 1000)
+        with suppress(BlockingIOError):
+            self._bell.recv(RECEIVE_BYTES)
+        return bool(woken)
+
+    def ring(self) -> None:
+        """Wake whoever waits, or is about to; from any thread, at any time."""
+        with suppress(OSError):  # it rings already, or nobody is there any more
+            self._clapper.send(b"!")
+
+    def close(self) -> None:
+        """The bell's; the socket is its owner's."""
+        self._bell.close()
+        self._clapper.close()
 
     def receive(self) -> list[wire.ToWorker]:
         """What has arrived, without waiting. Raises EOFError when the parent closed the socket."""

@@ -6,7 +6,8 @@
 
 One thread does all of it: while there is work, the socket is only polled between steps; when
 there is none, the thread sleeps in it, so that an idle worker uses no CPU and the kernel
-wakes it directly. Loads happen in slices between steps (`loads`), and `Phase` frames say so.
+wakes it directly. Loads happen in slices between steps (`loads`), and `Phase` frames say so. Grammars
+are compiled on threads (`compiles`), which ring when they are done.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import assert_never
 from mlx_serving import clock, errors, host
 from mlx_serving.runtime.backend.model import Device, LoadedAdapter, LoadedModel
 from mlx_serving.runtime.collector import Collector
+from mlx_serving.runtime.compiles import Compiles
 from mlx_serving.runtime.core.memory import lacks, share
 from mlx_serving.runtime.line import Line
 from mlx_serving.runtime.link import Link, Pulse
@@ -68,6 +70,7 @@ class Loop:
         self._heartbeat_s = heartbeat_s
         self._pulse = Pulse(link, pulse_s, now)
         self._models: dict[str, Model] = {}
+        self._compiles = Compiles(link.ring)
         self._line = Line(now)
         self._load = load
         self._loads = Loads(self._begin_load, now)
@@ -87,6 +90,7 @@ class Loop:
                     if isinstance(message, wire.Shutdown):
                         return
                     self._obey(message)
+                self._take_compiled()
                 worked = self._step()
                 if self._loads:
                     self._advance_load()
@@ -96,14 +100,21 @@ class Loop:
             return
         finally:
             self._pulse.end()
+            self._compiles.close()
+            self._link.close()
             for model in self._models.values():
                 model.close()
+
+    def _take_compiled(self) -> None:
+        for seq_id, outcome in self._compiles.take():
+            if (model := self._owner(seq_id)) is not None:
+                model.compiled(seq_id, outcome)
 
     def _step(self) -> bool:
         """One step of each model that has work. False: none had."""
         worked = False
         for model in self._models.values():
-            if model.sequences and self._pulse.phase != "stepping":
+            if model.has_work and self._pulse.phase != "stepping":
                 self._pulse.enter("stepping")
             if model.drag.holds():
                 continue
@@ -136,6 +147,12 @@ class Loop:
         rest_s = min(waiting, default=math.inf)
         if rest_s < math.inf:
             self._link.wait(rest_s)
+            return
+        if self._compiles:
+            # Its deadline is a load's: only a compiler that hangs takes so long.
+            if self._pulse.phase != "compiling":
+                self._pulse.enter("compiling", "a grammar")
+            self._link.wait(self._heartbeat_s)
             return
         if self._pulse.phase != "idle":
             self._pulse.enter("idle")
@@ -240,6 +257,7 @@ class Loop:
                 self._arrivals,
                 message.options.slow_step_ms,
                 self._line,
+                compiles=self._compiles,
             )
             self._device = loaded.device or self._device
         if loaded is not None:

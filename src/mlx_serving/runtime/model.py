@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlx_serving import clock, errors
 from mlx_serving.runtime.backend.model import LoadedAdapter, LoadedModel
+from mlx_serving.runtime.compiles import Compiles
 from mlx_serving.runtime.core.plan import Constraint, StepPlan
 from mlx_serving.runtime.core.scheduler import Emitted, Scheduler
 from mlx_serving.runtime.core.sequence import Sequence
@@ -34,6 +35,8 @@ class Model:
         arrivals: Iterator[int] | None = None,
         slow_step_ms: float = 0.0,
         line: Line | None = None,
+        *,
+        compiles: Compiles,
     ) -> None:
         self.info = loaded.info
         self.drag = Drag(slow_step_ms / 1e3, now)
@@ -46,6 +49,7 @@ class Model:
         self.close = loaded.close
         self.weights = loaded.weights
         self._grammars = loaded.grammars
+        self._compiles = compiles
         self._host = loaded.adapters
         self.adapters: dict[str, LoadedAdapter] = {}
         """By the names that requests have for them."""
@@ -85,8 +89,10 @@ class Model:
         return wire.Step([self._error_row(seq_id, code, message) for seq_id in ended])
 
     def submit(self, request: wire.Submit) -> None:
-        """Raises what the scheduler raises for a sequence that cannot ever run, and InvalidRequest
-        for a grammar that cannot be followed."""
+        """Raises what the scheduler raises for a sequence that cannot ever run, and UnsupportedParameter
+        for a grammar where the model has none. One that is not compiled yet is compiled meanwhile."""
+        compiler, grammar = self._grammars, request.grammar
+        constraint = None if grammar is None else self._known(grammar)
         adapter = self.adapters.get(request.model_id)
         sequence = Sequence(
             seq_id=request.seq_id,
@@ -94,7 +100,8 @@ class Model:
             prompt_len=request.prompt_len,
             sampling=request.sampling,
             priority=request.priority,
-            constraint=self._compile(request.grammar),
+            constraint=constraint,
+            compiling=grammar is not None and constraint is None,
             salt=request.cache_salt,
             pooled=request.pooled or self.info.kind != "decoder",
             second_at=request.second_at,
@@ -106,16 +113,29 @@ class Model:
         with self._stages.measure("hash"):
             self._scheduler.sharing.hash(sequence)
         self._stages.queued(request.seq_id)
+        if compiler is not None and grammar is not None:
+            self._stages.compiling(request.seq_id)
+            if sequence.compiling:
+                self._compiles.ask(request.seq_id, compiler, grammar)
+            else:
+                self._stages.compiled(request.seq_id)
 
-    def _compile(self, grammar: Grammar | None) -> Constraint | None:
-        if grammar is None:
-            return None
+    def _known(self, grammar: Grammar) -> Constraint | None:
         if self._grammars is None:
             raise errors.UnsupportedParameter(
                 f"model '{self.info.model_id}' has no structured output", param=grammar.param
             )
-        with self._stages.measure("grammar"):
-            return self._grammars.compile(grammar)
+        return self._grammars.known(grammar)
+
+    def compiled(self, seq_id: int, outcome: Constraint | BaseException) -> None:
+        """What came of compiling a sequence's grammar. One that cannot be followed ends it, with an
+        error row that the next step tells."""
+        self._stages.compiled(seq_id)
+        if isinstance(outcome, BaseException):
+            self._scheduler.cancel(seq_id)
+            self._early.append(self._error_row(seq_id, *reason_of(outcome, "internal_error")))
+        else:
+            self._scheduler.provide(seq_id, outcome)
 
     def cancel(self, seq_id: int) -> None:
         self._forget(seq_id)
@@ -129,6 +149,11 @@ class Model:
 
     def tune(self, tuning: wire.Tune) -> None:
         self._scheduler.tune(tuning.max_num_seqs, tuning.prefill_tokens)
+
+    @property
+    def has_work(self) -> bool:
+        """Something to compute, not only sequences that are held."""
+        return self._scheduler.has_work
 
     def step(self) -> wire.Step | None:
         """Launch what the pipeline has room for, then wait for the oldest step in flight.
@@ -274,6 +299,7 @@ class Model:
     def _forget(self, seq_id: int) -> None:
         self.sequences.discard(seq_id)
         self._started.discard(seq_id)
+        self._compiles.forget(seq_id)
         self._stages.forget(seq_id)
 
 
@@ -283,7 +309,7 @@ def error_row(seq_id: int, code: str, message: str, param: str | None = None) ->
     )
 
 
-def reason_of(error: Exception, code: str) -> tuple[str, str, str | None]:
+def reason_of(error: BaseException, code: str) -> tuple[str, str, str | None]:
     """(code, message, field at fault)."""
     if isinstance(error, errors.MLXServingError):
         return error.code, error.message, error.param

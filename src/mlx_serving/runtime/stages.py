@@ -1,6 +1,6 @@
 """How long the parts of a sequence's way to its first token take, in the worker.
 
-submit ─▶ grammar ─▶ hash ─▶ queue (of it: disk) ─▶ prefill ─▶ first token
+submit ─▶ hash ─▶ queue (in it: grammar, disk) ─▶ prefill ─▶ first token
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class Stages:
         self._waiting: dict[int, float] = {}
         """Since when, by sequence."""
         self._computing: dict[int, float] = {}
+        self._compiling: dict[int, float] = {}
         self._measured: list[StageTime] = []
 
     @contextmanager
@@ -27,6 +28,15 @@ class Stages:
         began_s = self._now()
         yield
         self._add(stage, self._now() - began_s)
+
+    def compiling(self, seq_id: int) -> None:
+        """Its grammar is compiled while it queues."""
+        self._compiling[seq_id] = self._now()
+
+    def compiled(self, seq_id: int) -> None:
+        since_s = self._compiling.pop(seq_id, None)
+        if since_s is not None:
+            self._add("grammar", self._now() - since_s)
 
     def queued(self, seq_id: int) -> None:
         self._waiting[seq_id] = self._now()
@@ -49,6 +59,7 @@ class Stages:
             self._add("prefill", self._now() - since_s)
 
     def forget(self, seq_id: int) -> None:
+        self._compiling.pop(seq_id, None)
         self._waiting.pop(seq_id, None)
         self._computing.pop(seq_id, None)
 

@@ -266,8 +266,8 @@ class TokenRow(msgspec.Struct, frozen=True, array_like=True):
 
 
 Stage = Literal["grammar", "hash", "queue", "disk", "prefill"]
-"""grammar: compiling it. hash: of the prompt's blocks. queue: until it has a row; disk: of that, what
-reading its prefix from disk took when it could have had one. prefill: from there to the first token."""
+"""hash: of the prompt's blocks. queue: until it has a row; grammar: of that, until it is compiled; disk: of
+that, what reading its prefix from disk took when it could have had one. prefill: from there to the first token."""
 StageTime = tuple[Stage, float]
 """With milliseconds."""
 

@@ -3,7 +3,8 @@
     Grammar ──compile──▶ CompiledGrammar ──matcher──▶ a GrammarMatcher a sequence: accept, mask
 
 llguidance does the work; it is imported when first needed. Everything it does is bounded by
-`_limits`, because it runs between the steps of other requests.
+`_limits`, because masks are computed between the steps of other requests. Compiling is done on threads
+beside them (`runtime.compiles`).
 """
 
 from __future__ import annotations
@@ -67,21 +68,36 @@ class Grammars:
         self._bounds = bounds or Bounds()
         self._vocabulary: Vocabulary | None = None
         self._reading = threading.Lock()
-        self._compiled: OrderedDict[tuple[str, str, str | None, str], LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[_Key, LLMatcher] = OrderedDict()
+        self._keeping = threading.Lock()
 
     def warm(self) -> None:
         """Read the vocabulary (tenths of a second) on a thread, before the first grammar needs it."""
         threading.Thread(target=self._read, name="grammar-vocabulary", daemon=True).start()
 
+    def known(self, grammar: Grammar) -> CompiledGrammar | None:
+        """At once, if it was compiled lately."""
+        key = _key(grammar)
+        with self._keeping:
+            compiled = self._compiled.get(key)
+            if compiled is None:
+                return None
+            self._compiled.move_to_end(key)
+        return self._constraint(grammar, compiled)
+
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """Milliseconds, or nothing if it was compiled lately. Raises InvalidRequest."""
-        key = (grammar.kind, grammar.text, grammar.white_space, grammar.before)
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            compiled = self._compiled[key] = self._compile(grammar)
+        found = self.known(grammar)
+        if found is not None:
+            return found
+        compiled = self._compile(grammar)
+        with self._keeping:
+            self._compiled[_key(grammar)] = compiled
             if len(self._compiled) > MAX_CACHED:
                 self._compiled.popitem(last=False)
-        self._compiled.move_to_end(key)
+        return self._constraint(grammar, compiled)
+
+    def _constraint(self, grammar: Grammar, compiled: LLMatcher) -> CompiledGrammar:
         # Forced calls are Lark around JSON.
         has_json = grammar.kind in ("json_schema", "json_object") or "%json" in grammar.text
         vocabulary = self._vocabulary if has_json else None
@@ -139,6 +155,13 @@ class Grammars:
             self._path, self._vocab_size, tuple(self._eos), self._bounds
         )
         return tokenizer
+
+
+_Key = tuple[str, str, str | None, str]
+
+
+def _key(grammar: Grammar) -> _Key:
+    return grammar.kind, grammar.text, grammar.white_space, grammar.before
 
 
 class ReadTokenizers:

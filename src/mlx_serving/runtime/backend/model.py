@@ -20,8 +20,15 @@ OnPhase = Callable[[Literal["loading", "compiling"], str], None]
 
 
 class GrammarCompiler(Protocol):
+    """Thread-safe."""
+
+    def known(self, grammar: Grammar) -> Constraint | None:
+        """At once, if it was compiled lately."""
+        ...
+
     def compile(self, grammar: Grammar) -> Constraint:
-        """Raises InvalidRequest, which names what the grammar asks and cannot have."""
+        """Takes milliseconds, tens of them for large ones; what takes long of it lets other threads run.
+        Raises InvalidRequest, which names what the grammar asks and cannot have."""
         ...
 
 

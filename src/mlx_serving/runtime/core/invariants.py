@@ -55,9 +55,12 @@ def _check_queue(scheduler: Scheduler) -> None:
     queue = scheduler.queue
     live = [seq for seq in scheduler.sequences.values() if seq.status is Status.WAITING]
     assert scheduler.waiting == len(live)
-    assert all(seq.queued or seq.paused for seq in live), "a waiting sequence is in no queue"
+    assert all(seq.queued or seq.held for seq in live), "a waiting sequence is in no queue"
     assert sum(seq.queued for seq in scheduler.sequences.values()) <= len(queue) <= queue.bound
-    assert scheduler.paused == sum(seq.paused for seq in scheduler.sequences.values())
+    assert scheduler.held == sum(seq.held for seq in scheduler.sequences.values())
+    compiling = [seq for seq in scheduler.sequences.values() if seq.compiling]
+    early = [seq for seq in compiling if seq.queued or seq.row is not None]
+    assert not early, "a sequence whose grammar is not there could begin"
 
 
 def _check_prefix(scheduler: Scheduler) -> None:

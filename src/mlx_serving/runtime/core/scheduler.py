@@ -26,6 +26,7 @@ from mlx_serving.runtime.core.disk import DiskOrders, Scanned
 from mlx_serving.runtime.core.memory import Claim, Room
 from mlx_serving.runtime.core.pace import Pace
 from mlx_serving.runtime.core.plan import (
+    Constraint,
     DecodeRow,
     Forced,
     Limits,
@@ -105,7 +106,8 @@ class Scheduler:
             self.sharing.disk.take(on_disk)
         self.launched: deque[tuple[int, int]] = deque()
         """Steps in flight, oldest first: (step_id, sequences it samples)."""
-        self.paused = 0
+        self.held = 0
+        """Sequences whose readers are slow, or whose grammars are not compiled yet."""
         self._arrivals = count() if arrivals is None else arrivals
         self._room: Room | None = None
         self._alone = True
@@ -114,7 +116,8 @@ class Scheduler:
     # -- what the client wants ------------------------------------------------------------
 
     def add(self, seq: Sequence, now_s: float = 0.0) -> None:
-        """Queue a sequence, new or resumed (its tokens then include what was generated).
+        """Queue a sequence, new or resumed (its tokens then include what was generated). One that is
+        `compiling` gets no row before `provide`; what disk has of its prefix is read meanwhile.
 
         Raises ContextOverflow if it can never fit, InvalidRequest if nothing is left to generate.
         """
@@ -141,8 +144,19 @@ class Scheduler:
         seq.rank = policy.rank(seq, self.limits)
         self.shares.enter(seq.turn.client)
         self.sequences[seq.seq_id] = seq
-        self.queue.push(seq)
+        if seq.compiling:
+            self.held += 1
+        else:
+            self.queue.push(seq)
         self.sharing.expect(seq)
+
+    def provide(self, seq_id: int, constraint: Constraint) -> None:
+        """The constraint that a sequence waits for; nothing if it has ended."""
+        seq = self.sequences.get(seq_id)
+        if seq is not None:
+            assert seq.compiling
+            seq.constraint = constraint
+            self.held += self.queue.hold(seq, seq.paused, compiling=False)
 
     def cancel(self, seq_id: int) -> bool:
         """Drop a sequence: nothing more is emitted for it, and the next plan frees its row.
@@ -156,17 +170,13 @@ class Scheduler:
     def pause(self, seq_id: int) -> None:
         """Compute nothing more for it. It keeps its row until another sequence needs that."""
         seq = self.sequences.get(seq_id)
-        if seq is not None and not seq.paused:
-            seq.paused = True
-            self.paused += 1
+        if seq is not None:
+            self.held += self.queue.hold(seq, True, seq.compiling)
 
     def resume(self, seq_id: int) -> None:
         seq = self.sequences.get(seq_id)
-        if seq is not None and seq.paused:
-            seq.paused = False
-            self.paused -= 1
-            if seq.status is Status.WAITING and not seq.queued:
-                self.queue.push(seq)
+        if seq is not None:
+            self.held += self.queue.hold(seq, False, seq.compiling)
 
     def tune(self, max_num_seqs: int | None = None, prefill_tokens: int | None = None) -> None:
         """How much is taken on at once, from the next plan on; None: what `limits` have."""
@@ -486,7 +496,7 @@ class Scheduler:
             self.rows.release(seq)
             self.sharing.end(seq)
         seq.status = Status.FINISHED
-        self.paused -= seq.paused
+        self.held -= seq.held
         self.shares.leave(seq.turn.client)
         del self.sequences[seq.seq_id]
 
@@ -520,7 +530,7 @@ class Scheduler:
     def has_work(self) -> bool:
         """Something to compute, deliver, free, or write to disk. With no step in flight, `schedule` then
         has a plan, or finds that there was nothing left to write."""
-        if self.launched or self.rows.unsettled or len(self.sequences) > self.paused:
+        if self.launched or self.rows.unsettled or len(self.sequences) > self.held:
             return True
         return self.sharing.disk.behind
 

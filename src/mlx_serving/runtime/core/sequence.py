@@ -38,6 +38,8 @@ class Sequence:
     sampling: SamplingParams
     priority: Priority = Priority.NORMAL
     constraint: Constraint | None = None
+    compiling: bool = False
+    """It waits for its constraint, and gets no row before."""
     salt: str | None = None
     """It shares prefixes only with sequences of the same salt."""
     adapter: str | None = None
@@ -101,6 +103,11 @@ class Sequence:
     """Prompt tokens that its blocks hold, copied or published by it."""
     told: bool = False
     """Its reader knows of both."""
+
+    @property
+    def held(self) -> bool:
+        """Kept out of the queue, whatever rows are free."""
+        return self.paused or self.compiling
 
     @property
     def wanted(self) -> int:

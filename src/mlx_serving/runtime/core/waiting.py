@@ -21,7 +21,7 @@ _Heap = list[tuple[float, int, Sequence]]
 
 
 class WaitingQueue:
-    """Heaps with lazy removal: a paused, cancelled or finished sequence is dropped when it comes
+    """Heaps with lazy removal: a held, cancelled or finished sequence is dropped when it comes
     to the front, so leaving costs nothing. They are compacted before such entries outnumber the rest.
 
     `max_wait_s`: how long a sequence waits, from its arrival, before it enters the lane.
@@ -64,6 +64,13 @@ class WaitingQueue:
         if max(self._entries, len(self._ages)) >= self.bound:
             self._compact()
         self._file(seq)
+
+    def hold(self, seq: Sequence, paused: bool, compiling: bool) -> int:
+        """Keep it out, or let it in again once nothing holds it; how many more are held then."""
+        before, seq.paused, seq.compiling = seq.held, paused, compiling
+        if before and _waits(seq) and not seq.queued:
+            self.push(seq)
+        return seq.held - before
 
     def peek(self) -> Sequence | None:
         """The first that may be admitted."""
@@ -172,4 +179,4 @@ def _drop_stale(heap: _Heap, *, lane: bool) -> int:
 
 
 def _waits(seq: Sequence) -> bool:
-    return seq.status is Status.WAITING and not seq.paused
+    return seq.status is Status.WAITING and not seq.held

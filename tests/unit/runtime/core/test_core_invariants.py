@@ -68,8 +68,13 @@ def invent_tokens(s: Scheduler) -> None:
     s.sequences[1].inflight += 9
 
 
-def miscount_the_paused(s: Scheduler) -> None:
-    s.paused += 1
+def miscount_the_held(s: Scheduler) -> None:
+    s.held += 1
+
+
+def begin_without_a_grammar(s: Scheduler) -> None:
+    s.sequences[1].compiling = True
+    s.held += 1
 
 
 def keep_the_finished(s: Scheduler) -> None:
@@ -88,7 +93,8 @@ def keep_the_finished(s: Scheduler) -> None:
         compute_too_much,
         cut_elsewhere,
         invent_tokens,
-        miscount_the_paused,
+        miscount_the_held,
+        begin_without_a_grammar,
         keep_the_finished,
     ],
 )

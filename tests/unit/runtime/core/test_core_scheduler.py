@@ -9,6 +9,7 @@ from mlx_serving.runtime.core import invariants
 from mlx_serving.runtime.core.plan import (
     DecodeRow,
     Limits,
+    Matcher,
     PrefillChunk,
     Sampled,
     StepPlan,
@@ -535,3 +536,45 @@ def test_what_cannot_end_in_time_is_refused_where_others_run() -> None:
     assert (refused.seq_id, refused.finish_reason) == (2, "error")
     assert isinstance(refused.error, DeadlineExceeded)
     assert [start.seq_id for start in plan.starts] == [3]
+
+
+class AnyToken:
+    def matcher(self, output: object) -> Matcher:
+        raise NotImplementedError
+
+
+def test_a_sequence_waits_for_its_grammar_without_losing_its_place() -> None:
+    sched = scheduler(rows=1)
+    early = Sequence(seq_id=1, tokens=[7], prompt_len=1, sampling=SamplingParams(max_tokens=2))
+    early.compiling = True
+    sched.add(early)
+    assert sched.schedule(0.0) is None and not sched.has_work and sched.waiting == 1
+    for seq_id in (2, 3):
+        add(sched, seq_id, max_tokens=1)
+    first = plan_of(sched)
+    assert [start.seq_id for start in first.starts] == [2], "nobody waits for a grammar of others"
+    constraint = AnyToken()
+    sched.provide(1, constraint)
+    invariants.check(sched)
+    deliver(sched, first)
+    second = plan_of(sched)
+    assert [(s.seq_id, s.constraint) for s in second.starts] == [(1, constraint)]
+
+
+def test_a_sequence_may_be_paused_or_end_while_its_grammar_compiles() -> None:
+    sched = scheduler()
+    for seq_id in (1, 2, 3):
+        seq = Sequence(seq_id=seq_id, tokens=[7], prompt_len=1, sampling=SamplingParams())
+        seq.compiling = True
+        sched.add(seq)
+    sched.pause(1)
+    sched.resume(1)
+    sched.pause(2)
+    assert sched.cancel(3)
+    assert sched.schedule(0.0) is None and not sched.has_work
+    for seq_id in (1, 2, 3):
+        sched.provide(seq_id, AnyToken())
+        invariants.check(sched)
+    assert [start.seq_id for start in plan_of(sched).starts] == [1]
+    sched.resume(2)
+    assert [start.seq_id for start in plan_of(sched).starts] == [2]
