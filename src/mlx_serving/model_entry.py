@@ -15,6 +15,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from mlx_serving.types import Prepared
+
 Name = Annotated[str, Meta(min_length=1)]
 
 PER_MODEL = frozenset(
@@ -71,6 +73,8 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Prompts that it answers when it has been loaded, before anybody else's: a text is a user's message."""
     slow_step_ms: Annotated[float, Meta(ge=0, le=60_000)] = 0.0
     """A fault, for tests and rehearsals: each of its steps is put off by so long, those of the other models are not."""
+    unprepared: tuple[Prepared, ...] = ()
+    """For measurements: what is not made ready before a request's turn, or not beside the loops that serve others."""
     settings: dict[str, Any] = {}
     """Those of `PER_MODEL` that it has, as `Config` has them."""
 

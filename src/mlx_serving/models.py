@@ -194,7 +194,7 @@ class Models:
         )
         try:
             text, files = await asyncio.gather(
-                asyncio.to_thread(_text_side, own, folder.tokenizer_path),
+                asyncio.to_thread(_text_side, entry, own, folder.tokenizer_path),
                 asyncio.to_thread(fingerprint, folder.path, folder.tokenizer_path),
             )
             info = await loading
@@ -297,12 +297,13 @@ def _model_id(config: Config, index: int, entry: ModelEntry) -> str:
     return entry.name or default_name(entry.model)
 
 
-def _text_side(config: Config, path: Path) -> TextSide:
+def _text_side(entry: ModelEntry, config: Config, path: Path) -> TextSide:
     return TextSide.load(
         path,
         config.chat_template,
         tool_parser=config.tool_parser,
         reasoning_parser=config.reasoning_parser,
+        threads="tokenise" not in entry.unprepared,
     )
 
 
@@ -328,6 +329,7 @@ def _options(entry: ModelEntry, config: Config, tokenizer_path: Path) -> ModelOp
         kv_disk_path=c.kv_disk_path and str(Path(c.kv_disk_path).expanduser().absolute()),
         kv_disk_bytes=c.kv_disk_bytes,
         slow_step_ms=entry.slow_step_ms,
+        unprepared=entry.unprepared,
         memory_budget=c.memory_budget,
         tokenizer_path=str(tokenizer_path),
     )

@@ -424,6 +424,9 @@ values; `off`: as computed."""
 
 JumpForward = Literal["auto", "on", "off"]
 
+Prepared = Literal["tokenise", "grammar", "hash"]
+"""What is made ready for a request before its turn, off the loops that serve others meanwhile."""
+
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the worker says of a model that it has loaded."""

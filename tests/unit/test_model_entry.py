@@ -142,7 +142,7 @@ def test_what_is_a_models_own_reaches_its_worker() -> None:
     """`PER_MODEL` names settings, none of them shadows a key, and the worker's are all among them."""
     assert FIELDS.keys() >= PER_MODEL and not ENTRY_FIELDS.keys() & FIELDS.keys()
     worker = set(_options(ModelEntry(model="m"), Config(), Path()).__struct_fields__)
-    own = {"tokenizer_path", "memory_budget", "slow_step_ms", "adapter_of"}
+    own = {"tokenizer_path", "memory_budget", "slow_step_ms", "unprepared", "adapter_of"}
     assert worker - PER_MODEL == own
 
 

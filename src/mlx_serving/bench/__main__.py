@@ -108,7 +108,7 @@ async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> 
         sections += await _prefix(args, folder, stored)
     if "ttft" in parts:
         print("stages of the way to a first token …", file=sys.stderr, flush=True)
-        sections.append(report.pipelines(await ttft.measure(stored, args.rounds)))
+        sections.append(report.pipeline(await ttft.measure(stored, args.rounds)))
     if "gaps" in parts:
         print("a long prompt beside running streams …", file=sys.stderr, flush=True)
         found = await gaps.measure(stored, (0.0, *args.max_itl_ms), args.prompt_tokens, args.rounds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from mlx_serving.bench.prefix import Replay, Reuse
 from mlx_serving.bench.priority import Priorities
 from mlx_serving.bench.schema import Jumps, SchemaCost
 from mlx_serving.bench.switch import Switch
-from mlx_serving.bench.ttft import PROMPTS, STAGES, Pipeline
+from mlx_serving.bench.ttft import PROMPTS, STAGES, STREAMS, Pipeline
 
 
 def machine(model: str) -> str:
@@ -234,17 +235,32 @@ def priorities(found: Sequence[Priorities]) -> str:
     return _table("## Critical requests under overload (kernels: auto)", head, rows)
 
 
-def pipelines(found: Sequence[Pipeline]) -> str:
+def pipeline(found: Pipeline) -> str:
     rows = []
-    for one in found:
-        stages = [one.stage_ms(stage) for stage in STAGES]
+    for way in found.ways:
+        stages = [way.stage_ms(stage) for stage in STAGES]
         told = ["" if ms is None else f"{ms:.1f} ms" for ms in stages]
-        rows.append((one.name, f"{one.ttft_s:.2f} s", f"{one.ttft_s / found[0].ttft_s:.2f}", *told))
-    head = ("", "TTFT", "of all on", *STAGES)
+        ttft, gap = statistics.median(way.ttfts_s), statistics.median(way.gaps_s)
+        ratios = ("", "")
+        if way.against is not None:
+            ratios = (
+                _ratio(way.ttfts_s, way.against.ttfts_s),
+                _ratio(way.gaps_s, way.against.gaps_s),
+            )
+        against = "" if way.against is None else way.against.name
+        figures = (f"{ttft * 1e3:.0f} ms", ratios[0], f"{gap * 1e3:.0f} ms", ratios[1])
+        rows.append((way.name, against, *figures, *told))
+    head = ("", "against", "TTFT", "ratio", "longest gap", "ratio", *STAGES)
     title = (
-        f"## The way to a first token: {PROMPTS} requests together, with a schema (stages: means)"
+        f"## The way to a first token: {PROMPTS} requests together, with a schema, beside {STREAMS} "
+        f"running streams; {found.rounds} rounds in {found.took_s:.0f} s (stages: means)"
     )
     return _table(title, head, rows)
+
+
+def _ratio(these: Sequence[float], those: Sequence[float]) -> str:
+    """The median of the rounds' own."""
+    return f"{statistics.median(a / b for a, b in zip(these, those, strict=True)):.2f}"
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -36,8 +36,10 @@ class TextSide:
         template: ChatTemplate | None,
         tool_parser: str = "auto",
         reasoning_parser: str = "auto",
+        threads: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
+        self._threads = threads
         self.template = template
         """None: the model has no chat template and its vocabulary is not ChatML's."""
         self._parsers = (tool_parser, reasoning_parser)
@@ -51,13 +53,14 @@ class TextSide:
         *,
         tool_parser: str = "auto",
         reasoning_parser: str = "auto",
+        threads: bool = True,
     ) -> TextSide:
         """Reads a model folder; tenths of a second, so off the event loop.
 
         `chat_template` is the path of a Jinja file that replaces the model's own. A model without
         a template gets ChatML's if its vocabulary has `<|im_start|>`, and none otherwise; the same
         vocabulary gives a template without a place for tools a second one that has it. The parsers
-        are named as in `Config`.
+        are named as in `Config`. Without `threads` no prompt prefers one.
         Raises ModelBroken, or ConfigError for `chat_template`.
         """
         tokenizer = Tokenizer.load(path)
@@ -66,11 +69,11 @@ class TextSide:
         if not sources and is_chatml:
             sources = {"default": CHATML}
         if not sources:
-            return cls(tokenizer, None)
+            return cls(tokenizer, None, threads=threads)
         template = ChatTemplate(sources, tokenizer.special_tokens)
         if is_chatml and "default" in sources and not template.reads("tools", tools=True):
             template = ChatTemplate({**sources, "tool_use": CHATML_TOOLS}, tokenizer.special_tokens)
-        return cls(tokenizer, template, tool_parser, reasoning_parser)
+        return cls(tokenizer, template, tool_parser, reasoning_parser, threads)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids, at least one. Raises InvalidRequest that names the field at fault."""
@@ -250,6 +253,8 @@ class TextSide:
 
     def prefers_thread(self, prompt: Prompt) -> bool:
         """Whether `encode_prompt` would hold up an event loop for about a millisecond or more."""
+        if not self._threads:
+            return False
         match prompt:
             case ChatPrompt():
                 # A tool's schema is about as long as a short message.

@@ -258,6 +258,7 @@ class Loop:
                 message.options.slow_step_ms,
                 self._line,
                 compiles=self._compiles,
+                unprepared=message.options.unprepared,
             )
             self._device = loaded.device or self._device
         if loaded is not None:

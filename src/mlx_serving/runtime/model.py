@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from mlx_serving import clock, errors
@@ -17,7 +17,7 @@ from mlx_serving.runtime.faults import Drag
 from mlx_serving.runtime.line import Launched, Line
 from mlx_serving.runtime.slices import Slices
 from mlx_serving.runtime.stages import Stages
-from mlx_serving.types import CacheStats, Grammar
+from mlx_serving.types import CacheStats, Grammar, Prepared
 from mlx_serving.worker import wire
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class Model:
         line: Line | None = None,
         *,
         compiles: Compiles,
+        unprepared: Collection[Prepared] = (),
     ) -> None:
         self.info = loaded.info
         self.drag = Drag(slow_step_ms / 1e3, now)
@@ -50,6 +51,7 @@ class Model:
         self.weights = loaded.weights
         self._grammars = loaded.grammars
         self._compiles = compiles
+        self._unprepared = frozenset(unprepared)
         self._host = loaded.adapters
         self.adapters: dict[str, LoadedAdapter] = {}
         """By the names that requests have for them."""
@@ -110,22 +112,27 @@ class Model:
         )
         self._scheduler.add(sequence, self._now())
         self.sequences.add(request.seq_id)
-        with self._stages.measure("hash"):
-            self._scheduler.sharing.hash(sequence)
+        if "hash" not in self._unprepared:
+            with self._stages.measure("hash"):
+                self._scheduler.sharing.hash(sequence)
         self._stages.queued(request.seq_id)
-        if compiler is not None and grammar is not None:
+        if sequence.compiling:
+            assert compiler is not None and grammar is not None
             self._stages.compiling(request.seq_id)
-            if sequence.compiling:
-                self._compiles.ask(request.seq_id, compiler, grammar)
-            else:
-                self._stages.compiled(request.seq_id)
+            self._compiles.ask(request.seq_id, compiler, grammar)
 
     def _known(self, grammar: Grammar) -> Constraint | None:
+        """What need not wait. Raises UnsupportedParameter."""
         if self._grammars is None:
             raise errors.UnsupportedParameter(
                 f"model '{self.info.model_id}' has no structured output", param=grammar.param
             )
-        return self._grammars.known(grammar)
+        since_s = self._now()
+        here = "grammar" in self._unprepared
+        found = self._grammars.compile(grammar) if here else self._grammars.known(grammar)
+        if found is not None:
+            self._stages.took("grammar", since_s)
+        return found
 
     def compiled(self, seq_id: int, outcome: Constraint | BaseException) -> None:
         """What came of compiling a sequence's grammar. One that cannot be followed ends it, with an

@@ -27,7 +27,10 @@ class Stages:
     def measure(self, stage: Stage) -> Iterator[None]:
         began_s = self._now()
         yield
-        self._add(stage, self._now() - began_s)
+        self.took(stage, began_s)
+
+    def took(self, stage: Stage, since_s: float) -> None:
+        self._measured.append((stage, (self._now() - since_s) * 1e3))
 
     def compiling(self, seq_id: int) -> None:
         """Its grammar is compiled while it queues."""
@@ -36,7 +39,7 @@ class Stages:
     def compiled(self, seq_id: int) -> None:
         since_s = self._compiling.pop(seq_id, None)
         if since_s is not None:
-            self._add("grammar", self._now() - since_s)
+            self.took("grammar", since_s)
 
     def queued(self, seq_id: int) -> None:
         self._waiting[seq_id] = self._now()
@@ -47,16 +50,16 @@ class Stages:
         since_s = self._waiting.pop(seq_id, None)
         if since_s is None:
             return
-        now_s = self._computing[seq_id] = self._now()
-        self._add("queue", now_s - since_s)
+        self._computing[seq_id] = self._now()
+        self.took("queue", since_s)
         if disk_since_s is not None:
-            self._add("disk", now_s - disk_since_s)
+            self.took("disk", disk_since_s)
 
     def first_token(self, seq_id: int) -> None:
         """Any token: only the first one counts."""
         since_s = self._computing.pop(seq_id, None)
         if since_s is not None:
-            self._add("prefill", self._now() - since_s)
+            self.took("prefill", since_s)
 
     def forget(self, seq_id: int) -> None:
         self._compiling.pop(seq_id, None)
@@ -67,6 +70,3 @@ class Stages:
         """What was measured since the last time."""
         measured, self._measured = self._measured, []
         return measured
-
-    def _add(self, stage: Stage, seconds: float) -> None:
-        self._measured.append((stage, seconds * 1e3))

@@ -27,6 +27,7 @@ from mlx_serving.types import (
     JumpForward,
     KVBits,
     ModelInfo,
+    Prepared,
     Priority,
     SamplingParams,
     TokenLogprob,
@@ -76,6 +77,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """What that folder may hold."""
     slow_step_ms: float = 0.0
     """A fault, for tests and rehearsals: each step is put off by so long."""
+    unprepared: tuple[Prepared, ...] = ()
+    """For measurements: its prompts' blocks are hashed, its grammars compiled in the loop and not before."""
     memory_budget: float | None = None
     """What all models of the worker together may take: `Config.memory_budget`."""
     adapter_of: str | None = None
