@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 import math
 import random
 from collections import deque
@@ -286,6 +287,7 @@ class Simulation:
         self._pending: deque[tuple[StepPlan, PendingStep]] = deque()
         self._last_admission = -(10**9)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._planned = itertools.count()
         self._requests = {r.seq_id: r for r in self.scenario.requests}
         self._oracles = {
             r.seq_id: alone(r, self.limits)
@@ -458,7 +460,7 @@ class Simulation:
             self._at(at_s, self._disk.delete_all)
 
     def _at(self, at_s: float, event: Callable[[], None]) -> None:
-        heapq.heappush(self._events, (at_s, len(self._events), event))
+        heapq.heappush(self._events, (at_s, next(self._planned), event))
 
     def _submit(self, request: Request) -> None:
         request.submitted = True
