@@ -14,7 +14,8 @@ from mlx_serving.runtime.core.scheduler import Emitted
 from mlx_serving.runtime.core.sequence import Sequence
 from mlx_serving.types import Priority
 from mlx_serving.worker import blame
-from sim.simulation import Request, Simulation
+from sim.scenario import Request
+from sim.simulation import Simulation
 
 LIMIT = 3
 
