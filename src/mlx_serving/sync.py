@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar
 
 from mlx_serving.answers import Chunk, Completion, PromptLike, TextsLike
 from mlx_serving.engine import Engine
+from mlx_serving.errors import Draining
 from mlx_serving.types import Embeddings, Ranking
 
 T = TypeVar("T")
@@ -68,8 +69,10 @@ class SyncEngine:
 
     @property
     def engine(self) -> Engine:
-        """The engine underneath; its coroutines belong to this object's own event loop."""
-        assert self._engine is not None, "start() it, or use it as a context manager"
+        """The engine underneath; its coroutines belong to this object's own event loop. Raises Draining
+        where it is not started, or closed."""
+        if self._engine is None:
+            raise Draining("The engine is not started: start() it, or use it as a context manager.")
         return self._engine
 
     def generate(self, prompt: PromptLike, **params: Any) -> Iterator[Chunk]:

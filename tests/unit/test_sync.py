@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mlx_serving import SyncEngine
+from mlx_serving import SyncEngine, errors
 
 ENDLESS: dict[str, Any] = {"mode": "cycle", "token_ids": [97], "step_delay_ms": 20}
 
@@ -60,5 +60,7 @@ def test_started_twice_and_started_anew(scripted):
     with engine.start():
         assert engine.complete("x").text == "Hi."
     engine.close()
+    with pytest.raises(errors.Draining, match="not started"):
+        engine.complete("x")
     with engine:
         assert engine.complete("x").text == "Hi."

@@ -31,6 +31,9 @@ def status(server: Server, name: str | None) -> int:
     if server.say.as_json:
         print(json.dumps(found["data"]))
         return Exit.OK
+    if not found["data"]:
+        server.say.event("none", f"{server.where} has no rollouts")
+        return Exit.OK
     rows = [[*(str(r[k]) for k in SHOWN), _share(r), _samples(r), r["last"]] for r in found["data"]]
     print_table([*SHOWN, "share", "requests", "last"], rows)
     return Exit.OK

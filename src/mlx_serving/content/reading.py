@@ -117,6 +117,11 @@ class Reader:
         if not (yield from self.accept(literal)):
             raise Malformed(f"{literal!r} is missing")
 
+    def close(self, literal: str) -> Steps[None]:
+        """Read `literal` if it comes next, or what there is of it where the text ends within it."""
+        if not (yield from self.accept(literal)) and literal.startswith(self._text[self._at :]):
+            self._at = len(self._text)
+
     def run(self, characters: re.Pattern[str], limit: int | None = None) -> Steps[str]:
         """The longest text of a repeated class of characters (`[a-z]*`). Raises Malformed over
         `limit` characters."""

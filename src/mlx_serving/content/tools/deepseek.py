@@ -36,7 +36,7 @@ def read(calls: Calls, opener: str) -> Steps[None]:
         yield from reader.space()
         if not (yield from reader.accept(CALL)):
             break
-    yield from reader.accept(END_CALLS)
+    yield from reader.close(END_CALLS)
 
 
 def _call(calls: Calls) -> Steps[None]:
@@ -53,7 +53,7 @@ def _call(calls: Calls) -> Steps[None]:
     yield from reader.space()
     yield from reader.accept("```")
     yield from reader.space()
-    yield from reader.accept(END_CALL)
+    yield from reader.close(END_CALL)
 
 
 def forced(template: str) -> Forced:

@@ -22,7 +22,7 @@ def read(calls: Calls, _opener: str) -> Steps[None]:
     yield from read_calls(calls)
     # Small models miscount braces.
     yield from calls.reader.run(_BRACES)
-    yield from calls.reader.accept(CLOSE)
+    yield from calls.reader.close(CLOSE)
 
 
 def forced(_template: str) -> Forced:

@@ -31,11 +31,11 @@ def read(calls: Calls, opener: str) -> Steps[None]:
         numbered = ":" in call_id
         yield from calls.json_arguments(found["name"], call_id if numbered else None)
         yield from reader.space()
-        yield from reader.accept(END_CALL)
+        yield from reader.close(END_CALL)
         yield from reader.space()
         if not (yield from reader.accept(CALL)):
             break
-    yield from reader.accept(END_SECTION)
+    yield from reader.close(END_SECTION)
 
 
 def forced(_template: str) -> Forced:

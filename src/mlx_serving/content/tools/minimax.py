@@ -33,7 +33,7 @@ def reader_of(prefix: str, close: str) -> Read:
             yield from reader.space()
             if not (yield from reader.accept(invoke)):
                 break
-        yield from reader.accept(close)
+        yield from reader.close(close)
 
     def call(calls: Calls) -> Steps[None]:
         reader = calls.reader

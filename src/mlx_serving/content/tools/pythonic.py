@@ -174,7 +174,7 @@ def _read(calls: Calls, opener: str) -> Steps[None]:
     yield from calls.reader.space()
     yield from _list(calls, known=False)
     yield from calls.reader.space()
-    yield from calls.reader.accept(CLOSE[opener])
+    yield from calls.reader.close(CLOSE[opener])
 
 
 CLOSE = {"<|python_start|>": "<|python_end|>", "<|tool_call_start|>": "<|tool_call_end|>"}

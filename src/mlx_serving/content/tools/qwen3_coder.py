@@ -33,7 +33,7 @@ def read(calls: Calls, opener: str) -> Steps[None]:
         yield from reader.space()
         if not (yield from reader.accept(FUNCTION)):
             break
-    yield from reader.accept(CLOSE)
+    yield from reader.close(CLOSE)
 
 
 def _function(calls: Calls) -> Steps[None]:

@@ -385,6 +385,25 @@ def test_a_malformed_call_does_not_hide_the_next() -> None:
     assert message.called == [NOTHING]
 
 
+@pytest.mark.parametrize(
+    ("family", "call", "close"),
+    [
+        ("hermes", '<tool_call>\n{"name": "now", "arguments": {}}', "\n</tool_call>"),
+        ("qwen3_coder", "<tool_call>\n<function=now>\n</function>", "\n</tool_call>"),
+        ("lfm_pythonic", "<|tool_call_start|>[now()]", "<|tool_call_end|>"),
+        (
+            "minimax",
+            '<minimax:tool_call>\n<invoke name="now">\n</invoke>',
+            "\n</minimax:tool_call>",
+        ),
+    ],
+)
+def test_an_answer_that_is_cut_within_the_end_of_a_call(family: Any, call: str, close: str) -> None:
+    for size in range(len(close) + 1):
+        message = parse(Format(FAMILIES[family], None), [call + close[:size]])
+        assert (message.content, message.called) == ("", [NOTHING])
+
+
 def test_arguments_that_go_wrong_stay_arguments(caplog: pytest.LogCaptureFixture) -> None:
     """They have been sent by then; the client sees what the model wrote."""
     text = '<tool_call>{"name": "now", "arguments": {"a": oops}}</tool_call>after'
