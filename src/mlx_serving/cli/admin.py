@@ -50,7 +50,8 @@ class Server:
             place, message = wrong.get("param") or "", wrong.get("message", "")
             if place and not message.startswith(place):
                 message = f"{place}: {message}"
-            self.say.error(wrong.get("code") or "refused", message)
+            remedy = "give --admin-key" if answer.status_code in (401, 403) else None
+            self.say.error(wrong.get("code") or "refused", message, remedy)
             return None
         return found
 
