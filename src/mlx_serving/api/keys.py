@@ -130,7 +130,7 @@ def _read(path: Path, env: Mapping[str, str]) -> list[Key]:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
         entries = msgspec.convert(found, _File).keys
     except OSError as error:
-        raise wrong(str(error.strerror)) from None
+        raise wrong(f"the API keys cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise wrong("not UTF-8 text") from None
     except yaml.YAMLError as error:

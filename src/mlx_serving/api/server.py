@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import resource
@@ -225,7 +226,7 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         reason = f"Cannot listen on {host}:{port}: {error.strerror}."
-        raise ConfigError(reason, param="port", code="address_unavailable") from None
+        raise ConfigError(reason, param="port", code=_code(error)) from None
     return listener
 
 
@@ -245,11 +246,16 @@ def _listen_uds(path: Path) -> socket.socket:
     except OSError as error:
         listener.close()
         reason = f"Cannot listen on {path}: {error.strerror or error}."
-        raise ConfigError(reason, param="uds", code="address_unavailable") from None
+        raise ConfigError(reason, param="uds", code=_code(error)) from None
     except ConfigError:
         listener.close()
         raise
     return listener
+
+
+def _code(error: OSError) -> str:
+    """Only what is in use may come free, or be evaded with another port."""
+    return "address_unavailable" if error.errno == errno.EADDRINUSE else "cannot_listen"
 
 
 def _remove_stale(path: Path) -> None:

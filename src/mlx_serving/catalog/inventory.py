@@ -81,6 +81,8 @@ def locate(spec: str, home: Path, cache: Path) -> Place:
             return Place(name=default_name(spec), source=kind, path=path.absolute())
         case LocalGGUF(path):
             place = Place(name=default_name(spec), source="converted", path=gguf_folder(path, home))
+            if path.exists() and place.path is not None and not place.path.is_dir():
+                raise ModelNotFound(f"{spec} is not converted; `mlx-serving pull {spec}` does that")
         case AliasOf(alias):
             place = _alias_place(alias, home)
         case HubRepo(repo, revision):

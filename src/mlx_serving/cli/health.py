@@ -77,8 +77,10 @@ def _lines(place: Place, verdict: Verdict) -> list[str]:
             return [f"ok          {place.name}"]
         case Broken(problems):
             listed = [f"              {p.file}: {p.detail}  [{p.kind}]" for p in problems]
-            mend = f"              mend it with: mlx-serving repair {place.name}"
-            return [f"BROKEN      {place.name}", *listed, mend]
+            mend = f"mend it with: mlx-serving repair {place.name}"
+            if place.source == "folder":
+                mend = f"nothing tells where its files came from: put them right in {place.path}"
+            return [f"BROKEN      {place.name}", *listed, f"              {mend}"]
         case Unable(causes):
             listed = [f"              {cause}  [{cause.kind}]" for cause in causes]
             return [f"CANNOT RUN  {place.name}", *listed]

@@ -240,7 +240,9 @@ class Loop:
             self._pulse.enter("loading", model_id)
             loaded = self._loads.advance()
         except Exception as error:
-            log.exception("%s: load failed", model_id)
+            # A typed error says what is wrong; where it was raised is for whoever mends this program.
+            level = logging.DEBUG if isinstance(error, errors.MLXServingError) else logging.ERROR
+            log.log(level, "%s: load failed", model_id, exc_info=True)
             self._give_back()
             self._load_ended(model_id, error)
             return

@@ -18,6 +18,8 @@ from typing import Protocol
 from mlx_serving.config import SECRETS, env_name
 
 log = logging.getLogger("mlx_serving.worker.stderr")
+_LEVELS = logging.getLevelNamesMapping()
+"""The worker's log writes one of these words, then `NAME: MESSAGE`."""
 
 TAIL_LINES = 50
 SECRET_VARIABLES = frozenset({*map(env_name, SECRETS), "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
@@ -94,7 +96,8 @@ class WorkerProcess:
         with self._child.stdout as lines:
             for line in lines:
                 self.tail.append(line.rstrip("\n"))
-                log.info("%d: %s", self.pid, self.tail[-1])
+                level, text = _said(self.tail[-1])
+                log.log(level, "%d: %s", self.pid, text)
         status = self._child.wait()
         with contextlib.suppress(RuntimeError):  # the event loop is closed
             self._loop.call_soon_threadsafe(self._report, status)
@@ -102,6 +105,13 @@ class WorkerProcess:
     def _report(self, status: int) -> None:
         if not self.exited.done():
             self.exited.set_result(status)
+
+
+def _said(line: str) -> tuple[int, str]:
+    """A line of the worker's output: the level that its log gave it, and the rest."""
+    word, _, rest = line.partition(" ")
+    level = _LEVELS.get(word)
+    return (level, rest) if level is not None and ": " in rest else (logging.INFO, line)
 
 
 def _how(status: int) -> str:

@@ -95,6 +95,25 @@ def test_a_runtime_that_cannot_run_a_model_has_an_exit_code_of_its_own(
     assert "BROKEN      bad" in said and "mlx-serving repair bad" in said
 
 
+def test_a_folder_of_unknown_origin_is_not_said_to_be_repairable(
+    shelf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shelf / "mine"
+    write_folder(folder, {})
+    assert health_command.run(str(folder)) == Exit.FILES_BROKEN
+    said = capsys.readouterr().out
+    assert "BROKEN      mine" in said and str(folder) in said and "repair" not in said
+
+
+def test_a_gguf_file_that_is_here_is_not_said_to_be_missing(
+    shelf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = shelf / "mine.gguf"
+    file.write_bytes(b"GGUF")
+    assert health_command.run(str(file)) == Exit.NO_MODEL
+    assert f"{file} is not converted; `mlx-serving pull {file}`" in capsys.readouterr().err
+
+
 def test_health_reads_what_nobody_has_read(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_hub(shelf / "hub", "org/model", files())
     data = (model / WEIGHTS).read_bytes()

@@ -63,6 +63,7 @@ def test_a_socket_path_that_cannot_be(uds: str) -> None:
     job = serve("--uds", uds)
     assert job.returncode == Exit.CANNOT_BIND
     assert job.stderr.startswith("error: ") and "Traceback" not in job.stderr
+    assert "stop what listens there" not in job.stderr
 
 
 def test_a_model_that_does_not_exist_ends_the_server(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import logging
 import os
 import sys
 
@@ -73,3 +74,17 @@ async def test_a_missing_folder_is_named(scripted):
         with pytest.raises(errors.ModelBroken, match=r"nowhere/config\.json"):
             await worker.load_model("m", os.path.join(scripted, "nowhere"))
         await worker.stop()
+
+
+async def test_what_a_worker_logs_keeps_its_level(caplog):
+    said = "print('WARNING a.b: no room'); print('note: this'); print('ERROR is a word')"
+    with caplog.at_level(logging.INFO, "mlx_serving.worker.stderr"):
+        process = WorkerProcess((sys.executable, "-c", said))
+        await process.exited
+        process.socket.close()
+    lines = [(r.levelname, r.getMessage().partition(": ")[2]) for r in caplog.records]
+    assert lines == [
+        ("WARNING", "a.b: no room"),
+        ("INFO", "note: this"),
+        ("INFO", "ERROR is a word"),
+    ]
