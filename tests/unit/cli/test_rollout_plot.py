@@ -11,6 +11,7 @@ from mlx_serving.cli import rollout_plot, rollout_png, rollouts
 from mlx_serving.cli.admin import Server
 from mlx_serving.cli.exits import Exit
 from mlx_serving.cli.say import Say
+from mlx_serving.cli.where import Where
 
 
 def metric(name: str, low: float, difference: float, high: float, unit: str = "%") -> dict:
@@ -56,7 +57,7 @@ class Answers(Server):
     """With a report, of whatever is asked."""
 
     def __init__(self, say: Say) -> None:
-        super().__init__("http://test", None, None, say)
+        super().__init__(Where("http://test"), None, say)
 
     def call(self, method: str, path: str, body: object = None) -> Any:
         return REPORT
