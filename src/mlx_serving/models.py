@@ -31,6 +31,7 @@ from mlx_serving.catalog.names import default_name
 from mlx_serving.catalog.residency import Residency
 from mlx_serving.config import Config
 from mlx_serving.content.text import TextSide
+from mlx_serving.content.text_sides import TextSides
 from mlx_serving.errors import ConfigError, MLXServingError
 from mlx_serving.generation import Served
 from mlx_serving.live import Apply
@@ -68,6 +69,7 @@ class Models:
         self._events = events
         self._progress = progress
         self._machine = machine or host.look()
+        self._text_sides = TextSides()
         self._warming: dict[str, asyncio.Task[None]] = {}
         """Warm-ups in a worker that took another's place. One that failed is not repeated."""
         self._own: dict[str, tuple[ModelEntry, Config]] = {}
@@ -194,7 +196,7 @@ class Models:
         )
         try:
             text, files = await asyncio.gather(
-                asyncio.to_thread(_text_side, entry, own, folder.tokenizer_path),
+                asyncio.to_thread(self._text_side, entry, own, folder.tokenizer_path),
                 asyncio.to_thread(fingerprint, folder.path, folder.tokenizer_path),
             )
             info = await loading
@@ -213,6 +215,15 @@ class Models:
             raise
         self.residency.loaded(slot.model_id, _measured(info))
         return served
+
+    def _text_side(self, entry: ModelEntry, config: Config, path: Path) -> TextSide:
+        return self._text_sides.load(
+            path,
+            config.chat_template,
+            tool_parser=config.tool_parser,
+            reasoning_parser=config.reasoning_parser,
+            threads="tokenise" not in entry.unprepared,
+        )
 
     def _make_slots(self) -> list[Slot]:
         c = self._config
@@ -295,16 +306,6 @@ def _model_id(config: Config, index: int, entry: ModelEntry) -> str:
     if config.served_model_name:
         return config.served_model_name[index]
     return entry.name or default_name(entry.model)
-
-
-def _text_side(entry: ModelEntry, config: Config, path: Path) -> TextSide:
-    return TextSide.load(
-        path,
-        config.chat_template,
-        tool_parser=config.tool_parser,
-        reasoning_parser=config.reasoning_parser,
-        threads="tokenise" not in entry.unprepared,
-    )
 
 
 def _options(entry: ModelEntry, config: Config, tokenizer_path: Path) -> ModelOptions:
