@@ -33,7 +33,7 @@ def minilm_dir() -> Path:
     return ensure("all-minilm-l6-v2", Config()).path
 
 
-@pytest.mark.parametrize("kernels", ["auto", "off"])
+@pytest.mark.parametrize("kernels", ["auto", pytest.param("off", marks=pytest.mark.slow)])
 async def test_vectors_are_the_published_ones(minilm_dir: Path, kernels: str) -> None:
     oracle = encoders.Oracle(minilm_dir)
     async with Engine(str(minilm_dir), kernels=kernels) as engine:

@@ -123,7 +123,7 @@ def _same(got: Answer, expected: Answer) -> bool:
     return got[:2] == expected[:2]
 
 
-@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+@pytest.mark.parametrize("name", zoo.each_kind())
 def test_a_hit_gives_the_bits_of_a_miss(name: str) -> None:
     model = _model(name)
 
@@ -143,7 +143,7 @@ def test_a_hit_gives_the_bits_of_a_miss(name: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+@pytest.mark.parametrize("name", zoo.each_kind())
 def test_sequences_that_arrive_together_compute_a_prefix_once(name: str) -> None:
     model = _model(name)
     trunk = _tokens(1, 3 * STEP)

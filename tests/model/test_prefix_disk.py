@@ -99,11 +99,7 @@ def histories(draw: st.DrawFn) -> list[tuple[int, ...] | None]:
     return prompts
 
 
-KINDS = ("llama", "gemma3_text", "deepseek_v3", "falcon_h1", "qwen3_next")
-REST = [name for name in zoo.ARCHITECTURES if name not in KINDS]
-
-
-@pytest.mark.parametrize("name", [*KINDS, *[pytest.param(n, marks=pytest.mark.slow) for n in REST]])
+@pytest.mark.parametrize("name", zoo.each_kind())
 def test_branches_evictions_and_restarts_change_no_bit(name: str, tmp_path: Path) -> None:
     model = model_of(name)
     expected: dict[tuple[int, ...], Answer] = {}

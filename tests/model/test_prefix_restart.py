@@ -7,9 +7,13 @@ import shutil
 import signal
 from pathlib import Path
 
+import pytest
+
 from mlx_serving import Engine
 from mlx_serving.runtime.native import available
 from mlx_serving.types import CacheStats
+
+pytestmark = [pytest.mark.slow, pytest.mark.model]
 
 PROMPT = [(7 * i) % 3000 + 100 for i in range(200)]
 # Without the native kernels a block is a chunk of 8 tokens, and answers are not reused.

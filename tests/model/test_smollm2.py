@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -20,20 +19,10 @@ QUESTION = (
 )
 
 
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    default = cache / "mlx-serving" / "models" / "smollm2-135m"
-    folder = Path(os.environ.get("MLX_SERVING_TEST_MODEL") or default)
-    if not (folder / "config.json").is_file():
-        pytest.skip(f"no model in {folder}")
-    return folder
-
-
 @pytest.mark.model
-def test_its_answer_can_be_held_to_a_schema(smollm2: Path) -> None:
-    tokenizer = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
-    model = load("smollm2-135m", smollm2, ModelOptions(), lambda phase, detail: None)
+def test_its_answer_can_be_held_to_a_schema(model_dir: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    model = load("smollm2-135m", model_dir, ModelOptions(), lambda phase, detail: None)
     schema = {
         "type": "object",
         "properties": {"capital": {"type": "string", "maxLength": 12}, "sure": {"type": "boolean"}},
@@ -55,9 +44,9 @@ def test_its_answer_can_be_held_to_a_schema(smollm2: Path) -> None:
 
 
 @pytest.mark.model
-def test_france_has_a_capital(smollm2: Path) -> None:
-    tokenizer = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
-    model = load("smollm2-135m", smollm2, ModelOptions(), lambda phase, detail: None)
+def test_france_has_a_capital(model_dir: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    model = load("smollm2-135m", model_dir, ModelOptions(), lambda phase, detail: None)
     prompt = tuple(tokenizer.encode(QUESTION, add_special_tokens=False).ids)
     job = Job(prompt, SamplingParams(temperature=0.0, max_tokens=8))
     tokens = run(model.runner, [job], prefill_step=64, depth=2).outcomes[0].tokens

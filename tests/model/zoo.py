@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 VOCAB = 256
@@ -147,6 +148,8 @@ _SPECIFIC: Mapping[str, dict[str, Any]] = {
 }
 
 ARCHITECTURES = tuple(_SPECIFIC)
+KINDS = ("llama", "gemma3_text", "deepseek_v3", "falcon_h1", "qwen3_next")
+"""One of each way to keep a sequence's state: slabs, windows, latents, two kinds of recurrence."""
 RECURRENT = (
     "qwen3_next",
     "falcon_h1",
@@ -156,6 +159,14 @@ RECURRENT = (
     "rwkv7",
     "nemotron_h",
 )
+
+
+def each_kind() -> list[Any]:
+    """For parametrize: KINDS at once, the other architectures in the slow stage."""
+    return [
+        name if name in KINDS else pytest.param(name, marks=pytest.mark.slow)
+        for name in ARCHITECTURES
+    ]
 
 
 def config(name: str) -> dict[str, Any]:

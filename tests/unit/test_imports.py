@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -11,11 +12,12 @@ import pytest
 HEAVY = {"mlx", "mlx_lm", "transformers", "torch", "numpy"}
 
 
-def modules_after(statement: str) -> set[str]:
+@functools.cache
+def modules_after(statement: str) -> frozenset[str]:
     """Names in sys.modules after a statement in a fresh interpreter."""
     code = f"{statement}\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
     job = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(json.loads(job.stdout))
+    return frozenset(json.loads(job.stdout))
 
 
 def test_the_package_alone_is_next_to_nothing() -> None:

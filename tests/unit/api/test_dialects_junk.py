@@ -57,7 +57,7 @@ def requests(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     return route, RIGHT[route] | draw(st.dictionaries(names, JUNK, max_size=3))
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(request=requests())
 def test_junk(make_gateway: Any, request: tuple[str, dict[str, Any]]) -> None:
     route, body = request

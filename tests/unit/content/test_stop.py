@@ -33,7 +33,7 @@ def cases(draw: st.DrawFn) -> tuple[list[str], list[str]]:
     return stops, draw(st.lists(st.text(letters, max_size=5), max_size=20))
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(case=cases())
 def test_any_chunking_gives_what_the_whole_text_gives(case: tuple[list[str], list[str]]) -> None:
     stops, chunks = case

@@ -22,6 +22,18 @@ def pytest_asyncio_loop_factories(config, item):
     return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
+WITH_PROCESSES = ("test_growth.py", "test_life.py", "test_supervisor.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What starts and kills workers is the longest here: under asyncio's own loop in the slow stage.
+    What a loop may do differently is the connection's, whose tests run under both at once."""
+    for item in items:
+        if item.path.name in WITH_PROCESSES and "[asyncio" in item.name:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def spawn():
     """Starts the real worker process over a runner without MLX."""

@@ -314,7 +314,7 @@ FRAGMENTS = [
     places=st.lists(st.integers(0, 10_000), max_size=20),
     single=st.booleans(),
 )
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_any_cut_gives_the_same_message(
     golden: Any, broken: list[str], whole: bool, places: list[int], single: bool
 ) -> None:
