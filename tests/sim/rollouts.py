@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mlx_serving.telemetry.events import Company, Met, RequestFinished
@@ -22,6 +22,7 @@ from mlx_serving.traffic.rollout import (
     Figures,
     Promote,
     RollBack,
+    Stage,
     decide,
 )
 from mlx_serving.traffic.rollouts import measured
@@ -58,8 +59,9 @@ class _Request:
     prefill_rounds: int
     chunk_ms: float
     first_ms: float = 0.0
-    since: tuple[int, int, float] = (0, 0, 0.0)
-    """Its model's rounds, the sequences in them and the other's time when this part of it began."""
+    since: tuple[int, int, int, float] = (0, 0, 0, 0.0)
+    """Its model's rounds, the sequences in them and beside them, and the other's time when this part of it
+    began."""
     first: Met | None = None
 
 
@@ -68,17 +70,22 @@ class _Model:
     slower: float
     prefilling: list[_Request] = field(default_factory=list)
     """The first one's chunk is in each round."""
+    waiting: list[_Request] = field(default_factory=list)
+    """For a row."""
     decoding: int = 0
     rounds: int = 0
     sequences: int = 0
+    beside: int = 0
     own_ms: float = 0.0
 
 
 class Worker:
     """Serves requests one after another; `serve` yields them as they finish."""
 
-    def __init__(self, rng: random.Random, costs: CostModel, slower: float, failing: float) -> None:
-        self._rng, self._costs, self._failing = rng, costs, failing
+    def __init__(
+        self, rng: random.Random, costs: CostModel, slower: float, failing: float, rows: int
+    ) -> None:
+        self._rng, self._costs, self._failing, self._rows = rng, costs, failing, rows
         self._models = (_Model(1.0), _Model(slower))
         self._rounds = self._now_ms = 0.0
         self._numbers = 0
@@ -114,7 +121,12 @@ class Worker:
             work_ms / rounds,
         )
         request.since = self._met(variant)
-        self._models[variant].prefilling.append(request)
+        self._models[variant].waiting.append(request)
+        self._admit(self._models[variant])
+
+    def _admit(self, model: _Model) -> None:
+        while model.waiting and model.decoding + len(model.prefilling) < self._rows:
+            model.prefilling.append(model.waiting.pop(0))
 
     def _until(self, end_ms: float) -> Iterator[tuple[bool, RequestFinished]]:
         while True:
@@ -147,6 +159,7 @@ class Worker:
                 model.own_ms += rounds * step_ms
                 model.rounds += int(rounds)
                 model.sequences += int(rounds) * (model.decoding + len(model.prefilling))
+                model.beside += int(rounds) * len(model.waiting)
             if model.prefilling:
                 model.prefilling[0].prefill_rounds -= int(rounds)
 
@@ -154,7 +167,7 @@ class Worker:
         for model in self._models:
             if model.prefilling and not model.prefilling[0].prefill_rounds:
                 request = model.prefilling.pop(0)
-                request.first, request.first_ms = self._since(request), self._now_ms
+                request.first, request.first_ms = self._since(request, True), self._now_ms
                 request.since = self._met(request.variant)
                 model.decoding += 1
                 end = self._rounds + request.tokens - 1
@@ -162,15 +175,19 @@ class Worker:
         while self._ends and self._ends[0][0] <= self._rounds:
             request = heapq.heappop(self._ends)[2]
             self._models[request.variant].decoding -= 1
+            self._admit(self._models[request.variant])
             yield request.variant, self._finished(request)
 
-    def _met(self, variant: bool) -> tuple[int, int, float]:
+    def _met(self, variant: bool) -> tuple[int, int, int, float]:
         own, other = self._models[variant], self._models[not variant]
-        return own.rounds, own.sequences, other.own_ms
+        return own.rounds, own.sequences, own.beside, other.own_ms
 
-    def _since(self, request: _Request) -> Met:
+    def _since(self, request: _Request, waiting: bool = False) -> Met:
         now = self._met(request.variant)
-        rounds, sequences, others_ms = (b - a for a, b in zip(request.since, now, strict=True))
+        rounds, running, beside, others_ms = (
+            b - a for a, b in zip(request.since, now, strict=True)
+        )
+        sequences = running + beside if waiting else running
         return Met(others_ms, sequences / rounds if rounds else 1.0)
 
     def _finished(self, request: _Request) -> RequestFinished:
@@ -201,14 +218,19 @@ def simulate(
     *,
     failing: float = 0.002,
     measure: Measure = measured,
+    stages: Sequence[Stage] = STAGES,
+    rows: int = 1000,
 ) -> Ended:
-    """One rollout of a variant whose every step takes `slower` times as long as the model's."""
+    """One rollout of a variant whose every step takes `slower` times as long as the model's.
+
+    `rows`: sequences of each model that are computed at once; the others wait.
+    """
     rng = random.Random(seed)
     figures, stage, began_s = Figures(), 0, 0.0
-    worker = Worker(rng, costs, slower, failing)
+    worker = Worker(rng, costs, slower, failing, rows)
 
     def is_variant(number: int) -> bool:
-        return takes_part(f"rollout {seed}", f"user {number}", STAGES[stage].share)
+        return takes_part(f"rollout {seed}", f"user {number}", stages[stage].share)
 
     for number, (now_s, variant, finished) in enumerate(worker.serve(is_variant), 1):
         values = measure(finished)
@@ -216,7 +238,7 @@ def simulate(
         figures.add(stage, variant, values)
         if number % LOOK_EVERY:
             continue
-        match decide(STAGES, stage, now_s - began_s, figures):
+        match decide(stages, stage, now_s - began_s, figures):
             case Advance(to):
                 stage, began_s = to, now_s
             case Promote():

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from mlx_serving.telemetry.events import RequestFinished
+from mlx_serving.traffic.rollout import Stage
 from mlx_serving.traffic.rollouts import measured
 from sim.costs import fit, held_out_error, recorded
 from sim.rollouts import Ended, simulate
@@ -43,6 +44,20 @@ def test_a_variant_that_is_ten_percent_slower_is_caught_before_it_has_half_the_t
     ended: list[Ended] = [simulate(costs, seed, 1.1) for seed in seeds]
     caught = [e for e in ended if e.rolled_back and e.stage < 2]
     assert len(caught) >= 0.95 * len(seeds)
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        pytest.param(range(3), id="3"),
+        pytest.param(range(50), id="50", marks=pytest.mark.slow),
+    ],
+)
+def test_a_queue_that_more_than_half_of_the_traffic_makes_is_not_the_variant_s(costs, seeds):
+    """Four rows for each model: at three quarters of the traffic the variant's requests wait for one."""
+    stages = [Stage(share) for share in (0.1, 0.25, 0.5, 0.75, 1.0)]
+    ended = [simulate(costs, seed, 1.0, stages=stages, rows=4) for seed in seeds]
+    assert len([e for e in ended if e.rolled_back]) <= 0.05 * len(seeds)
 
 
 def test_compared_as_they_come_the_smaller_share_looks_slower(costs):

@@ -21,6 +21,8 @@ class _Steps:
     count: int = 0
     sequences: int = 0
     """Added up over them."""
+    waiting: int = 0
+    """The same of those without a row."""
     own_ms: float = 0.0
 
 
@@ -36,6 +38,7 @@ class Companies:
         steps.count += 1
         # Those that a step ended no longer have a row, and shared it nevertheless.
         steps.sequences += max(1, stats.running, stats.decode_rows)
+        steps.waiting += stats.waiting
         steps.own_ms += stats.own_ms
         self._all_ms += stats.own_ms
 
@@ -43,10 +46,11 @@ class Companies:
         """For a request that begins now."""
         return Meeting(self, model_id)
 
-    def at(self, model_id: str) -> tuple[int, int, float]:
-        """A model's steps, the sequences in them, and milliseconds of other models' steps so far."""
+    def at(self, model_id: str) -> tuple[int, int, int, float]:
+        """A model's steps, the sequences in them and beside them, and milliseconds of other models' steps
+        so far."""
         steps = self._models.setdefault(model_id, _Steps())
-        return steps.count, steps.sequences, self._all_ms - steps.own_ms
+        return steps.count, steps.sequences, steps.waiting, self._all_ms - steps.own_ms
 
 
 class Meeting:
@@ -59,14 +63,16 @@ class Meeting:
         self._first: Met | None = None
 
     def answered(self) -> None:
-        """It has its first token."""
-        self._first, self._since = self._met(), self._companies.at(self._model_id)
+        """It has its first token. Up to then whoever waits for a row with it is company as well."""
+        self._first = self._met(waiting=True)
+        self._since = self._companies.at(self._model_id)
 
     def company(self) -> Company | None:
         """At its end; None: it had no token."""
         return None if self._first is None else Company(self._first, self._met())
 
-    def _met(self) -> Met:
+    def _met(self, waiting: bool = False) -> Met:
         now = self._companies.at(self._model_id)
-        steps, sequences, others_ms = (b - a for a, b in zip(self._since, now, strict=True))
+        steps, running, beside, others_ms = (b - a for a, b in zip(self._since, now, strict=True))
+        sequences = running + beside if waiting else running
         return Met(others_ms, sequences / steps if steps else 1.0)

@@ -40,8 +40,9 @@ class Metric:
     worse: Literal["higher", "lower"]
     matters: float
     """The least difference that matters, on the scale: log(1.05) is 5 %, 0.02 two in a hundred."""
-    timed: bool = False
-    """It depends on how many sequences share the steps, and is counted by `stratum`."""
+    timed: Literal["steps", "wait"] | None = None
+    """It depends on how many sequences share its steps, or on how many wait with it, too; it is counted by
+    `stratum`."""
     only: Literal["shadow", "named"] | None = None
     """In shadows only; or only where a rollout names it."""
 
@@ -64,9 +65,9 @@ class Metric:
 _FIVE_PERCENT = math.log(1.05)
 METRICS = (
     Metric("error", "share", "higher", 0.02),
-    Metric("ttft", "log", "higher", _FIVE_PERCENT, timed=True),
-    Metric("tpot", "log", "higher", _FIVE_PERCENT, timed=True),
-    Metric("tokens_per_s", "log", "lower", _FIVE_PERCENT, timed=True),
+    Metric("ttft", "log", "higher", _FIVE_PERCENT, timed="wait"),
+    Metric("tpot", "log", "higher", _FIVE_PERCENT, timed="steps"),
+    Metric("tokens_per_s", "log", "lower", _FIVE_PERCENT, timed="wait"),
     Metric("empty", "share", "higher", 0.02),
     Metric("capped", "share", "higher", 0.05),
     Metric("malformed", "share", "higher", 0.02),
@@ -135,14 +136,20 @@ class Figures:
             for name in sorted(names):
                 yield baseline.get(name, _NONE), variant.get(name, _NONE)
 
-    def whole(self, metric: Metric, charged: bool) -> Iterator[tuple[Moments, Moments]]:
+    def whole(
+        self, metric: Metric, charged: bool, stages: Sequence[Stage]
+    ) -> Iterator[tuple[Moments, Moments]]:
         """Both arms' moments in every stage, whatever company the requests had.
 
         `charged`: a step that n sequences share counts as an n-th of one, the variant's n taken a
-        band too large. It takes at most n times as long, so no more can be owed to company.
+        band too large. It takes at most n times as long, so no more can be owed to company. A queue
+        knows no such bound: with more than half of the traffic the variant's may be longer by any
+        factor, and what includes it is left out.
         """
         sign = 1 if metric.worse == "higher" else -1
-        for arms in self.strata:
+        for stage, arms in zip(stages, self.strata, strict=False):
+            if metric.timed == "wait" and stage.share > 0.5:
+                continue
             whole = Moments(), Moments()
             for variant, arm in enumerate(arms):
                 for name, part in arm.items():
@@ -193,7 +200,7 @@ def decide(
         alpha: chance that a variant that is no worse is rolled back, over the whole rollout.
         metrics: those that count.
     """
-    worst = guard(figures, alpha, metrics)
+    worst = guard(figures, stages, alpha, metrics)
     if isinstance(worst, RollBack):
         return worst
     now = stages[stage]
@@ -208,11 +215,11 @@ def decide(
 
 
 def guard(
-    figures: Figures, alpha: float, metrics: Sequence[Metric] = USUAL
+    figures: Figures, stages: Sequence[Stage], alpha: float, metrics: Sequence[Metric] = USUAL
 ) -> RollBack | Hold | None:
     """RollBack: a metric is surely worse, and by more than matters. Hold: it may be."""
     doubt: Hold | None = None
-    found = (*estimates(figures, alpha, metrics), *regardless(figures, alpha, metrics))
+    found = (*estimates(figures, alpha, metrics), *regardless(figures, stages, alpha, metrics))
     for metric, estimate in found:
         worsening = metric.worsening(estimate.difference)
         if worsening <= metric.matters:
@@ -238,7 +245,7 @@ def estimates(
 
 
 def regardless(
-    figures: Figures, alpha: float, metrics: Sequence[Metric]
+    figures: Figures, stages: Sequence[Stage], alpha: float, metrics: Sequence[Metric]
 ) -> Iterator[tuple[Metric, Estimate]]:
     """Of the times, how much worse the variant is at least, whatever company its requests had.
 
@@ -252,7 +259,7 @@ def regardless(
             continue
         each = alpha / len(metrics) * _REGARDLESS
         both = (
-            anytime(figures.whole(metric, charged), alpha=each, effect=metric.matters)
+            anytime(figures.whole(metric, charged, stages), alpha=each, effect=metric.matters)
             for charged in (False, True)
         )
         found = [estimate for estimate in both if estimate is not None]

@@ -407,7 +407,7 @@ def _metric_reports(found: Rollout) -> list[MetricReport]:
     figures = found.figures
     tests = {m.name: test for m, test in comparisons(figures, found.stage)}
     spec, reports = found.spec, []
-    known = dict(regardless(figures, spec.alpha, spec.compared))
+    known = dict(regardless(figures, spec.stages, spec.alpha, spec.compared))
     known |= dict(estimates(figures, spec.alpha, spec.compared))
     for metric, estimate in ((m, known[m]) for m in spec.compared if m in known):
         pairs = list(figures.of(metric.name))

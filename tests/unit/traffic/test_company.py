@@ -27,6 +27,16 @@ def test_a_request_meets_sequences_of_its_model_and_steps_of_others():
     assert meeting.company() == Company(Met(7.0, 2.0), Met(pytest.approx(3.0), 4.0))
 
 
+def test_who_waits_for_a_row_with_it_is_company_up_to_the_first_token():
+    companies = Companies()
+    meeting = companies.meet("a")
+    companies.observe(StepStats(model_id="a", running=2, waiting=3, own_ms=1.0))
+    companies.observe(StepStats(model_id="a", running=3, waiting=2, own_ms=1.0))
+    meeting.answered()
+    companies.observe(StepStats(model_id="a", running=3, waiting=4, own_ms=1.0))
+    assert meeting.company() == Company(Met(0.0, 5.0), Met(0.0, 3.0))
+
+
 def test_those_that_a_step_ended_shared_it():
     companies = Companies()
     meeting = companies.meet("a")

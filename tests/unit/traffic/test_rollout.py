@@ -122,6 +122,23 @@ def test_a_rarer_variant_without_company_is_charged_with_no_more_than_it_must(
     assert isinstance(decide(stages, 0, 100.0, found), decision)
 
 
+@pytest.mark.parametrize(
+    ("metric", "share", "decision"),
+    [("ttft", 0.5, RollBack), ("ttft", 0.75, Advance), ("tpot", 0.75, RollBack)],
+)
+def test_a_longer_queue_is_held_against_a_variant_with_no_more_traffic_than_the_model(
+    metric, share, decision
+):
+    """Thirty times as long, with three times the company: in steps it cannot be owed to that."""
+    rng, found = random.Random(3), Figures()
+    for variant, sequences, factor in ((False, 1.0, 1.0), (True, 3.0, 30.0)):
+        for _ in range(100):
+            value = rng.gauss(2 + math.log(factor), 0.1)
+            found.add(0, variant, {**OK, stratum(metric, sequences): value})
+    stages = [Stage(share, min_samples=100), Stage(1.0)]
+    assert isinstance(decide(stages, 0, 100.0, found), decision)
+
+
 def test_a_slow_variant_is_caught_where_too_few_of_each_side_had_like_company():
     """Half of its requests ran beside one another, the others' alone: no stratum has twenty of both."""
     rng, found = random.Random(3), Figures()
