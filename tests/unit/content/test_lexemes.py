@@ -100,10 +100,10 @@ nodes: st.SearchStrategy[Node] = st.recursive(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.fixed_dictionaries(dict.fromkeys(RULES, nodes)))
 def test_random_rules_allow_what_they_say(vocabulary: LLTokenizer, rules: dict[str, Node]) -> None:
-    if Oracle(rules).allows("a" * 0) or any(map(Oracle(rules).allows, TEXTS)):
+    if any(map(Oracle(rules).allows, TEXTS)):
         both(vocabulary, rules, TEXTS)
 
 
