@@ -92,8 +92,9 @@ def test_a_stream_of_text(side: TextSide) -> None:
     assert stream.stop == "END"
 
 
-def test_long_prompts_prefer_a_thread(side: TextSide) -> None:
+def test_long_prompts_prefer_a_thread(side: TextSide, folder: Path) -> None:
     long = "x" * THREAD_CHARS
+    assert not TextSide.load(folder, threads=False).prefers_thread(TextPrompt(text=long))
     assert not side.prefers_thread(TextPrompt(text="x"))
     assert side.prefers_thread(TextPrompt(text=long))
     assert not side.prefers_thread(ChatPrompt(messages=(USER,)))

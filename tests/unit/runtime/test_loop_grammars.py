@@ -115,6 +115,20 @@ def test_unloading_its_model_ends_it(parent: Parent, compiler: Compiler) -> None
     assert rows[2].token_ids == [21, 22, 23, 24]
 
 
+def test_for_measurements_it_is_compiled_in_the_loop(parent: Parent, compiler: Compiler) -> None:
+    compiler.may.set()
+    parent.send(load(unprepared=("grammar", "hash")))
+    parent.send(held_to("a", submit(1, 10)), held_to("bad", submit(2, 20)))
+    told: list[str] = []
+    rows: dict[int, wire.TokenRow] = {}
+    while "prefill" not in told or 2 not in rows:
+        step = parent.expect(wire.Step)
+        told += [] if step.stats is None else [stage for stage, _ in step.stats.stages]
+        rows |= {row.seq_id: row for row in step.rows}
+    assert rows[2].error is not None and rows[2].error_param == "guided_regex"
+    assert sorted(told) == ["grammar", "prefill", "queue"]
+
+
 def test_what_it_waited_is_told(parent: Parent, compiler: Compiler) -> None:
     compiler.may.set()
     parent.send(load(), held_to("a", submit(1, 10)), held_to("known", submit(2, 20)))
