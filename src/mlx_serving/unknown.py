@@ -36,6 +36,6 @@ def _unknown(known: Iterable[str], name: str, at: str) -> InvalidRequest:
 
     shown = name if len(name) <= _MAX_NAME else name[:_MAX_NAME] + "..."
     message = f"Unknown field '{at}{shown}'."
-    if len(name) <= _MAX_NAME and (close := get_close_matches(name, sorted(known), n=1)):
+    if len(name) <= _MAX_NAME and (close := get_close_matches(name, sorted(known), 1, 0.7)):
         message += f" Did you mean '{at}{close[0]}'?"
     return InvalidRequest(message, param=at + shown, code="unknown_parameter")

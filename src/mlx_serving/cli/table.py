@@ -1,21 +1,26 @@
-"""Tables on stdout: drawn with rich on a terminal, plain columns in a pipe."""
+"""Tables on stdout: drawn with rich on a terminal that is wide enough, plain columns elsewhere."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import TextIO
 
 Rows = Sequence[Sequence[str]]
 
+_BETWEEN = 3
+"""What drawing takes beside a column's text."""
+
 
 def print_table(headers: Sequence[str], rows: Rows, out: TextIO | None = None) -> None:
     out = out or sys.stdout
-    if out.isatty():
-        _draw(headers, rows, out)
-        return
     lines = [list(headers), *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
+    # Squeezed into less, columns lose the names that they are there for; whole lines wrap.
+    if out.isatty() and sum(widths) + _BETWEEN * len(widths) <= shutil.get_terminal_size().columns:
+        _draw(headers, rows, out)
+        return
     for line in lines:
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         print("  ".join(cells).rstrip(), file=out)

@@ -144,6 +144,15 @@ def test_a_table_is_drawn_on_a_terminal_alone() -> None:
     assert facts.getvalue() == "name     x\nlicence  mit\n"
 
 
+def test_a_table_that_does_not_fit_is_not_squeezed(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "a-model-with-a-long-name"
+    for columns, drawn in (("20", False), ("40", True)):
+        monkeypatch.setenv("COLUMNS", columns)
+        out = Terminal()
+        print_table(("NAME", "N"), [(name, "1")], out)
+        assert name in out.getvalue() and ("─" in out.getvalue()) == drawn
+
+
 def test_large_numbers_are_short() -> None:
     assert [count(n) for n in (None, 12, 1500, 134_515_008, 7_240_000_000)] == [
         "",
