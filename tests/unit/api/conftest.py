@@ -282,8 +282,9 @@ async def client(gateway: FakeGateway, config: Config) -> AsyncIterator[httpx.As
 
 
 @pytest.fixture
-async def relaxed(gateway: Any) -> AsyncIterator[httpx.AsyncClient]:
-    """A server that leaves out what it does not know."""
+async def relaxed() -> AsyncIterator[httpx.AsyncClient]:
+    """A server that leaves out what it does not know. Settings are a gateway's: it has its own."""
+    gateway = FakeGateway()
     gateway.live.config = Config(unknown_fields="warn")
     transport = httpx.ASGITransport(create_app(gateway))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
