@@ -180,7 +180,14 @@ async def test_what_was_received_and_not_read_is_neither_lost_nor_doubled(worker
         os.kill(worker.health()[0].pid, signal.SIGKILL)
         await until(lambda r=restarts: worker.health()[0].restarts == r)
         await until(lambda: isinstance(worker.state, port.Ready))
-    assert await tokens_of(stream) == list(range(1, 1 + FOREVER))
+    got: list[int] = []
+    held = 0
+    async for row in stream:
+        held = held or len(row.token_ids)
+        got += row.token_ids
+        if len(got) > held + 4 * HIGH_WATER_TOKENS:
+            break
+    assert got == list(range(1, 1 + len(got)))
 
 
 async def test_finished_and_unread_when_the_worker_dies(worker):
