@@ -29,7 +29,7 @@ serve: $(VENV)/.runtime
 	@exec $(BIN)/mlx-serving serve
 
 test: $(VENV)/.dev
-	$(PYTEST) -m "not slow" -n auto --dist worksteal --timeout 300 $(RERUN) --cov --cov-report=term:skip-covered --cov-fail-under=85
+	$(PYTEST) -m "not slow" -n logical --maxprocesses 8 --dist worksteal --timeout 300 $(RERUN) --cov --cov-report=term:skip-covered --cov-fail-under=85
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow -n 1 $(RERUN)

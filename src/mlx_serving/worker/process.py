@@ -24,6 +24,9 @@ _LEVELS = logging.getLevelNamesMapping()
 TAIL_LINES = 50
 SECRET_VARIABLES = frozenset({*map(env_name, SECRETS), "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
 """A worker, which runs what models bring, has no use for them."""
+UNUSED_VARIABLES = frozenset({"COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"})
+"""A worker ends without exit hooks: what coverage counted there, at three times the cost, was never written."""
+WITHHELD = SECRET_VARIABLES | UNUSED_VARIABLES
 COMMAND = (sys.executable, "-u", "-m", "mlx_serving.runtime.main")
 
 
@@ -61,7 +64,7 @@ class WorkerProcess:
                     start_new_session=True,
                     text=True,
                     errors="replace",
-                    env={k: v for k, v in os.environ.items() if k not in SECRET_VARIABLES},
+                    env={k: v for k, v in os.environ.items() if k not in WITHHELD},
                 )
         except BaseException:
             self.socket.close()
