@@ -137,11 +137,11 @@ class Model:
     def compiled(self, seq_id: int, outcome: Constraint | BaseException) -> None:
         """What came of compiling a sequence's grammar. One that cannot be followed ends it, with an
         error row that the next step tells."""
-        self._stages.compiled(seq_id)
         if isinstance(outcome, BaseException):
             self._scheduler.cancel(seq_id)
             self._early.append(self._error_row(seq_id, *reason_of(outcome, "internal_error")))
         else:
+            self._stages.compiled(seq_id)
             self._scheduler.provide(seq_id, outcome)
 
     def cancel(self, seq_id: int) -> None:
