@@ -27,7 +27,10 @@ from mlx_serving.live import Apply, LiveSettings
 
 PREFLIGHT_S = 600
 _METHODS = b"GET, POST, PUT, PATCH, DELETE, OPTIONS"
-_EXPOSED = b"x-request-id, x-mlx-serving-seed, x-mlx-serving-advisory, retry-after"
+_EXPOSED = (
+    b"x-request-id, x-mlx-serving-seed, x-mlx-serving-advisory, x-mlx-serving-ignored, "
+    b"x-mlx-cache, x-mlx-variant, x-mlx-flags, x-should-retry, retry-after"
+)
 
 
 @dataclass(frozen=True, slots=True)

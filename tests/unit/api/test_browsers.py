@@ -89,6 +89,10 @@ def test_a_named_origin_is_let_in(start_server: Any) -> None:
         for said in (preflight, answer):
             assert said.headers["access-control-allow-origin"] == "https://chat.example.org"
             assert said.headers["vary"] == "origin"
+        exposed = answer.headers["access-control-expose-headers"].split(", ")
+        ours = {name for name in answer.headers if name.startswith("x-mlx-")}
+        assert ours and ours <= set(exposed)
+        assert {"x-mlx-serving-ignored", "x-mlx-cache", "x-mlx-variant"} <= set(exposed)
         assert answer.status_code == 200
         assert "access-control-allow-origin" not in client.get("/health").headers
         assert client.get("/health").headers["x-content-type-options"] == "nosniff"
