@@ -34,6 +34,7 @@ async def test_a_promise_that_cannot_be_kept_ends_the_canary(scripted):
         (level,) = engine.gateway.health()["slos"]
         assert level["burn_short"] == 2.0
         await until(lambda: engine.gateway.rollouts.get("c").status == "rolled_back")
+        assert "for a service level" in engine.gateway.rollouts.get("c").last
         (level,) = engine.gateway.health()["slos"]
         assert level["state"] == "violated" and level["remedies"] == ["roll_back"]
         shown = engine.metrics.render().decode()

@@ -71,7 +71,7 @@ class Hands(Protocol):
         ...
 
     def roll_back(self) -> None:
-        """End every running canary."""
+        """End every running rollout."""
         ...
 
     def can(self, remedy: Remedy) -> bool:

@@ -15,7 +15,7 @@ from mlx_serving.config import Remedy
 from mlx_serving.traffic.slo import AtRisk, MetricName, Ok, State, Violated
 
 REMEDIES: tuple[Remedy, ...] = get_args(Remedy)
-"""roll_back: running canaries end; shed_low, shed_normal: requests of that class and below are
+"""roll_back: running rollouts end; shed_low, shed_normal: requests of that class and below are
 refused with 503; limit_admission: fewer requests are open at once, by half each time;
 smaller_chunks: prompts are computed in smaller pieces, by half each time; lower_ceiling,
 raise_ceiling: fewer sequences, or more, are computed at once, by a quarter less or twice as many;

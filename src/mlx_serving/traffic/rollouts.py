@@ -254,10 +254,10 @@ class Rollouts:
         self._change(found, "promoted", "promoted by hand")
         return found
 
-    def roll_back(self, name: str) -> Rollout:
+    def roll_back(self, name: str, why: str = "by hand") -> Rollout:
         """From here on the model answers everything; what runs goes on where it is."""
         found = self.get(name)
-        self._change(found, "rolled_back", "rolled back by hand")
+        self._change(found, "rolled_back", f"rolled back {why}")
         return found
 
     def remove(self, name: str) -> None:

@@ -181,7 +181,7 @@ class _Hands:
 
     def roll_back(self) -> None:
         for name in self._running():
-            self._rollouts.roll_back(name)
+            self._rollouts.roll_back(name, "for a service level that is not kept")
 
     def can(self, remedy: Remedy) -> bool:
         match remedy:
