@@ -46,6 +46,7 @@ def test_what_cannot_change_the_tokens_does_not_part_two_requests(ask) -> None:
                 "repetition_penalty": 1.5,
                 "presence_penalty": 1.0,
                 "frequency_penalty": 1.0,
+                "penalty_window": 7,
                 "logit_bias": {1: 1.0},
                 "logprobs": 0,
                 "max_tokens": 17,
@@ -69,7 +70,7 @@ def test_every_field_was_considered(ask) -> None:
     }  # fmt: skip
     assert {f.name for f in msgspec.structs.fields(type(ask().sampling))} == {
         "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-        "frequency_penalty", "logit_bias", "seed", "choice", "logprobs", "max_tokens",
+        "frequency_penalty", "penalty_window", "logit_bias", "seed", "choice", "logprobs", "max_tokens",
         "min_tokens", "ignore_eos", "stop_token_ids",
     }  # fmt: skip
 
