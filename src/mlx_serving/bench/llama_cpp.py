@@ -95,6 +95,8 @@ def find(model: str, folder: Path, environ: Mapping[str, str]) -> LlamaCpp | Non
 def make(model: str, folder: Path, environ: Mapping[str, str], run: Run) -> LlamaCpp:
     """Builds and fetches what is missing. Raises Unavailable."""
     placed = place(model, folder, environ)
+    if not placed.missing():
+        return placed
     folder.mkdir(parents=True, exist_ok=True)
     with home.exclusive(folder, "llama.cpp"):
         if placed.programs.parent == folder and not placed.programs.is_dir():
@@ -131,7 +133,7 @@ def _cpuinfo() -> str:
 
 
 def _build(target: Path, run: Run) -> None:
-    say(f"building llama.cpp of {PACKAGE} {VERSION} into {target}, once: several minutes")
+    say(f"building llama.cpp of {PACKAGE} {VERSION} into {target}, once: minutes")
     home.sweep(target.parent, f".{target.name}.")
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         try:
