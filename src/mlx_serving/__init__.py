@@ -1,4 +1,4 @@
-"""Serve language and vision-language models with MLX.
+"""Serve language models with MLX.
 
 `Engine` and `SyncEngine` are the library; importing this package costs nothing until they are used.
 """

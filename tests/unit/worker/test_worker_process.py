@@ -76,6 +76,17 @@ async def test_a_missing_folder_is_named(scripted):
         await worker.stop()
 
 
+async def test_without_a_backend_it_says_who_knows_what_to_install(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"{}")
+    worker = Supervisor(spawn=functools.partial(WorkerProcess, (sys.executable, "-c", WITHOUT_MLX)))
+    worker.start()
+    async with asyncio.timeout(120):
+        with pytest.raises(errors.ModelBroken, match="mlx-serving doctor"):
+            await worker.load_model("m", str(tmp_path))
+        await worker.stop()
+
+
 async def test_what_a_worker_logs_keeps_its_level(caplog):
     said = "print('WARNING a.b: no room'); print('note: this'); print('ERROR is a word')"
     with caplog.at_level(logging.INFO, "mlx_serving.worker.stderr"):

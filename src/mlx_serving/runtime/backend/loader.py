@@ -42,6 +42,7 @@ def loading(
         raise ModelBroken(f"{path / 'config.json'} has no model_type")
     check_weights(path)
     log.info("%s", blas.preload())
+    _check_backend()
     if config["model_type"] in ENCODERS:
         from mlx_serving.runtime.backend import encoder_model
 
@@ -49,6 +50,16 @@ def loading(
     from mlx_serving.runtime.backend import mlx_model
 
     return (yield from mlx_model.load(model_id, path, config, options, on_phase))
+
+
+def _check_backend() -> None:
+    """Raises ModelBroken where MLX, or the library behind it, is not installed."""
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as error:
+        raise ModelBroken(
+            f"MLX cannot be used ({error}): 'mlx-serving doctor' says what to install"
+        ) from error
 
 
 def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
