@@ -69,13 +69,12 @@ class BlockPool:
 
     def publish(self, row: int, start: int, blocks: Sequence[int]) -> None:
         """Copy a row's positions from `start` on into blocks, in order."""
-        index = _index(blocks)
         for layer, pools in zip(self._layers, self._pools, strict=True):
             parts = layer.to_blocks(row, start, len(blocks), self.size)
             pools += [None] * (len(parts) - len(pools))
             for i, part in enumerate(parts):
                 if part is not None:
-                    pools[i] = place(self._fitted(pools[i], part, max(blocks)), index, part)
+                    pools[i] = self._put(self._fitted(pools[i], part, max(blocks)), blocks, part)
 
     def copy(self, row: int, blocks: Sequence[int]) -> None:
         """Begin a row with blocks, in order."""
@@ -97,14 +96,14 @@ class BlockPool:
 
     def fill(self, blocks: Sequence[int], layout: Layout, data: mx.array) -> None:
         """Put back what `copy_out` gave."""
-        index, count, start = _index(blocks), len(blocks), 0
+        count, start = len(blocks), 0
         for array in layout:
             end = start + array.nbytes
             pools = self._pools[array.layer]
             pools += [None] * (array.part + 1 - len(pools))
             part = data[:, start:end].view(_TYPES[array.dtype]).reshape(count, *array.shape)
             fitted = self._fitted(pools[array.part], part, max(blocks))
-            pools[array.part] = place(fitted, index, part)
+            pools[array.part] = self._put(fitted, blocks, part)
             start = end
 
     def keep(self, blocks: Sequence[int]) -> None:
@@ -123,7 +122,7 @@ class BlockPool:
         chosen = pool[index]
         if self._space is not None:
             reserved = self._space.reserve(pool.shape, pool.dtype)
-            chosen = place(reserved, slice(index.size), chosen)
+            chosen = self._space.put(reserved, chosen, range(index.size))
         mx.eval(chosen)
         return chosen
 
@@ -135,6 +134,11 @@ class BlockPool:
     def unwritten_bytes(self) -> int:
         spare = self.capacity - self._written
         return spare * sum(pool.nbytes // pool.shape[0] for pool in self.arrays)
+
+    def _put(self, pool: mx.array, blocks: Sequence[int], part: mx.array) -> mx.array:
+        if self._space is not None:
+            return self._space.put(pool, part, blocks)
+        return place(pool, _index(blocks), part)
 
     def _fitted(self, pool: mx.array | None, part: mx.array, highest: int) -> mx.array:
         if self._space is not None:

@@ -129,6 +129,8 @@ class KVLayer:
         count, heads, size, dim = blocks.shape
         history = blocks.transpose(1, 0, 2, 3).reshape(1, heads, count * size, dim)
         slab = self._fitted(slab, heads, dim, blocks.dtype)
+        if self.rows.space is not None:
+            return self.rows.space.put(slab, history, [row])
         index = (slice(row, row + 1), slice(None), slice(count * size))
         return place(slab, index, history)
 

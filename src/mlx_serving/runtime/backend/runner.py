@@ -246,8 +246,9 @@ class MLXRunner:
         for decoded in self._decode(plan.decode):
             forwards.append(decoded)
             self._enqueue(forwards)
-        for publish in plan.publish:
-            mx.async_eval(self.store.publish(publish.row, publish.start, publish.blocks))
+        # Evaluated together: MLX copies an array that it updates while an evaluation holds it.
+        published = [self.store.publish(p.row, p.start, p.blocks) for p in plan.publish]
+        mx.async_eval(published[-1:])
         copies = None if self._tier is None else self._tier.after(plan.disk)
         slabs = self.store.arrays()
         effect = _probe(slabs[-1]) if slabs and not forwards else self._last

@@ -158,6 +158,12 @@ def give_back(slabs: Sequence[mx.array], row: int) -> list[mx.array]:
     return require().give_back(list(slabs), row)
 
 
+def put(target: mx.array, value: mx.array, rows: Sequence[int]) -> mx.array:
+    """`target[rows] = value` where it lies, or `target[rows, :, :n] = value` for a value of `n` < the target's
+    positions along axis 2. The target is handed over, as by `kv_write`; the dtypes are the same."""
+    return require().put(target, value, list(rows))
+
+
 def attention(
     q: mx.array,
     keys: mx.array,

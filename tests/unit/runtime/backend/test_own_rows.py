@@ -206,3 +206,53 @@ def test_address_space_is_to_be_had_from_a_cache_of_larger_pieces() -> None:
         mx.eval(freed)
         del freed
         assert not ops.reserve((2, 3), mx.float32).any().item()
+
+
+def test_blocks_and_rows_are_written_where_they_lie_whatever_is_in_flight() -> None:
+    """MLX's own update copies an array that an evaluation in flight holds."""
+    slots = store(attention=InPlaceLayer)
+    slots.open_pool(64, 16)
+    slots.start(0, 64)
+    prefill(slots, 0, 64, 1.0)
+    mx.eval(slots.publish(0, 0, [0]))
+    before = [address(array) for array in (*slots.pool.arrays, *slots.arrays())]
+    for block in range(1, 4):
+        mx.async_eval(slots.publish(0, 16 * block, [block]))
+        slots.start(block, 64)
+        slots.copy_blocks(block, list(range(block + 1)))
+        mx.async_eval(slots.arrays())
+    mx.eval(slots.arrays())
+    assert [address(array) for array in (*slots.pool.arrays, *slots.arrays())] == before
+    assert contents(slots, 3) == ([1.0] * 64, [-1.0] * 64)
+
+
+@pytest.mark.parametrize("positions", [2, 5])
+def test_rows_or_their_first_positions_are_put_in_place(positions: int) -> None:
+    target = ops.reserve((4, 3, 5, 16), mx.float32)
+    value = mx.random.normal((positions, 3, 2, 16)).transpose(2, 1, 0, 3)
+    mx.eval(value)
+    at = address(target)
+    target = ops.put(target, value, [3, 1])
+    wanted = np.zeros((4, 3, 5, 16), np.float32)
+    wanted[[3, 1], :, :positions] = np.asarray(value)
+    assert np.array_equal(np.asarray(target), wanted) and address(target) == at
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "rows"),
+    [
+        ((1, 3, 5, 16), mx.float32, [4]),
+        ((1, 3, 5, 16), mx.float32, []),
+        ((2, 3, 5, 16), mx.float32, [1]),
+        ((1, 2, 5, 16), mx.float32, [1]),
+        ((1, 3, 6, 16), mx.float32, [1]),
+        ((1, 3, 5), mx.float32, [1]),
+        ((1, 3, 5, 16), mx.float16, [1]),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    shape: tuple[int, ...], dtype: mx.Dtype, rows: list[int]
+) -> None:
+    target = ops.reserve((4, 3, 5, 16), mx.float32)
+    with pytest.raises(ValueError, match="put"):
+        ops.put(target, mx.zeros(shape, dtype), rows)

@@ -55,6 +55,7 @@ NB_MODULE(_native, m) {
   m.def("can_reserve", &can_reserve, "bytes"_a, "pieces"_a);
   m.def("reserve", [](const std::vector<int>& shape, const mx::Dtype& dtype) { return reserve(mx::Shape(shape.begin(), shape.end()), dtype); }, "shape"_a, "dtype"_a);
   m.def("give_back", &give_back, "slabs"_a, "row"_a);
+  m.def("put", &put, "target"_a, "value"_a, "rows"_a);
 
   struct LineList {
     std::shared_ptr<const std::vector<SampleLine>> lines;

@@ -71,6 +71,8 @@ bool can_reserve(size_t bytes, int pieces);
 mx::array reserve(const mx::Shape& shape, mx::Dtype dtype);
 // The slabs, handed over, without the memory behind one row, which is zeros again.
 std::vector<mx::array> give_back(const std::vector<mx::array>& slabs, int row);
+// Rows of `target` [slots, ...], or their first positions along axis 2, are `value` [rows, ...].
+mx::array put(const mx::array& target, const mx::array& value, const std::vector<int>& rows);
 
 // How each line of a batch chooses its token; constant over many steps.
 struct SampleLine {

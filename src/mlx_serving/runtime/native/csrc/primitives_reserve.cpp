@@ -63,6 +63,30 @@ class GiveBack : public CpuPrimitive {
  private:
   int row_;
 };
+
+// The first positions of rows, or rows whole, written where they lie. MLX's own update of a slice copies
+// the array while a step in flight holds it: all of its address space.
+class Put : public CpuPrimitive {
+ public:
+  explicit Put(std::vector<int> rows) : CpuPrimitive("MsPut"), rows_(std::move(rows)) {}
+  void eval_cpu(const std::vector<mx::array>& in, std::vector<mx::array>& out) override {
+    bool copied;
+    take(in[0], out[0], copied);
+    if (copied) throw std::invalid_argument("native: what is written in place must be whole");
+    const mx::array &to = out[0], &from = in[1];
+    // Whole rows are one part; else each head's positions are.
+    const bool whole = std::equal(from.shape().begin() + 1, from.shape().end(), to.shape().begin() + 1);
+    const size_t parts = whole ? 1 : size_t(to.shape(1));
+    const size_t bytes = from.nbytes() / (rows_.size() * parts), stride = to.nbytes() / (size_t(to.shape(0)) * parts);
+    dispatch([rows = rows_, src = from.data<char>(), dst = out[0].data<char>(), parts, bytes, stride] {
+      for (size_t i = 0; i < rows.size(); i++)
+        for (size_t j = 0; j < parts; j++) memcpy(dst + (size_t(rows[i]) * parts + j) * stride, src + (i * parts + j) * bytes, bytes);
+    });
+  }
+
+ private:
+  std::vector<int> rows_;
+};
 }  // namespace
 
 bool can_reserve(size_t bytes, int pieces) {
@@ -102,6 +126,15 @@ std::vector<mx::array> give_back(const std::vector<mx::array>& slabs, int row) {
     types.push_back(a.dtype());
   }
   return mx::array::make_arrays(std::move(shapes), types, std::make_shared<GiveBack>(row), slabs);
+}
+
+mx::array put(const mx::array& target, const mx::array& value, const std::vector<int>& rows) {
+  require(target.ndim() > 0 && value.ndim() == target.ndim() && value.dtype() == target.dtype(), "put: a value of the target's dtype and number of axes");
+  require(!rows.empty() && size_t(value.shape(0)) == rows.size() && value.size() > 0, "put: a row for each of the value's");
+  for (int row : rows) require(row >= 0 && row < target.shape(0), "put: rows that the target has");
+  for (int i = 1; i < int(target.ndim()); i++)
+    require(value.shape(i) == target.shape(i) || (i == 2 && value.shape(i) < target.shape(i)), "put: rows whole, or their first positions along axis 2");
+  return mx::array(target.shape(), target.dtype(), std::make_shared<Put>(rows), {target, mx::contiguous(value, false, cpu())});
 }
 
 }  // namespace ms
