@@ -128,3 +128,18 @@ def test_a_target_that_cannot_be_met_starves_nobody() -> None:
     gaps, _, chunks = gaps_s(0.001, 2)
     assert chunks == PROMPT // 8
     assert max(gaps) < 0.1
+
+
+def test_the_margin_follows_how_much_steps_vary() -> None:
+    """One chunk in twenty takes three times as long: hardly a step is beyond the target for it."""
+    calm, wild = Pace(0.1), Pace(0.1)
+    beyond = 0
+    for i in range(2000):
+        for pace, factor in ((calm, 1.0), (wild, 1.0 if i % 20 else 3.0)):
+            pace.observe(8, 0, 0.010)
+            tokens = pace.budget(True, 256, 8)
+            step_s = 0.010 + 0.001 * tokens * factor
+            pace.observe(8, tokens, step_s, 8)
+            beyond += i >= 1000 and step_s > 0.1
+    assert wild.margin < 0.75 < calm.margin
+    assert beyond <= 10

@@ -10,8 +10,11 @@ chunk that is too short is not.
 
 from __future__ import annotations
 
-MARGIN = 0.8
-"""Of the target: steps vary."""
+MARGINS = 0.4, 0.9
+"""Of the target is aimed at, at least and at most: steps vary, by how much is the machine's."""
+_OVER, _WITHIN = 0.02, 0.0001
+"""The margin gives so much for a step beyond the target, and gains so much by one within: it settles
+where one in two hundred is beyond."""
 _UP, _DOWN = 0.5, 0.1
 GUESS_S = 0.002
 """Of a token's prefill, until it is measured."""
@@ -33,6 +36,8 @@ class Pace:
         self.s_per_token = GUESS_S
         """Of prefill."""
         self._guessed = True
+        self.margin = 0.75
+        """Part of the target that a step is planned for."""
         self.least_s = 0.0
         """Of steps that decode beside a chunk that cannot be shorter, of late; 0: there was none."""
 
@@ -53,6 +58,9 @@ class Pace:
             beside = self.decode_s = min(self.decode_s, step_s)
             if prefill_tokens <= grain:
                 self.least_s = _towards(self.least_s, step_s, self.least_s)
+            elif self.max_itl_s:
+                gain = -_OVER if step_s > self.max_itl_s else _WITHIN
+                self.margin = min(max(self.margin + gain, MARGINS[0]), MARGINS[1])
         self._learn(prefill_tokens, step_s - beside)
 
     def _learn(self, tokens: int, took_s: float) -> None:
@@ -77,7 +85,7 @@ class Pace:
         that every prompt gets on."""
         if not (self.max_itl_s and decoding):
             return most
-        room_s = MARGIN * self.max_itl_s - self.decode_s - self.chunk_s
+        room_s = self.margin * self.max_itl_s - self.decode_s - self.chunk_s
         tokens = int(room_s / self.s_per_token) if self.s_per_token > 0 else most
         return min(most, max(grain, tokens // grain * grain))
 

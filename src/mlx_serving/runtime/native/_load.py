@@ -14,7 +14,7 @@ MLX_VERSION = "0.32.4"
 so it is compared before the module is loaded."""
 
 
-INTERFACE = 3
+INTERFACE = 4
 """What the module must be able to do, as in primitives.h: a module left from an earlier build has
 another number."""
 
