@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=24)
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 4, 16])
-    parser.add_argument("--kernels", nargs="*", default=["off", "auto"])
+    parser.add_argument("--kernels", nargs="*", default=["auto"], help="of `bare` and `compare`")
     parser.add_argument("--max-itl-ms", type=float, nargs="*", default=[60.0, 120.0, 250.0])
     parser.add_argument("--prompt-tokens", type=int, default=6000, help="of the part `gaps`")
     parser.add_argument("--seconds", type=float, default=30.0, help="each load of `priority`")

@@ -24,7 +24,7 @@ from mlx_serving.types import KVBits
 
 GROUPS = {8: (64, 32), 4: (32,)}
 """By bits: how many numbers share a scale, the first that divides a head. In 4 bits, twice as many cost
-twice the divergence (benchmarks/RESULTS.md)."""
+twice the divergence (benchmarks/APART.md)."""
 
 
 class Unquantizable(ModelBroken):
