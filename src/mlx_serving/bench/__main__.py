@@ -23,6 +23,8 @@ from mlx_serving.bench import (
 from mlx_serving.catalog.ensure import ensure
 from mlx_serving.config import DEFAULT_MODEL, Config
 
+SLOW_REPLAY = 3, 2
+"""Chats and turns beside `mlx_lm.server`, which would take hours for the other."""
 PARTS = (
     "overhead",
     "depth",
@@ -52,9 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--priority-flags", nargs="*", default=[""], help="the server's, one text a server"
     )
-    parser.add_argument("--chats", type=int, default=20)
+    parser.add_argument("--chats", type=int, default=20, help="of the replay")
     parser.add_argument("--turns", type=int, default=8)
-    parser.add_argument("--without-mlx-lm", action="store_true", help="no replay against it")
     parser.add_argument("--write", type=Path, help="also write the report to this file")
     args = parser.parse_args(argv)
     unknown = set(args.parts) - set(PARTS)
@@ -129,13 +130,14 @@ async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> 
 
 async def _prefix(args: argparse.Namespace, folder: Path, stored: Path) -> list[str]:
     """With the kernels that a user gets; a rival that is not here is left out."""
-    rivals = []
-    if found := llama_cpp.find(args.model, llama_cpp.folder(), os.environ):
-        rivals.append(compare.llama_server(found.programs, found.gguf, prefix.IN_FLIGHT, 2048))
-    if not args.without_mlx_lm:
-        rivals.append(compare.mlx_lm_server(folder))
-    replays = await prefix.replays(folder, rivals, chats=args.chats, turns=args.turns)
     timed = await prefix.reuse(stored, rounds=args.rounds)
+    replays = []
+    if found := llama_cpp.find(args.model, llama_cpp.folder(), os.environ):
+        rival = compare.llama_server(found.programs, found.gguf, prefix.IN_FLIGHT, 2048)
+        replays.append(await prefix.replay(folder, rival, chats=args.chats, turns=args.turns))
+    chats, turns = SLOW_REPLAY
+    rival = compare.mlx_lm_server(folder)
+    replays.append(await prefix.replay(folder, rival, chats=chats, turns=turns))
     return [report.reuse(timed), report.replays(replays)]
 
 

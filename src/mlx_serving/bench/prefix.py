@@ -42,11 +42,12 @@ class Reuse:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    server: str
+    rival: str
     chats: int
     turns: int
-    wall_s: float
+    ours_s: float
     """To the last answer."""
+    theirs_s: float
 
 
 def _tokens(rng: random.Random, count: int) -> list[int]:
@@ -109,17 +110,16 @@ async def _written(server: servers.Server) -> None:
         await asyncio.sleep(0.1)
 
 
-async def replays(folder: Path, rivals: Sequence[Rival], *, chats: int, turns: int) -> list[Replay]:
-    """Ours and the rivals, one after another."""
+async def replay(folder: Path, rival: Rival, *, chats: int, turns: int) -> Replay:
+    """Ours, then the rival."""
     async with servers.serving(folder) as server:
-        found = [await _replay("ours", server, "bench", chats, turns)]
-    for rival in rivals:
-        async with rival.running() as server:
-            found.append(await _replay(rival.name, server, rival.model, chats, turns))
-    return found
+        ours_s = await _talk_s(server, "bench", chats, turns)
+    async with rival.running() as server:
+        theirs_s = await _talk_s(server, rival.model, chats, turns)
+    return Replay(rival.name, chats, turns, ours_s, theirs_s)
 
 
-async def _replay(name: str, server: servers.Server, model: str, chats: int, turns: int) -> Replay:
+async def _talk_s(server: servers.Server, model: str, chats: int, turns: int) -> float:
     """Turn by turn through all chats, so that each comes back after the others."""
     system = " ".join(
         body["messages"][0]["content"] for body in workloads.chat_requests(8, 1, seed=3)
@@ -146,4 +146,4 @@ async def _replay(name: str, server: servers.Server, model: str, chats: int, tur
         bodies = workloads.chat_requests(chats, 8, seed=1000 + turn)
         texts = [body["messages"][0]["content"] for body in bodies]
         await asyncio.gather(*(say(talk, text) for talk, text in zip(talks, texts, strict=True)))
-    return Replay(name, chats, turns, time.perf_counter() - began_s)
+    return time.perf_counter() - began_s

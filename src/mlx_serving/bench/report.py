@@ -158,17 +158,18 @@ def reuse(found: Reuse) -> str:
 
 
 def replays(found: Sequence[Replay]) -> str:
-    ours = found[0].wall_s
     rows = [
         (
-            one.server,
+            f"`{one.rival}`",
             f"{one.chats} × {one.turns}",
-            f"{one.wall_s:.1f} s",
-            f"{ours / one.wall_s:.2f}",
+            f"{one.ours_s:.1f} s",
+            f"{one.theirs_s:.1f} s",
+            f"{one.ours_s / one.theirs_s:.2f}",
+            "≤ 0.7",
         )
         for one in found
     ]
-    head = ("server", "chats × turns", "to all answers", "ours over it (aim ≤ 0.7)")
+    head = ("rival", "chats × turns", "to all answers, ours", "theirs", "ratio", "aim")
     return _table("## A replay of conversations (kernels: auto)", head, rows)
 
 
