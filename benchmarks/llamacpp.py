@@ -91,8 +91,9 @@ def peaks(folder: Path, threads: int, rates: Rates | None) -> str:
     ]
     if rates:
         weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-        # Two int8 planes a weight, a product and a sum each; a 4-bit weight takes 0.625 bytes.
-        operations = 4 * weights / 0.625
+        # Two int8 planes a weight, a product and a sum each; a 4-bit weight takes 0.625 bytes. A prompt's
+        # tokens go through the layers; the vocabulary's head is for the last of them.
+        operations = 4 * _layer_bytes(folder) / 0.625
         lines += [
             "",
             f"Of these, mode `exact` reaches {rates['decode 1'] * weights / best['dram_gb_s'] / 1e9:.0%} of "
@@ -100,6 +101,18 @@ def peaks(folder: Path, threads: int, rates: Rates | None) -> str:
             f"{rates['prefill 512'] * operations / best['int8_gops'] / 1e9:.0%} of the int8 rate in prefill.",
         ]
     return "\n".join([*lines, ""])
+
+
+def _layer_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            tensors = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, tensor in tensors.items():
+            if ".layers." in name:
+                first, end = tensor["data_offsets"]
+                total += end - first
+    return total
 
 
 def _json(command: list[str]) -> dict[str, float]:

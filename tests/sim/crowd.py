@@ -99,10 +99,9 @@ class Crowd:
         customers: Iterable[Customer],
         of: Limits,
         costs: Costs = SMALL_MACHINE,
-        depth: int = DEPTH,
     ) -> None:
         self.limits = of
-        self._costs, self._depth = costs, depth
+        self._costs = costs
         self.scheduler = Scheduler(of)
         self.customers = {c.seq_id: c for c in sorted(customers)}
         self.now_s = 0.0
@@ -117,7 +116,7 @@ class Crowd:
         """Until then, or until everybody has been served."""
         while self.now_s < until_s and (self._coming or self.scheduler.has_work):
             self._arrive()
-            while len(self._launched) < self._depth and self._launch():
+            while len(self._launched) < self.scheduler.depth(DEPTH, self.now_s) and self._launch():
                 pass
             if self._launched:
                 self._deliver()

@@ -86,7 +86,7 @@ class Simulation:
     def _step(self) -> None:
         self._now_s += self._rng.expovariate(1.0)
         refused = self.report.refused
-        room = len(self._pending) < self.scenario.depth
+        room = len(self._pending) < self._scheduler.depth(self.scenario.depth, self._now_s)
         if room and (not self._pending or self._rng.random() < 0.7) and self._launch():
             return
         done = self.report.refused > refused or not self._scheduler.has_work

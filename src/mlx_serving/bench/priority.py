@@ -59,7 +59,7 @@ async def measure(
 ) -> Priorities:
     """Critical ones alone, the others alone, and both together, in turn."""
     rng = random.Random(6)
-    async with servers.serving(folder, "--prefix-cache-bytes", "0", *flags) as server:
+    async with servers.serving(folder, *flags) as server:
         capacity = await _capacity(server, rng)
         loads: list[tuple[Load, Load, Load]] = []
         for _ in range(rounds):

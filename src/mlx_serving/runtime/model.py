@@ -169,7 +169,7 @@ class Model:
         sequences that had begun, with an error row each; those still waiting stay.
         """
         try:
-            while len(self._in_flight) < self._depth:
+            while len(self._in_flight) < self._scheduler.depth(self._depth, self._now()):
                 self._early += self._rows(self._scheduler.foresee(self._runner.foresee()))
                 plan = self._scheduler.schedule(self._now())
                 if plan is None:

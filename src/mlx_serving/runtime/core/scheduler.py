@@ -27,12 +27,9 @@ from mlx_serving.runtime.core.memory import Claim, Room
 from mlx_serving.runtime.core.pace import Pace
 from mlx_serving.runtime.core.plan import (
     Constraint,
-    DecodeRow,
     Forced,
     Limits,
-    PrefillChunk,
     Publish,
-    RowStart,
     Sampled,
     StepPlan,
     StepResult,
@@ -42,6 +39,7 @@ from mlx_serving.runtime.core.rows import Rows, held
 from mlx_serving.runtime.core.sequence import Sequence, Status
 from mlx_serving.runtime.core.shares import Shares
 from mlx_serving.runtime.core.sharing import Sharing
+from mlx_serving.runtime.core.vigil import SHORT_TOKENS, Vigil
 from mlx_serving.runtime.core.waiting import WaitingQueue
 from mlx_serving.types import CacheStats, FinishReason, Priority, TokenLogprob
 
@@ -102,6 +100,7 @@ class Scheduler:
         """Ended before they began, since they could not have ended in time; for the caller to take."""
         self.sharing = Sharing(limits)
         self.pace = Pace(limits.max_itl_s)
+        self.vigil = Vigil()
         if on_disk is not None:
             self.sharing.disk.take(on_disk)
         self.launched: deque[tuple[int, int]] = deque()
@@ -144,6 +143,8 @@ class Scheduler:
         seq.rank = policy.rank(seq, self.limits)
         self.shares.enter(seq.turn.client)
         self.sequences[seq.seq_id] = seq
+        if seq.priority is Priority.CRITICAL:
+            self.vigil.prolong(now_s)
         if seq.compiling:
             self.held += 1
         else:
@@ -196,6 +197,11 @@ class Scheduler:
 
     # -- the step -------------------------------------------------------------------------
 
+    def depth(self, most: int, now_s: float) -> int:
+        """How many steps to have in flight."""
+        short = self.vigil.lasts(now_s) and any(s.priority != Priority.CRITICAL for s in self.rows)
+        return 1 if short else most
+
     def foresee(self, known: Iterable[Forced]) -> list[Emitted]:
         """Take tokens that no step needs to sample, before the next one is planned."""
         emitted = []
@@ -224,8 +230,8 @@ class Scheduler:
             and not seq.paused
             and (seq in joined or not policy.stands_aside(seq, urgent, now_s, self.limits))
         ]
-        chunks = tuple([_prefill(seq, length) for seq, length in prefill])
-        decoded = tuple([_decode(seq) for seq in decode])
+        chunks = tuple([seq.chunk(length) for seq, length in prefill])
+        decoded = tuple([seq.decode() for seq in decode])
         publish = self._publish(prefill, decode)
         disk = self._disk_orders(idle=not (chunks or decoded or frees))
         if not (chunks or decoded or frees or disk or kept is not None):
@@ -234,7 +240,7 @@ class Scheduler:
             step_id=self._steps,
             frees=frees,
             moves=moves,
-            starts=tuple([_start(seq, found) for seq, found in starts]),
+            starts=tuple([seq.start(found) for seq, found in starts]),
             prefill=chunks,
             decode=decoded,
             publish=publish,
@@ -394,13 +400,13 @@ class Scheduler:
         allows; only the queue stops at its first sequence that does not fit or awaits a prefix, so
         that no later one overtakes it for good.
         """
-        step_size, grain = self.limits.prefill_step_size, self.ceilings.grain
-        budget, lone = self._prefill_budget(), self.ceilings.lone
+        step_size = self.limits.prefill_step_size
         chunks: list[tuple[Sequence, int]] = []
         starts: list[tuple[Sequence, list[Block]]] = []
         ready = [seq for seq in self.rows if seq.prefills and not seq.paused]
         ready.sort(key=_order, reverse=True)
         head = self.queue.peek()
+        budget, grain, lone = self._prefill_budget(now_s, ready[-1] if ready else None, head)
         while budget and (ready or head is not None):
             room = None if lone and not chunks else budget
             urgent = _most_urgent(chunks)
@@ -436,13 +442,20 @@ class Scheduler:
                 budget = max(0, budget - length)
         return chunks, starts
 
-    def _prefill_budget(self) -> int:
-        """Tokens of prefill in this step."""
-        most, grain = self.ceilings.prefill, self.ceilings.grain
+    def _prefill_budget(
+        self, now_s: float, running: Sequence | None, waiting: Sequence | None
+    ) -> tuple[int, int, bool]:
+        """Tokens of prefill in this step, at what multiples of tokens chunks may end to keep to them, and
+        whether a longer chunk has a step to itself. `running`, `waiting`: the first of each to prefill."""
+        most, grain, lone = self.ceilings.prefill, self.ceilings.grain, self.ceilings.lone
+        urgent = any(s is not None and s.priority is Priority.CRITICAL for s in (running, waiting))
+        if self.limits.prefill_grain and not urgent and self.vigil.lasts(now_s):
+            most, grain, lone = min(most, SHORT_TOKENS), self.limits.prefill_grain, False
         if not (self.limits.max_itl_s and grain):
-            return most
+            return most, grain, lone
         decoding = any(not seq.paused and not seq.prefills for seq in self.rows)
-        return self.pace.budget(decoding, min(most, self.limits.prefill_step_size), grain)
+        most = min(most, self.limits.prefill_step_size)
+        return self.pace.budget(decoding, most, grain), grain, lone
 
     def _admit(self, seq: Sequence, found: list[Block], now_s: float) -> bool:
         """Give the queue's first sequence a row, if memory will hold for a bucket's worth of steps;
@@ -535,48 +548,9 @@ class Scheduler:
         return self.sharing.disk.behind
 
 
-def _row(seq: Sequence) -> int:
-    assert seq.row is not None
-    return seq.row
-
-
 def _most_urgent(chunks: list[tuple[Sequence, int]]) -> Priority:
     return min((seq.priority for seq, _ in chunks), default=Priority.LOW)
 
 
 def _order(seq: Sequence) -> tuple[int, int]:
     return seq.order
-
-
-def _start(seq: Sequence, found: list[Block]) -> RowStart:
-    return RowStart(
-        _row(seq),
-        seq.seq_id,
-        tuple(seq.tokens),
-        seq.prompt_len,
-        seq.sampling,
-        seq.constraint,
-        blocks=tuple([block.id for block in found]),
-        reused=seq.reused,
-        second_at=seq.second_at,
-        adapter=seq.adapter,
-    )
-
-
-def _prefill(seq: Sequence, length: int) -> PrefillChunk:
-    start, end = seq.computed, seq.computed + length
-    samples = end == len(seq.tokens)
-    seq.computed = end
-    seq.inflight += samples
-    tokens = tuple(seq.tokens[start:end])
-    return PrefillChunk(_row(seq), seq.seq_id, tokens, start, samples, seq.pooled)
-
-
-def _decode(seq: Sequence) -> DecodeRow:
-    position = seq.computed
-    seq.computed = seq.wanted
-    seq.inflight += 1
-    if seq.inflight > 1:
-        return DecodeRow(_row(seq), seq.seq_id, position, None)
-    token, *forced = seq.tokens[position:]
-    return DecodeRow(_row(seq), seq.seq_id, position, token, tuple(forced))

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
-from mlx_serving.runtime.core.plan import Constraint
+from mlx_serving.runtime.core.plan import Constraint, DecodeRow, PrefillChunk, RowStart
 from mlx_serving.runtime.core.prefix import Block
 from mlx_serving.types import NO_TURN, FinishReason, Priority, SamplingParams, Turn
 
@@ -142,6 +142,43 @@ class Sequence:
         """KV positions it needs now, or once it is `ahead` tokens longer; its last token needs none."""
         wanted, last = len(self.tokens) + self.inflight + ahead, self.limit - 1
         return wanted if wanted < last else last
+
+    def start(self, found: Items[Block]) -> RowStart:
+        """It takes its row, and begins with what is copied from these blocks."""
+        assert self.row is not None
+        return RowStart(
+            self.row,
+            self.seq_id,
+            tuple(self.tokens),
+            self.prompt_len,
+            self.sampling,
+            self.constraint,
+            blocks=tuple([block.id for block in found]),
+            reused=self.reused,
+            second_at=self.second_at,
+            adapter=self.adapter,
+        )
+
+    def chunk(self, length: int) -> PrefillChunk:
+        """Compute so many positions more; the last one samples a token, where nothing comes after it."""
+        assert self.row is not None
+        start, end = self.computed, self.computed + length
+        samples = end == len(self.tokens)
+        self.computed = end
+        self.inflight += samples
+        tokens = tuple(self.tokens[start:end])
+        return PrefillChunk(self.row, self.seq_id, tokens, start, samples, self.pooled)
+
+    def decode(self) -> DecodeRow:
+        """Compute what is wanted and sample a token, behind one that may still be in flight."""
+        assert self.row is not None
+        position = self.computed
+        self.computed = self.wanted
+        self.inflight += 1
+        if self.inflight > 1:
+            return DecodeRow(self.row, self.seq_id, position, None)
+        token, *forced = self.tokens[position:]
+        return DecodeRow(self.row, self.seq_id, position, token, tuple(forced))
 
     def absorb(self, token: int) -> FinishReason | None:
         """Take the value of the oldest token in flight; say whether it ends the sequence."""
