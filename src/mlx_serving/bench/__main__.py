@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from mlx_serving.bench import (
@@ -61,31 +62,38 @@ def main(argv: list[str] | None = None) -> None:
     unknown = set(args.parts) - set(PARTS)
     if unknown:
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    text = asyncio.run(_run(args, args.parts or PARTS))
-    print(text)
-    if args.write:
-        args.write.write_text(text)
+    asyncio.run(_tell(args))
 
 
-async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> str:
+async def _tell(args: argparse.Namespace) -> None:
+    """Each section as soon as it is there: a run takes long."""
+    told: list[str] = []
+    async for section in _run(args, args.parts or PARTS):
+        told.append(section)
+        print(section, flush=True)
+        if args.write:
+            args.write.write_text("\n".join(told))
+
+
+async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> AsyncIterator[str]:
     stored = (await asyncio.to_thread(ensure, args.model, Config(), None)).path
-    sections = [report.machine(args.model)]
+    yield report.machine(args.model)
     if "overhead" in parts:
         print("measuring the gateway's overhead …", file=sys.stderr, flush=True)
-        sections.append(report.overhead(await overhead.measure(stored)))
+        yield report.overhead(await overhead.measure(stored))
     # Both servers get the weights in the float type that stock MLX is fastest with here.
     folder = await asyncio.to_thread(compare.comparable, stored)
     if "depth" in parts:
         print("pipeline depths …", file=sys.stderr, flush=True)
-        sections.append(report.depths(await compare.depths(folder, rounds=args.rounds)))
+        yield report.depths(await compare.depths(folder, rounds=args.rounds))
     if "schema" in parts:
         print("the cost of a schema …", file=sys.stderr, flush=True)
         cost = await schema.measure(folder, max_tokens=2 * args.max_tokens, rounds=3 * args.rounds)
-        sections.append(report.schema(cost))
+        yield report.schema(cost)
     if "jump" in parts:
         print("forced tokens, one by one and several at once …", file=sys.stderr, flush=True)
         rounds = 3 * args.rounds
-        sections.append(report.jumps([await schema.jumps(stored, n, rounds) for n in (1, 8)]))
+        yield report.jumps([await schema.jumps(stored, n, rounds) for n in (1, 8)])
     for kernels in args.kernels:
         extra = ("--kernels", kernels)
         if "bare" in parts:
@@ -93,7 +101,7 @@ async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> 
             figures = await compare.against_bare(
                 folder, max_tokens=2 * args.max_tokens, rounds=args.rounds, extra=extra
             )
-            sections.append(report.bare(kernels, figures))
+            yield report.bare(kernels, figures)
         if "compare" in parts:
             print(f"load against mlx_lm.server, kernels {kernels} …", file=sys.stderr)
             rows = await compare.compare(
@@ -103,20 +111,21 @@ async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> 
                 rounds=args.rounds,
                 extra=extra,
             )
-            sections.append(report.comparison(kernels, rows))
+            yield report.comparison(kernels, rows)
     if "prefix" in parts:
         print("shared prefixes and conversations …", file=sys.stderr, flush=True)
-        sections += await _prefix(args, folder, stored)
+        for section in await _prefix(args, folder, stored):
+            yield section
     if "ttft" in parts:
         print("stages of the way to a first token …", file=sys.stderr, flush=True)
-        sections.append(report.pipeline(await ttft.measure(stored, args.rounds)))
+        yield report.pipeline(await ttft.measure(stored, args.rounds))
     if "gaps" in parts:
         print("a long prompt beside running streams …", file=sys.stderr, flush=True)
         found = await gaps.measure(stored, (0.0, *args.max_itl_ms), args.prompt_tokens, args.rounds)
-        sections.append(report.gaps(found, args.prompt_tokens))
+        yield report.gaps(found, args.prompt_tokens)
     if "switch" in parts:
         print("switching between models …", file=sys.stderr, flush=True)
-        sections.append(report.switch(await switch.measure(stored, rounds=3 * args.rounds)))
+        yield report.switch(await switch.measure(stored, rounds=3 * args.rounds))
     if "priority" in parts:
         print("critical requests under overload …", file=sys.stderr, flush=True)
         ways = [way.split() for way in args.priority_flags]
@@ -124,8 +133,7 @@ async def _run(args: argparse.Namespace, parts: list[str] | tuple[str, ...]) -> 
             await priority.measure(stored, rounds=args.rounds, seconds=args.seconds, flags=way)
             for way in ways
         ]
-        sections.append(report.priorities(measured))
-    return "\n".join(sections)
+        yield report.priorities(measured)
 
 
 async def _prefix(args: argparse.Namespace, folder: Path, stored: Path) -> list[str]:
