@@ -24,10 +24,22 @@ def contradictions(config: Config, places: Mapping[str, str]) -> Iterator[str]:
         if not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/*\s]+/?", origin):
             place = places.get("cors_origin", "cors_origin")
             yield f"{place}: '{origin}' is no origin; expected one like https://chat.example.org"
+    yield from _wrong_webhook(config, places.get("alert_webhook", "alert_webhook"))
     for item in config.class_queue:
         if not re.fullmatch(r"(critical|high|normal|low)=[0-9]{1,9}", item):
             place = places.get("class_queue", "class_queue")
             yield f"{place}: expected CLASS=COUNT with CLASS one of critical, high, normal, low, got '{item}'"
+
+
+def _wrong_webhook(config: Config, place: str) -> Iterator[str]:
+    """The URL itself is not shown: it may carry a key."""
+    if config.alert_webhook is None:
+        return
+    url, _, key = config.alert_webhook.partition("#")
+    if not re.fullmatch(r"https?://[^\s/?]+(?:[/?]\S*)?", url):
+        yield f"{place}: is no URL; expected one like https://hooks.example.org/services/x"
+    elif not key and config.alert_format == "pagerduty":
+        yield f"{place}: PagerDuty's routing key is missing behind a #"
 
 
 def _wrong_adapters(config: Config, places: Mapping[str, str]) -> Iterator[str]:

@@ -197,6 +197,27 @@ def test_a_file_that_is_missing_or_empty(tmp_path: Path) -> None:
     assert load(env={}, file=str(tmp_path / "empty.yaml")) == Config()
 
 
+@pytest.mark.parametrize(
+    ("url", "form", "reason"),
+    [
+        ("hooks.example.org/x", "json", "is no URL"),
+        ("https://", "json", "is no URL"),
+        ("#key", "pagerduty", "is no URL"),
+        ("https://events.example.org/v2", "pagerduty", "routing key is missing"),
+    ],
+)
+def test_a_webhook_that_cannot_be_told(url: str, form: str, reason: str) -> None:
+    (said,) = mistakes(flags={"alert_webhook": url, "alert_format": form})
+    assert said.startswith("--alert-webhook: ") and reason in said and "example.org/x" not in said
+
+
+@pytest.mark.parametrize(
+    ("url", "form"), [("http://127.0.0.1:9/x?y=z", "slack"), ("https://e.example#k", "pagerduty")]
+)
+def test_webhooks(url: str, form: str) -> None:
+    assert load({"alert_webhook": url, "alert_format": form}, env={}).alert_webhook == url
+
+
 def test_override_checks_typed_values() -> None:
     assert override(Config(), {"models": ("a",), "port": 0}).models == ("a",)
     with pytest.raises(ConfigError) as caught:

@@ -8,6 +8,7 @@ import pytest
 
 from mlx_serving import Engine
 from mlx_serving.errors import ConfigError, Overloaded
+from mlx_serving.traffic.alerts import Alerts
 from mlx_serving.traffic.rollout import Stage
 from mlx_serving.traffic.rollouts import Spec
 from mlx_serving.types import Priority
@@ -56,6 +57,30 @@ async def test_low_requests_are_refused_until_the_others_are_served_as_promised(
 
 async def test_a_dry_run_refuses_nobody(scripted):
     settings = {"slo": ["ttft p50 < 0.001ms"], "slo_remedies": ["shed_low"], "slo_dry_run": True}
+async def test_who_was_told_of_a_violation_is_told_when_nobody_watches_any_more(scripted):
+    told: list[object] = []
+    async with Engine(str(scripted(text="a" * 40)), slo=["ttft p50 < 0.001ms"]) as engine:
+        watch = engine.gateway.watch
+        assert watch is not None
+        watch._alerts = Alerts("http://x", "json", noting(told), group_s=1000.0)
+        for _ in range(12):
+            await ask(engine)
+        await until(lambda: engine.gateway.health()["slos"][0]["state"] == "violated")
+        await engine.gateway.live.change({"slo": []})
+    (message,) = told
+    states = [(change["before"], change["state"]) for change in message["changes"]]
+    assert states[-1] == ("violated", "unwatched")
+    assert message["changes"][-1]["status"] == "resolved"
+
+
+def noting(told: list[object]):
+    async def post(url: str, payload: object) -> int:
+        told.append(payload)
+        return 200
+
+    return post
+
+
     async with Engine(str(scripted(text="a" * 40)), **settings) as engine:
         for _ in range(12):
             await ask(engine)

@@ -197,6 +197,11 @@ class Metrics:
         self.guard_degraded = Gauge(
             "mlx_serving_guard_degraded",
             "1 while a model's steps were too slow for as many sequences as it could decode at once",
+        self.alerts_dropped = Counter(
+            "mlx_serving_alerts_dropped",
+            "Alerts that the webhook did not take, or that too many waited before",
+            registry=r,
+        )
             ["model"],
             registry=r,
         )

@@ -64,7 +64,9 @@ def _plain(change: LevelChanged) -> dict[str, Any]:
 
 
 def _status(change: LevelChanged) -> Literal["firing", "resolved"]:
-    return "resolved" if change.state == "ok" else "firing"
+    """A level that is at risk is kept: what is said of it then, as that a remedy is taken back, opens
+    no alert."""
+    return "firing" if change.state in ("violated", "recovering") else "resolved"
 
 
 def _pagerduty(change: LevelChanged, key: str, host: str) -> dict[str, Any]:
@@ -85,6 +87,7 @@ class Alerts:
     Args:
         url: where to; PagerDuty's routing key stands behind a `#`.
         post: `post_json`, or a test's own.
+        on_drop: an alert is lost, since too many wait or nobody takes it.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Alerts:
         *,
         group_s: float = GROUP_S,
         min_interval_s: float = MIN_INTERVAL_S,
+        on_drop: Callable[[], None] = lambda: None,
     ) -> None:
         self._url, _, self._key = url.partition("#")
         self._form = form
@@ -102,15 +106,15 @@ class Alerts:
         self._group_s = group_s
         self._min_interval_s = min_interval_s
         self._pending: list[LevelChanged] = []
+        self._on_drop = on_drop
         self._task: asyncio.Task[None] | None = None
-        self.dropped = 0
 
     def add(self, change: LevelChanged) -> None:
-        """Have it posted soon. The first of a level that is only at risk is no alert."""
-        if change.state == "at_risk" and change.before == "ok":
+        """Have it posted soon. That a level is at risk, or no longer, is no alert."""
+        if {change.state, change.before} == {"at_risk", "ok"}:
             return
         if len(self._pending) >= MAX_PENDING:
-            self.dropped += 1
+            self._on_drop()
             return
         self._pending.append(change)
         if self._task is None or self._task.done():
@@ -149,7 +153,7 @@ class Alerts:
                 why = f"it answered {status}"
             if attempt + 1 < attempts:
                 await asyncio.sleep(min(self._min_interval_s, 2.0**attempt))
-        self.dropped += 1
+        self._on_drop()
         log.warning("an alert could not be delivered: %s", why)
 
 

@@ -22,7 +22,16 @@ from mlx_serving.traffic.remedies import (
     choose,
     hold_after,
 )
-from mlx_serving.traffic.slo import Burn, Level, Objective, Ok, State, Violated, budget_left
+from mlx_serving.traffic.slo import (
+    Burn,
+    Level,
+    Objective,
+    Ok,
+    Recovering,
+    State,
+    Violated,
+    budget_left,
+)
 from mlx_serving.types import Priority
 
 log = logging.getLogger(__name__)
@@ -122,6 +131,12 @@ class Levels:
             self._calm_since_s = now_s
         self._act(now_s)
 
+    def end(self) -> None:
+        """Nobody looks any more: who was told of a violation is told that, too."""
+        for level in self._levels:
+            if isinstance(level.state, Violated | Recovering):
+                self._publish(level, before=level.state.name, state="unwatched")
+
     def report(self) -> list[dict[str, object]]:
         """For /health: each objective with its state and burn rates, and the remedies in force."""
         now_s = self._now()
@@ -200,13 +215,14 @@ class Levels:
         level: Level,
         *,
         before: str,
+        state: str | None = None,
         remedy: Remedy | None = None,
         act: Literal["applied", "taken_back", "would_apply"] | None = None,
     ) -> None:
         burn = level.burn(self._now())
         change = LevelChanged(
             objective=level.objective.text,
-            state=level.state.name,
+            state=state or level.state.name,
             before=before,
             burn_short=burn.short,
             burn_long=burn.long,

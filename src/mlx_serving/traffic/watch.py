@@ -70,7 +70,9 @@ class Watch:
         self._events = events
         self._metrics = metrics
         self._alerts = (
-            Alerts(config.alert_webhook, config.alert_format) if config.alert_webhook else None
+            Alerts(config.alert_webhook, config.alert_format, on_drop=dropped)
+            if config.alert_webhook
+            else None
         )
         self._levels = Levels(
             [parse(text) for text in config.slo],
@@ -102,6 +104,7 @@ class Watch:
             await self._alerts.close()
 
     def health(self) -> dict[str, object]:
+        self._levels.end()
         """For /health."""
         found: dict[str, object] = {"slos": self._levels.report()}
         if self._drifts is not None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
@@ -9,6 +10,7 @@ import pytest
 
 from mlx_serving.traffic.alerts import MAX_PENDING, Alerts, payloads, post_json
 from mlx_serving.traffic.levels import LevelChanged
+from unit.traffic.conftest import settled
 
 
 def change(state="violated", before="at_risk", objective="ttft p95 < 1s", **fields) -> LevelChanged:
@@ -32,6 +34,14 @@ def test_pagerduty_is_told_to_trigger_and_to_resolve():
     assert opened["routing_key"] == "k" and opened["dedup_key"] != other["dedup_key"]
     (closed,) = payloads("pagerduty", [change(), change("ok", "recovering")], key="k", host="here")
     assert closed["event_action"] == "resolve" and closed["dedup_key"] == opened["dedup_key"]
+
+
+def test_a_remedy_that_is_taken_back_opens_no_alert():
+    taken_back = change("at_risk", "at_risk", remedy="shed_low", act="taken_back")
+    (event,) = payloads("pagerduty", [taken_back], key="k", host="here")
+    assert event["event_action"] == "resolve"
+    (plain,) = payloads("json", [taken_back], host="here")
+    assert [one["status"] for one in plain["changes"]] == ["resolved"]
 
 
 class Webhook:
@@ -63,6 +73,29 @@ async def test_changes_go_out_together():
     assert [len(one["changes"]) for one in hook.posted] == [2]
 
 
+async def test_a_level_that_was_never_violated_is_not_told_of():
+    hook = Webhook()
+    alerts = Alerts("http://x", "json", hook, group_s=1000.0)
+    alerts.add(change("at_risk", "ok"))
+    alerts.add(change("ok", "at_risk"))
+    await alerts.close()
+    assert hook.posted == []
+
+
+async def test_messages_keep_their_distance():
+    hook = Webhook()
+    alerts = Alerts("http://x", "json", hook, group_s=0.0, min_interval_s=1000.0)
+    alerts.add(change())
+    async with asyncio.timeout(120):
+        await hook.heard.wait()
+    for state, before in (("recovering", "violated"), ("ok", "recovering")):
+        alerts.add(change(state, before))
+        await settled()
+    assert len(hook.posted) == 1  # until the interval is over
+    await alerts.close()
+    assert [len(one["changes"]) for one in hook.posted] == [1, 2]
+
+
 async def test_what_is_pending_is_told_at_the_end():
     hook = Webhook()
     alerts = Alerts("http://x", "json", hook, group_s=1000.0)
@@ -73,21 +106,30 @@ async def test_what_is_pending_is_told_at_the_end():
 
 @pytest.mark.parametrize("answer", [500, OSError("nobody there")])
 async def test_a_webhook_that_fails_is_tried_again_and_costs_no_more(answer, caplog):
-    hook = Webhook(answer)
-    alerts = Alerts("http://x", "json", hook, group_s=0.0, min_interval_s=0.0)
+    hook, dropped = Webhook(answer), []
+    alerts = Alerts(
+        "http://x",
+        "json",
+        hook,
+        group_s=0.0,
+        min_interval_s=0.0,
+        on_drop=partial(dropped.append, 1),
+    )
     alerts.add(change())
     async with asyncio.timeout(120):
         assert alerts._task is not None
         await alerts._task
-    assert len(hook.posted) == 3 and alerts.dropped == 1
+    assert len(hook.posted) == 3 and len(dropped) == 1
     assert "could not be delivered" in caplog.text
 
 
 async def test_alerts_are_bounded():
-    alerts = Alerts("http://x", "json", Webhook(), group_s=1000.0)
+    dropped: list[int] = []
+    on_drop = partial(dropped.append, 1)
+    alerts = Alerts("http://x", "json", Webhook(), group_s=1000.0, on_drop=on_drop)
     for _ in range(MAX_PENDING + 5):
         alerts.add(change())
-    assert alerts.dropped == 5
+    assert len(dropped) == 5
     await alerts.close()
 
 
