@@ -237,22 +237,23 @@ class Rollouts:
             raise InvalidRequest("A model cannot be its own variant.", param="variant")
         if spec.name in self._all:
             raise InvalidRequest(f"There is a rollout '{spec.name}' already.", param="name")
-        busy = self._of(spec.model)
-        if busy is not None:
-            raise InvalidRequest(
-                f"The traffic of '{spec.model}' is in rollout '{busy.spec.name}' ({busy.status}).",
-                param="model",
-            )
+        self._check_free(spec)
         found = Rollout(spec=spec, stage_began_s=self._now())
         self._all[spec.name] = found
         self._change(found, "running", f"started: {spec.variant} takes {_share(found)}")
         return found
 
     def promote(self, name: str) -> Rollout:
-        """From here on the variant answers everything."""
+        """From here on the variant answers everything. Raises InvalidRequest for a shadow, whose variant
+        answers nobody, and where another rollout has the model's traffic by now."""
         found = self.get(name)
         self._change(found, "promoted", "promoted by hand")
         return found
+        if found.spec.mode == "shadow":
+            raise InvalidRequest(
+                f"'{name}' is a shadow, whose answers nobody has seen: start a canary.", param="name"
+            )
+        self._check_free(found.spec)
 
     def roll_back(self, name: str, why: str = "by hand") -> Rollout:
         """From here on the model answers everything; what runs goes on where it is."""
@@ -344,6 +345,15 @@ class Rollouts:
 
     def _of(self, model: str) -> Rollout | None:
         live = ("running", "promoted")
+    def _check_free(self, spec: Spec) -> None:
+        """Raises InvalidRequest where another rollout has the traffic of the model."""
+        busy = self._of(spec.model)
+        if busy is not None and busy.spec.name != spec.name:
+            raise InvalidRequest(
+                f"The traffic of '{spec.model}' is in rollout '{busy.spec.name}' ({busy.status}).",
+                param="model",
+            )
+
         rollouts = self._all.values()
         return next((r for r in rollouts if r.spec.model == model and r.status in live), None)
 

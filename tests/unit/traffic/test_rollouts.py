@@ -93,6 +93,22 @@ def test_by_hand():
         rollouts.report("c")
 
 
+def test_what_cannot_be_promoted():
+    rollouts = Rollouts()
+    rollouts.start(spec(mode="shadow"))
+    with pytest.raises(InvalidRequest, match="is a shadow"):
+        rollouts.promote("c")
+    rollouts.roll_back("c")
+    rollouts.start(spec(name="first"))
+    rollouts.roll_back("first")
+    rollouts.start(spec(name="second"))
+    with pytest.raises(InvalidRequest, match="in rollout 'second'"):
+        rollouts.promote("first")
+    assert arms(rollouts) == {"old", "new"}
+    rollouts.promote("second")
+    assert rollouts.promote("second").status == "promoted"
+
+
 @pytest.mark.parametrize(
     ("wrong", "param"),
     [({"variant": "old"}, "variant"), ({"name": "c"}, "name"), ({"name": "d"}, "model")],
