@@ -27,7 +27,8 @@ from mlx_serving.errors import (
     MLXServingError,
 )
 from mlx_serving.generation import Generation, OpenRows, Served
-from mlx_serving.live import Apply, LiveSettings, differ
+from mlx_serving.live import Apply, LiveSettings, differ, differences
+from mlx_serving.pooling import Pooling
 from mlx_serving.roster import Roster, brief
 from mlx_serving.settle import check_generates, check_ids, check_room, constrain, settle
 from mlx_serving.telemetry.events import EventBus, ModelLoaded, RequestFinished, RequestStarted
@@ -144,6 +145,8 @@ class Gateway:
             self._admission.bounds = class_bounds(wanted.max_queue, wanted.class_queue)
             for slot, entry in zip(self._slots.bases, wanted.entries, strict=True):
                 for kept in (slot, *slot.adapters):
+            elif self.watch is not None and (changed := differences(old, wanted)):
+                self.watch.mark(f"{', '.join(changed)} changed")
                     kept.keep_alive_s = wanted.of(entry).keep_alive_s
             if old.log_level != wanted.log_level:
                 logging.getLogger("mlx_serving").setLevel(wanted.log_level.upper())

@@ -165,6 +165,14 @@ async def test_levels_are_watched_from_then_on_and_what_was_done_is_undone(scrip
         assert "mlx_serving_slo_violated{" not in engine.metrics.render().decode()
 
 
+async def test_drifts_are_told_what_changed(scripted):
+    async with Engine(str(scripted(text="a")), watch_drift=True) as engine:
+        await engine.gateway.live.change({"max_queue": 3, "usual_num_seqs": 2})
+        watch = engine.gateway.watch
+        assert watch is not None and watch._drifts is not None
+        assert watch._drifts._marks[-1][1] == "usual_num_seqs, max_queue changed"
+
+
 async def test_a_model_s_own_time_in_memory_stays_its_own(scripted):
     models = [str(scripted(name="a")), {"model": str(scripted(name="b")), "keep_alive_s": 7}]
     async with Engine(models) as engine:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -69,16 +70,17 @@ class Drift(msgspec.Struct, frozen=True, kw_only=True):
     since_s: float
     """Unix time."""
     after: str | None
-    """What happened last before it began: a reload, a restart."""
+    """What happened last before it began: a load, a restart, settings that changed."""
 
     @property
     def line(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.since_s))
         after = f", after {self.after}" if self.after else ""
         if self.metric == "prefix_hits":
             what = f"prefix hits fell from {100 * self.before:.0f} % to {100 * self.now:.0f} %"
         else:
             what = f"{self.metric} rose from {self.before:.1f} to {self.now:.1f} ms"
-        return f"{self.model}: {what}{after}"
+        return f"{self.model}: {what} since {since}{after}"
 
 
 @dataclass(slots=True)

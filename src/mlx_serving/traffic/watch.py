@@ -34,9 +34,12 @@ _DEPENDS = (
     "prefill_step_size",
     "pipeline_depth",
     "kernels",
+    "kv_bits",
     "dtype",
     "exact_batch",
     "jump_forward",
+    "max_itl_ms",
+    "prefix_cache_bytes",
 )
 """Settings that latencies depend on."""
 
@@ -128,11 +131,16 @@ class Watch:
     def _mark(self, event: Event) -> None:
         if self._drifts is None:
             return
+    def mark(self, what: str) -> None:
+        """Something happened that figures may change after."""
+        if self._drifts is not None:
+            self._drifts.mark(what)
+
         match event:
             case ModelLoaded(model_id=model_id):
-                self._drifts.mark(f"{model_id} was loaded")
+                self.mark(f"{model_id} was loaded")
             case WorkerStarted():
-                self._drifts.mark("a worker started")
+                self.mark("a worker started")
 
     def _changed(self, change: LevelChanged) -> None:
         violated = change.state == "violated"
@@ -150,6 +158,7 @@ def _drifts(config: Config, on_drift: Callable[[Drift], None]) -> Drifts:
     file = Path(config.baselines_file) if config.baselines_file else None
     depends = {name: getattr(config, name) for name in _DEPENDS}
     depends["machine"] = f"{os.uname().nodename} {os.cpu_count()}"
+    depends["models"] = [entry.settings for entry in config.entries if entry.settings]
     return Drifts(file, settings_of(depends), on_drift)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,8 @@ def test_a_drift_is_found_and_named():
         0.03, abs=0.1
     )
     assert abs(drift.since_s - changed_s) <= 2 * BLOCK
-    assert drift.line.startswith("m: prefix hits fell from ")
+    said = r"m: prefix hits fell from \d+ % to \d+ % since \d{4}-\d\d-\d\d \d\d:\d\d, after a config reload"
+    assert re.fullmatch(said, drift.line)
     assert list(traffic.drifts.found) == [drift]
 
 
