@@ -47,8 +47,10 @@ _REQUEST = frozenset(
         "include_stop_str",
         "priority",
         "cache_salt",
+        "caching",
         "grammar",
         "keep_alive_s",
+        "session",
         "timeout_s",
     }
 )

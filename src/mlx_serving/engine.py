@@ -142,8 +142,8 @@ class Engine:
         """Stream the continuation of a text, of token ids, or of chat messages.
 
         `params` are the fields of `SamplingParams` and of `GenerateRequest` (`max_tokens`, `seed`,
-        `n`, `stop`, …), by their own names or as other engines spell them (see `spellings`).
-        `response_format` is OpenAI's; `grammar` a `Grammar`, or the text of a Lark grammar. Raises the
+        `n`, `stop`, …), by their own names or as other engines spell them (see `spellings`): `session`
+        keeps a user with one variant, `caching` is of kept answers. `response_format` is OpenAI's; `grammar` a `Grammar`, or the text of a Lark grammar. Raises the
         same typed errors that the HTTP API reports.
         """
         generation = await self._open(prompt, model, params)

@@ -53,6 +53,10 @@ def _list(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
+def _seconds(value: Any) -> Any:
+    return value / 1e3 if isinstance(value, int | float) else value
+
+
 def _schema(value: Any) -> dict[str, Any]:
     """mlx-engine's `json_schema`: a schema, or its text."""
     schema = value
@@ -78,7 +82,7 @@ def _structured(value: Any) -> dict[str, Any]:
 
 _TEXT_ONLY = Refused("text only", ([], ()))
 _NO_SPECULATION = Refused("speculation is not built yet")
-_WHOLE_CONTEXT = Refused("penalties look at the whole prompt and output")
+_WINDOW = Refused("penalty_window says how far all three penalties look back")
 
 SETTINGS: Table = {
     "model": Renamed("models", _models),
@@ -122,10 +126,11 @@ OPTIONS: Table = {
     "stop_strings": Renamed("stop", _list),
     "structured": Renamed("response_format", _structured),
     "temp": Renamed("temperature"),
+    "timeout_ms": Renamed("timeout_s", _seconds),
     "top_logprobs": Renamed("logprobs"),
     "adapters": Refused("the model is named MODEL+NAME"),
     "draft_model": _NO_SPECULATION,
-    "frequency_context_size": _WHOLE_CONTEXT,
+    "frequency_context_size": _WINDOW,
     "hints": Refused("there is nothing to hint at", ({},)),
     "images": _TEXT_ONLY,
     "images_b64": _TEXT_ONLY,
@@ -133,18 +138,17 @@ OPTIONS: Table = {
     "min_tokens_to_keep": Refused("top_p and min_p keep the most likely token", (1,)),
     "multimodal": _TEXT_ONLY,
     "num_draft_tokens": _NO_SPECULATION,
-    "presence_context_size": _WHOLE_CONTEXT,
+    "presence_context_size": _WINDOW,
     "prompt_progress_callback": Refused("a prompt's progress is not told"),
     "prompt_progress_reporter": Refused("a prompt's progress is not told"),
     "prompt_tokens": Refused("give the token ids as the prompt"),
-    "repetition_context_size": _WHOLE_CONTEXT,
+    "repetition_context_size": _WINDOW,
     "request_id": Refused("the engine draws it and Completion.request_id says it"),
     "signal": Refused("cancel the task, or close the generator"),
     "speculative_decoding_toggle": Refused("speculation is not built yet", (False,)),
     "stream": Refused("generate() streams; complete(), chat() and batch() do not"),
     "stream_id": Refused("the engine draws it and Completion.request_id says it"),
     "streaming": Refused("generate() streams; complete(), chat() and batch() do not"),
-    "timeout_ms": Refused("use asyncio.timeout()"),
     "xtc_probability": Refused("XTC sampling is not implemented", (0,)),
     "xtc_threshold": Refused("XTC sampling is not implemented", (0,)),
 }

@@ -41,6 +41,7 @@ ACCEPTED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"temp": None, "topP": None, "draftModel": None, "max_tokens": 1}, {"max_tokens": 1}),
     ({"max_tokens": None}, {"max_tokens": None}),
     ({"mood": 1, "moodSwing": 2}, {"mood": 1, "moodSwing": 2}),
+    ({"timeoutMs": 1500}, {"timeout_s": 1.5}),
     ({"toolChoice": "auto", "ignoreEos": True}, {"tool_choice": "auto", "ignore_eos": True}),
 ]  # fmt: skip
 
@@ -55,6 +56,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_draft_tokens": 3}, "num_draft_tokens"),
     ({"speculative_decoding_toggle": True}, "speculative_decoding_toggle"),
     ({"repetition_context_size": 20}, "repetition_context_size"),
+    ({"timeoutMs": 1000, "timeout_s": 1}, "timeout_s"),
     ({"promptTokens": [1]}, "promptTokens"),
     ({"min_tokens_to_keep": True}, "min_tokens_to_keep"),
     ({"json_schema": "{"}, "json_schema"),
