@@ -147,6 +147,14 @@ class Generation:
         self.seed = self.sources[0].seed
         self._look_again()
 
+    @property
+    def queue_ms(self) -> float | None:
+        """Until its last sequence was begun; None: one was not."""
+        begun_s = [source.begun_s for source in self.sources]
+        if not begun_s or None in begun_s:
+            return None
+        return 1e3 * max(0.0, max(s for s in begun_s if s is not None) - self.arrived_s)
+
     def usage(self) -> Usage:
         return Usage(
             prompt_tokens=self.prompt_tokens,
@@ -170,6 +178,7 @@ class Generation:
             ttft_ms=None if ttft_s is None else 1e3 * ttft_s,
             duration_ms=1e3 * duration_s,
             tpot_ms=tpot_ms,
+            queue_ms=self.queue_ms,
             priority=self.request.priority,
             client=self.request.client,
             reused=self.reused,

@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from mlx_serving import Engine, errors
-from mlx_serving.types import GenerateRequest, Priority, SamplingParams, TextPrompt
+from mlx_serving.telemetry.events import RequestFinished
+from mlx_serving.types import EmbedRequest, GenerateRequest, Priority, SamplingParams, TextPrompt
 
 
 def request(text="Hello", **fields) -> GenerateRequest:
@@ -58,6 +59,34 @@ async def test_a_critical_request_takes_a_row_and_its_owner_goes_on_with_equal_t
         )
         assert len(await answer(urgent)) > 0
         assert await reading == alone.text
+
+
+async def test_it_is_told_how_long_a_request_waited_for_its_row(scripted):
+    ended: list[RequestFinished] = []
+    folder = str(scripted(mode="cycle", token_ids=[98], step_delay_ms=2))
+    async with Engine(folder, max_num_seqs=1, coalesce="deterministic") as engine:
+        engine.on(RequestFinished, ended.append)
+        texts = ("one", "two", "three", "three")
+        await asyncio.gather(*(engine.complete(text, max_tokens=5, temperature=0) for text in texts))
+    assert len(ended) == 4
+    for finished in ended:
+        assert finished.queue_ms is not None and finished.ttft_ms is not None
+        assert 0 <= finished.queue_ms <= finished.ttft_ms
+
+
+async def test_texts_have_classes_too(scripted):
+    async with Engine(str(scripted()), class_queue=("low=0",)) as engine:
+
+        def wish(priority: Priority) -> EmbedRequest:
+            inputs = (TextPrompt(text="x"),)
+            return EmbedRequest(request_id="e", model="scripted", inputs=inputs, priority=priority)
+
+        with pytest.raises(errors.Overloaded):
+            await engine.gateway.embed(wish(Priority.LOW))
+        assert len((await engine.gateway.embed(wish(Priority.NORMAL))).vectors) == 1
+        refused = engine.metrics.refused.labels("scripted", "low", "overloaded")
+        assert refused._value.get() == 1
+        assert 'mlx_serving_open_requests{class="low"} 0.0' in engine.metrics.render().decode()
 
 
 async def test_classes_have_queues_of_their_own(scripted):

@@ -80,6 +80,8 @@ class RequestFinished(msgspec.Struct, frozen=True, kw_only=True, tag="request_fi
     duration_ms: float
     tpot_ms: float | None = None
     """Mean time per output token after the first; None: there was one at most."""
+    queue_ms: float | None = None
+    """From its arrival until it was begun; None: it was not, or it is for vectors."""
     priority: Priority = Priority.NORMAL
     client: str | None = None
     """The name of the API key that it came with."""

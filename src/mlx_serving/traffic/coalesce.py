@@ -116,6 +116,10 @@ class Subscriber:
     def begun(self) -> bool:
         return self.flight.source.begun
 
+    @property
+    def begun_s(self) -> float | None:
+        return self.flight.source.begun_s
+
     def __aiter__(self) -> AsyncIterator[TokenRow]:
         return self._rows()
 

@@ -22,16 +22,18 @@ raise_ceiling: fewer sequences, or more, are computed at once, by a quarter less
 raise_class: the requests that a level is about go one class higher each time; evict_idle: a model
 that nobody uses leaves memory, for sequences that wait for it."""
 
+_WAITING: frozenset[MetricName] = frozenset({"ttft", "queue", "duration"})
+_DECODING: frozenset[MetricName] = frozenset({"tpot", "throughput"})
 SERVES: Mapping[Remedy, frozenset[MetricName]] = {
-    "roll_back": frozenset({"ttft", "tpot", "duration", "errors", "throughput"}),
-    "shed_low": frozenset({"ttft", "tpot", "duration", "throughput"}),
-    "shed_normal": frozenset({"ttft", "tpot", "duration", "throughput"}),
-    "limit_admission": frozenset({"ttft", "tpot", "duration", "throughput"}),
-    "smaller_chunks": frozenset({"tpot", "throughput"}),
-    "lower_ceiling": frozenset({"tpot", "throughput"}),
-    "raise_ceiling": frozenset({"ttft", "duration"}),
-    "raise_class": frozenset({"ttft", "duration"}),
-    "evict_idle": frozenset({"ttft", "duration"}),
+    "roll_back": _WAITING | _DECODING | {"errors"},
+    "shed_low": _WAITING | _DECODING,
+    "shed_normal": _WAITING | _DECODING,
+    "limit_admission": _WAITING | _DECODING,
+    "smaller_chunks": _DECODING,
+    "lower_ceiling": _DECODING,
+    "raise_ceiling": _WAITING,
+    "raise_class": _WAITING,
+    "evict_idle": _WAITING,
 }
 COOL_DOWN_S = 30.0
 """Between two acts: what was done must have had time to work."""

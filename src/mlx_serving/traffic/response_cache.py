@@ -64,6 +64,7 @@ class Replay:
         self._transcript = transcript
         self._prompt_tokens = len(ask.token_ids)
         self.seed = ask.sampling.seed
+        self.begun_s = clock.monotonic()
         self._cancelled = False
 
     def cancel(self) -> None:

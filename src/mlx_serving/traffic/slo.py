@@ -23,7 +23,7 @@ from mlx_serving.errors import ConfigError
 from mlx_serving.telemetry.events import RequestFinished
 from mlx_serving.types import Priority
 
-MetricName = Literal["ttft", "tpot", "duration", "errors", "throughput"]
+MetricName = Literal["ttft", "tpot", "queue", "duration", "errors", "throughput"]
 VIOLATED_AT = 2.0
 AT_RISK_AT = 1.0
 CALM_AT = 0.8
@@ -69,6 +69,8 @@ class Objective:
                 value = finished.ttft_ms
             case "tpot":
                 value = finished.tpot_ms
+            case "queue":
+                value = finished.queue_ms
             case "duration":
                 value = finished.duration_ms
             case _:
@@ -85,7 +87,7 @@ class Objective:
 
 
 _FORM = re.compile(
-    r"(?P<metric>ttft|tpot|duration|throughput)\s+p(?P<percent>\d+(?:\.\d+)?)\s*(?P<sign>[<>])\s*"
+    r"(?P<metric>ttft|tpot|queue|duration|throughput)\s+p(?P<percent>\d+(?:\.\d+)?)\s*(?P<sign>[<>])\s*"
     r"(?P<limit>\d+(?:\.\d+)?)\s*(?P<unit>ms|s|tok/s)|errors\s*<\s*(?P<share>\d+(?:\.\d+)?)\s*%"
 )
 _WINDOW = re.compile(r"(?P<short>\d+)s,(?P<long>\d+)s")
@@ -102,7 +104,8 @@ def parse(text: str) -> Objective:
     match = _FORM.fullmatch(head)
     if match is None:
         raise ConfigError(
-            f"slo: '{text}' is none: 'ttft p95 < 500ms', 'tpot p90 < 40ms', 'duration p99 < 30s', "
+            f"slo: '{text}' is none: 'ttft p95 < 500ms', 'queue p95 < 200ms', 'tpot p90 < 40ms', "
+            "'duration p99 < 30s', "
             "'throughput p95 > 20tok/s' or 'errors < 1%'",
             param="slo",
         )
@@ -122,6 +125,7 @@ def _promise(text: str, match: re.Match[str]) -> tuple[MetricName, float, float]
     names: dict[str, MetricName] = {
         "ttft": "ttft",
         "tpot": "tpot",
+        "queue": "queue",
         "duration": "duration",
         "throughput": "throughput",
     }

@@ -37,6 +37,11 @@ class RowSource(Protocol):
         """Something of it has been computed: it no longer only waits."""
         ...
 
+    @property
+    def begun_s(self) -> float | None:
+        """When that was first so, of the monotonic clock."""
+        ...
+
     def __aiter__(self) -> AsyncIterator[TokenRow]: ...
 
     def cancel(self) -> None:

@@ -54,6 +54,8 @@ class SequenceStream:
         self.request = request
         self.starting = False
         self.deaths = 0
+        self.begun_s: float | None = None
+        """When it took its first row; None: it waits for one."""
         self.on_progress: Callable[[], None] | None = None
         self._received: list[int] = []
         self._connection: Connection | None = None
@@ -81,6 +83,12 @@ class SequenceStream:
     def begun(self) -> bool:
         """It has taken a row, in this worker or in one before."""
         return self.starting or bool(self._received)
+
+    def begin(self, now_s: float) -> None:
+        """It takes a row in the step that is about to be computed."""
+        self.starting = True
+        if self.begun_s is None:
+            self.begun_s = now_s
 
     def cancel(self) -> None:
         """Stop the sequence; its row is free at the worker's next step. Idempotent."""
@@ -379,7 +387,7 @@ class Connection(asyncio.Protocol):
             case wire.Started(seq_ids):
                 for seq_id in seq_ids:
                     if (stream := self._streams.get(seq_id)) is not None:
-                        stream.starting = True
+                        stream.begin(self._now())
             case wire.Phase():
                 self.phase = message
                 self.rss_bytes = message.rss_bytes or self.rss_bytes

@@ -17,6 +17,7 @@ class FakeSource:
     reused = None
     seed = 5
     begun = True
+    begun_s = 0.0
 
     def __init__(self) -> None:
         self.cancelled = False
