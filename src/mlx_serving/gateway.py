@@ -12,20 +12,15 @@ import logging
 import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from mlx_serving import clock, embedding
+from mlx_serving import clock
 from mlx_serving.catalog.home import models_home
 from mlx_serving.catalog.lifecycle import Failed, ModelSlot, Ready
 from mlx_serving.catalog.relief import Relief
 from mlx_serving.config import Config
-from mlx_serving.content.embedding import Text
-from mlx_serving.errors import (
-    MLXServingError,
-)
 from mlx_serving.generation import Generation, OpenRows, Served
 from mlx_serving.live import Apply, LiveSettings, differ, differences
 from mlx_serving.pooling import Pooling
@@ -33,16 +28,16 @@ from mlx_serving.roster import Roster, brief
 from mlx_serving.settle import check_generates, check_ids, check_room, constrain, settle
 from mlx_serving.telemetry.events import EventBus, ModelLoaded, RequestFinished, RequestStarted
 from mlx_serving.telemetry.metrics import Metrics
-from mlx_serving.telemetry.tally import count
+from mlx_serving.telemetry.tally import count, refusals
 from mlx_serving.traffic.admission import Admission, class_bounds
 from mlx_serving.traffic.ceilings import CEILING_SETTINGS, Ceilings
 from mlx_serving.traffic.company import Companies
 from mlx_serving.traffic.deadlines import TimeLimits, within
 from mlx_serving.traffic.favour import Favour
-from mlx_serving.traffic.feature_flags import UNSWITCHED, Switched
+from mlx_serving.traffic.feature_flags import Switched
 from mlx_serving.traffic.response_cache import ResponseCache, bounds, moved, open_cache
 from mlx_serving.traffic.reuse import Reuse
-from mlx_serving.traffic.rollouts import Rollout, Rollouts, Spec, measured
+from mlx_serving.traffic.rollouts import Rollout, Spec, measured
 from mlx_serving.traffic.source import Ask, RowSource
 from mlx_serving.traffic.stores.port import Size
 from mlx_serving.types import (
@@ -59,7 +54,6 @@ from mlx_serving.types import (
     SamplingParams,
     ServedModel,
     Turn,
-    Usage,
 )
 from mlx_serving.variants import Variants
 from mlx_serving.worker.port import WorkerClient
@@ -85,8 +79,13 @@ class Gateway:
         self._worker = worker
         self._metrics = metrics
         self._events = events
+        events.add_hook(partial(count, metrics), RequestFinished)
         self._slots = Roster(slots, _patterns(config, slots), worker)
         self._admission = Admission(class_bounds(config.max_queue, config.class_queue))
+        for priority in Priority:
+            is_open = partial(self._admission.open_of, priority)
+            metrics.open_requests.labels(priority.name.lower()).set_function(is_open)
+        self._pooling = Pooling(self._slots, self._admission, worker, metrics, events)
         self.ceilings = Ceilings(config, worker, metrics)
         events.add_hook(lambda event: self.ceilings.loaded(event.info), ModelLoaded)
         self.companies = Companies()
@@ -95,22 +94,13 @@ class Gateway:
         self._reuse = _reuse(config, metrics)
         metrics.cache_entries.set_function(lambda: self._cache_size().entries)
         metrics.cache_bytes.set_function(lambda: self._cache_size().bytes)
-        file = config.rollouts_file
-        self.rollouts = Rollouts(Path(file) if file else None)
-        self._variants = Variants(
-            self.rollouts,
-            self._slots,
-            partial(self.open, flagged=False),
-            metrics.shadows_skipped.inc,
-            lambda name, on: metrics.flagged.labels(name, "on" if on else "off").inc(),
-        )
-        self._variants.flags = self._variants.parse_flags(config.feature_flags)
+        self._variants = Variants(config, self._slots, self.open, metrics)
+        self.rollouts = self._variants.rollouts
         self.watch = self._make_watch(config)
         self._limits = TimeLimits.of(config)
         self.live = LiveSettings(config)
         self.live.own(self._prepare)
         self._running: set[Generation] = set()
-        self._idle = asyncio.Event()
 
     def _make_watch(self, config: Config) -> Watch | None:
         """Raises ConfigError."""
@@ -145,8 +135,6 @@ class Gateway:
             self._admission.bounds = class_bounds(wanted.max_queue, wanted.class_queue)
             for slot, entry in zip(self._slots.bases, wanted.entries, strict=True):
                 for kept in (slot, *slot.adapters):
-            elif self.watch is not None and (changed := differences(old, wanted)):
-                self.watch.mark(f"{', '.join(changed)} changed")
                     kept.keep_alive_s = wanted.of(entry).keep_alive_s
             if old.log_level != wanted.log_level:
                 logging.getLogger("mlx_serving").setLevel(wanted.log_level.upper())
@@ -157,6 +145,8 @@ class Gateway:
                 cache.bound(bounds(wanted))
             if watched:
                 await self._rewatch(watch)
+            elif self.watch is not None and (changed := differences(old, wanted)):
+                self.watch.mark(f"{', '.join(changed)} changed")
 
         return apply
 
@@ -182,25 +172,24 @@ class Gateway:
         if self.watch is not None:
             self.watch.start()
 
-    async def open(self, request: GenerateRequest, *, flagged: bool = True) -> Generation:
-        """Accept a request and start its sequences. Raises a typed error before any work is done.
-        `flagged`: feature flags may have a say in it."""
+    async def open(self, request: GenerateRequest) -> Generation:
+        """Accept a request and start its sequences. Raises a typed error before any work is done."""
         asked = self._slots.find(request.model)
-        switched = self._variants.switched(asked, request) if flagged else UNSWITCHED
-        request = switched.applied(request)
-        async with within(request.timeout_s):
-            return await self._open(asked, request, switched)
+        with refusals(self._metrics, asked.model_id, request.priority):
+            switched = self._variants.switched(asked, request)
+            request = switched.applied(request)
+            async with within(request.timeout_s):
+                return await self._open(asked, request, switched)
 
     async def _open(
         self, asked: ModelSlot[Served], request: GenerateRequest, switched: Switched
     ) -> Generation:
         arrived_s = clock.monotonic()
         self._admission.enter(arrived_s, request.priority)
-        self._metrics.open_requests.inc()
         try:
             answerer = await self._variants.answerer(asked, request, switched.use)
         except BaseException:
-            self._leave(request.priority)
+            self._admission.leave(clock.monotonic(), request.priority)
             raise
         slot, served = answerer.slot, answerer.served
         try:
@@ -208,10 +197,10 @@ class Gateway:
             check_room(request.prompt, served.text.least_tokens(request.prompt), served.info)
             token_ids = await self._tokenise(served, request.prompt)
             sampling = settle(request, served.info, len(token_ids), self._config.max_tokens)
-            request = constrain(request, served.text, token_ids)
+            constrained = constrain(request, served.text, token_ids)
             ended = partial(self._ended, slot)
             generation = Generation(
-                request,
+                constrained,
                 slot.model_id,
                 served,
                 token_ids,
@@ -224,10 +213,10 @@ class Gateway:
             steps_of = (slot.base or slot).model_id
             generation.arm, generation.meeting = answerer.arm, self.companies.meet(steps_of)
             generation.asked, generation.flags = asked.model_id, switched.flags
-            await generation.start(self._rows_for(served, request, token_ids, arrived_s))
+            await generation.start(self._rows_for(served, constrained, token_ids, arrived_s))
         except BaseException:
             slot.release()
-            self._leave(request.priority)
+            self._admission.leave(clock.monotonic(), request.priority)
             raise
         self._running.add(generation)
         self._variants.shadow(slot, request, generation)
@@ -241,12 +230,12 @@ class Gateway:
         return generation
 
     async def embed(self, request: EmbedRequest) -> Embeddings:
-        """The vectors of texts. Raises a typed error before any work is done."""
-        return embedding.embeddings(request, *await self._pooled(request))
+        """The vectors of texts; see `pooling`."""
+        return await self._pooling.embed(request)
 
     async def rank(self, request: RankRequest) -> Ranking:
         """Documents in the order in which they answer a query."""
-        return embedding.ranking(request, *await self._pooled(request))
+        return await self._pooling.rank(request)
 
     async def tokenise(self, model: str, prompt: Prompt) -> list[int]:
         """A prompt's token ids, as `open` would have them."""
@@ -357,10 +346,9 @@ class Gateway:
         self._admission.drain(clock.monotonic() + timeout_s)
         self._variants.stop_copying()
         self.rollouts.save()
-        if self._admission.open_requests:
-            self._idle.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), timeout_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._admission.emptied()
         return self._admission.open_requests == 0
 
     async def close(self) -> None:
@@ -398,56 +386,6 @@ class Gateway:
 
         return open_rows
 
-    async def _pooled(
-        self, request: EmbedRequest | RankRequest
-    ) -> tuple[Served, list[Text], list[bytes]]:
-        """The model, what it read, and a vector for each text. Cancelled with its task."""
-        arrived_s = clock.monotonic()
-        slot = self._slots.find(request.model)
-        self._admission.enter(arrived_s)
-        self._metrics.open_requests.inc()
-        try:
-            served = await slot.acquire()
-        except BaseException:
-            self._leave()
-            raise
-        try:
-            return await self._pool(slot, served, request, arrived_s)
-        finally:
-            slot.release(request.keep_alive_s if isinstance(request, EmbedRequest) else None)
-
-    async def _pool(
-        self,
-        slot: ModelSlot[Served],
-        served: Served,
-        request: EmbedRequest | RankRequest,
-        arrived_s: float,
-    ) -> tuple[Served, list[Text], list[bytes]]:
-        try:
-            if embedding.prefers_thread(request):
-                texts = await asyncio.to_thread(embedding.prepare, request, served)
-            else:
-                texts = embedding.prepare(request, served)
-        except BaseException:
-            self._leave()
-            raise
-        tokens, outcome = sum(len(text.token_ids) for text in texts), "cancelled"
-        self._events.publish(
-            RequestStarted(
-                request_id=request.request_id, model_id=slot.model_id, prompt_tokens=tokens
-            )
-        )
-        try:
-            raw = await embedding.compute(self._worker, served.info, texts, request.priority)
-            outcome = "stop"
-        except MLXServingError as error:
-            outcome = error.code
-            raise
-        finally:
-            self._pooling_ended(request.request_id, slot.model_id, tokens, outcome, arrived_s)
-        self._metrics.pooled_texts.labels(slot.model_id).inc(len(texts))
-        return served, texts, raw
-
     def _submit(self, ask: Ask) -> RowSource:
         return self._worker.submit(
             ask.model_id,
@@ -459,41 +397,16 @@ class Gateway:
             turn=ask.turn,
         )
 
-    def _leave(self, priority: Priority = Priority.NORMAL) -> float:
-        now_s = clock.monotonic()
-        self._admission.leave(now_s, priority)
-        self._metrics.open_requests.dec()
-        if not self._admission.open_requests:
-            self._idle.set()
-        return now_s
-
-    def _pooling_ended(
-        self, request_id: str, model: str, tokens: int, outcome: str, arrived_s: float
-    ) -> None:
-        self._finish(
-            RequestFinished(
-                request_id=request_id,
-                model_id=model,
-                outcome=outcome,
-                usage=Usage(prompt_tokens=tokens, completion_tokens=0),
-                ttft_ms=None,
-                duration_ms=1e3 * (self._leave() - arrived_s),
-            )
-        )
-
     def _ended(self, slot: ModelSlot[Served], generation: Generation, outcome: str) -> None:
         slot.release(generation.request.keep_alive_s)
-        duration_s = self._leave(generation.request.priority) - generation.arrived_s
+        now_s = clock.monotonic()
+        self._admission.leave(now_s, generation.request.priority)
         self._running.discard(generation)
-        finished = generation.finished(outcome, duration_s)
+        finished = generation.finished(outcome, now_s - generation.arrived_s)
         if finished.complete:
             self._reuse.keep(generation.sources)
         if generation.arm is not None and (figures := measured(finished)) is not None:
             self.rollouts.observe(generation.arm, figures)
-        self._finish(finished)
-
-    def _finish(self, finished: RequestFinished) -> None:
-        count(self._metrics, finished)
         self._events.publish(finished)
 
 

@@ -187,6 +187,7 @@ class Generation:
             broken_off=self.broken_off,
             logprob=self.logprob,
             company=self.meeting.company() if self.meeting else None,
+            shadow=self.request.shadow,
         )
 
     def cancel(self) -> None:

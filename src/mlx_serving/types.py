@@ -234,6 +234,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The client's share beside other clients'."""
     timeout_s: float | None = None
     """From its arrival; then it ends with DeadlineExceeded, and is not begun if that is foreseen."""
+    shadow: bool = False
+    """A copy of another request: nobody sees its answer, which is compared with the other's."""
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest naming the first field that is out of its range."""

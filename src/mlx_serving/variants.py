@@ -11,13 +11,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
 from mlx_serving.catalog.lifecycle import ModelSlot
+from mlx_serving.config import Config
 from mlx_serving.errors import ConfigError, MLXServingError, ModelNotFound
 from mlx_serving.generation import Generation, Served
 from mlx_serving.roster import Roster
+from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.traffic.feature_flags import (
     PARAM,
     UNSWITCHED,
@@ -27,7 +30,14 @@ from mlx_serving.traffic.feature_flags import (
     parse_all,
     switched,
 )
-from mlx_serving.traffic.rollouts import FAILED, Arm, Rollout, Rollouts, Spec
+from mlx_serving.traffic.rollouts import (
+    FAILED,
+    Arm,
+    Rollout,
+    Rollouts,
+    Spec,
+    effective_share,
+)
 from mlx_serving.traffic.shadow import Shadows, disagreement
 from mlx_serving.types import GenerateRequest, Priority
 
@@ -46,23 +56,21 @@ class Answerer:
 
 
 class Variants:
-    """Args: open_: accepts a copy of a request, which no flag is about. on_skip: a copy was not made, for
-    too many run. on_flag(name, on): a request that a flag is about is in its share, or is not."""
+    """What answers a copy is settled: no flag and no rollout is about one.
 
-    def __init__(
-        self,
-        rollouts: Rollouts,
-        slots: Roster,
-        open_: Open,
-        on_skip: Callable[[], None],
-        on_flag: Callable[[str, bool], None],
-    ) -> None:
-        self.flags: tuple[Flag, ...] = ()
-        self._on_flag = on_flag
-        self._rollouts = rollouts
+    Args: open_: accepts a copy of a request.
+
+    Raises ConfigError for a flag that is none.
+    """
+
+    def __init__(self, config: Config, slots: Roster, open_: Open, metrics: Metrics) -> None:
         self._slots = slots
         self._open = open_
-        self._shadows = Shadows(on_skip)
+        self._metrics = metrics
+        self._shadows = Shadows(metrics.shadows_skipped.inc)
+        file = config.rollouts_file
+        self.rollouts = Rollouts(Path(file) if file else None, self._show_share)
+        self.flags = self.parse_flags(config.feature_flags)
 
     def start(self, spec: Spec) -> Rollout:
         """Raises InvalidRequest or ModelNotFound, naming the field of `spec`."""
@@ -73,7 +81,7 @@ class Variants:
                 error.param = field
                 raise
             spec = msgspec.structs.replace(spec, **{field: served})
-        return self._rollouts.start(spec)
+        return self.rollouts.start(spec)
 
     def parse_flags(self, texts: Sequence[str]) -> tuple[Flag, ...]:
         """Raises ConfigError."""
@@ -88,11 +96,12 @@ class Variants:
 
     def switched(self, asked: ModelSlot[Served], request: GenerateRequest) -> Switched:
         """What the flags make of a request."""
-        if not self.flags:
+        if request.shadow or not self.flags:
             return UNSWITCHED
         found = switched(self.flags, asked.model_id, _key(request))
         for name in concerning(self.flags, asked.model_id):
-            self._on_flag(name, name in found.flags)
+            side = "on" if name in found.flags else "off"
+            self._metrics.flagged.labels(name, side).inc()
         return found
 
     async def answerer(
@@ -107,7 +116,7 @@ class Variants:
         return await self._in_rollout(asked, request)
 
     async def _in_rollout(self, asked: ModelSlot[Served], request: GenerateRequest) -> Answerer:
-        arm = self._rollouts.arm(asked.model_id, _key(request))
+        arm = None if request.shadow else self.rollouts.arm(asked.model_id, _key(request))
         if arm is not None and arm.is_variant:
             try:
                 slot = self._slots.find(arm.model)
@@ -115,7 +124,7 @@ class Variants:
             except MLXServingError as error:
                 # The variant's fault is not the client's: the model itself answers.
                 log.warning("rollout %s: %s", arm.rollout, error.message)
-                self._rollouts.observe(arm, FAILED)
+                self.rollouts.observe(arm, FAILED)
                 arm = None
         return Answerer(asked, await asked.acquire(), arm)
 
@@ -123,7 +132,7 @@ class Variants:
         self, asked: ModelSlot[Served], request: GenerateRequest, original: Generation
     ) -> None:
         """Have a variant answer a copy, if one is to, and compare."""
-        arm = self._rollouts.shadow(asked.model_id, _key(request))
+        arm = None if request.shadow else self.rollouts.shadow(asked.model_id, _key(request))
         if arm is None:
             return
         ours = msgspec.structs.replace(arm, model=asked.model_id, is_variant=False)
@@ -135,7 +144,9 @@ class Variants:
             seed=original.seed,
             n=1,
             priority=Priority.LOW,
+            client=None,  # whose share it is not to take
             caching="none",
+            shadow=True,
         )
 
         async def compare() -> None:
@@ -148,13 +159,20 @@ class Variants:
             finally:
                 copy.cancel()
             found = disagreement(original.tokens or (), copy.tokens)
-            self._rollouts.observe(ours, {"disagreement": 0.0})
-            self._rollouts.observe(arm, {"disagreement": found})
+            self.rollouts.observe(ours, {"disagreement": 0.0})
+            self.rollouts.observe(arm, {"disagreement": found})
 
         self._shadows.start(compare, copied.request_id)
 
     def stop_copying(self) -> None:
         self._shadows.cancel()
+
+    def _show_share(self, rollout: Rollout) -> None:
+        spec, gauge = rollout.spec, self._metrics.rollout_share
+        if rollout.status == "stopped":
+            gauge.remove(spec.name, spec.model, spec.variant)
+        else:
+            gauge.labels(spec.name, spec.model, spec.variant).set(effective_share(rollout))
 
 
 def _key(request: GenerateRequest) -> str:

@@ -52,11 +52,11 @@ async def test_low_requests_are_refused_until_the_others_are_served_as_promised(
         with pytest.raises(Overloaded) as caught:
             await ask(engine, priority=Priority.LOW)
         assert caught.value.code == "shed" and caught.value.retry_after_s
+        shed = engine.metrics.refused.labels("scripted", "low", "shed")
+        assert shed._value.get() == 1
         assert await ask(engine) == "aaaa"
 
 
-async def test_a_dry_run_refuses_nobody(scripted):
-    settings = {"slo": ["ttft p50 < 0.001ms"], "slo_remedies": ["shed_low"], "slo_dry_run": True}
 async def test_who_was_told_of_a_violation_is_told_when_nobody_watches_any_more(scripted):
     told: list[object] = []
     async with Engine(str(scripted(text="a" * 40)), slo=["ttft p50 < 0.001ms"]) as engine:
@@ -81,6 +81,8 @@ def noting(told: list[object]):
     return post
 
 
+async def test_a_dry_run_refuses_nobody(scripted):
+    settings = {"slo": ["ttft p50 < 0.001ms"], "slo_remedies": ["shed_low"], "slo_dry_run": True}
     async with Engine(str(scripted(text="a" * 40)), **settings) as engine:
         for _ in range(12):
             await ask(engine)

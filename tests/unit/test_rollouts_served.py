@@ -79,8 +79,12 @@ async def test_a_good_variant_is_promoted_and_a_user_stays_put(scripted):
         assert {text for text, variant in found if variant is None} == {"a" * 6}
         await serve(engine, 200)
         assert engine.gateway.rollouts.get("c").status == "promoted"
+        shown = 'mlx_serving_rollout_share{model="old",rollout="c",variant="new"}'
+        assert f"{shown} 1.0" in engine.metrics.render().decode()
         assert await ask(engine, 1) == ("b" * 6, "new")
         assert await ask(engine, 1, model="new") == ("b" * 6, None)
+        engine.gateway.rollouts.remove("c")
+        assert "mlx_serving_rollout_share{" not in engine.metrics.render().decode()
 
 
 async def test_a_variant_that_cannot_be_loaded_costs_no_client_an_answer(scripted):
@@ -117,6 +121,36 @@ async def test_a_shadow_is_compared_and_not_seen(scripted):
             assert await ask(engine, n) == ("abcdef", None)
             await until(lambda n=n: compared(engine)[1].n == n + 1)
         assert [m.mean for m in compared(engine)] == [0.0, pytest.approx(0.5)]
+
+
+async def test_a_copy_is_not_copied_and_promised_to_nobody(scripted):
+    old, new = scripted(name="old", text="abcdef"), scripted(name="new", text="abcxyz")
+    async with Engine([str(old), str(new)], slo=["ttft p50 < 0.001ms model=new"]) as engine:
+        shadow = {"mode": "shadow", "stages": (Stage(1.0),), "metrics": None}
+        engine.gateway.start_rollout(spec(**shadow))
+        engine.gateway.start_rollout(spec(name="back", model="new", variant="old", **shadow))
+        for n in range(12):
+            assert await ask(engine, n) == ("abcdef", None)
+            await until(lambda n=n: compared(engine)[1].n == n + 1)
+        await until(lambda: engine.gateway.health()["open_requests"] == 0)
+        asked = [(model, ended(engine, model)) for model in ("old", "new")]
+        assert asked == [("old", 12), ("new", 12)]
+        (level,) = engine.gateway.health()["slos"]
+        assert (level["state"], level["burn_short"]) == ("ok", 0.0)
+
+
+def ended(engine: Engine, model: str) -> float:
+    return engine.metrics.requests.labels(model, "length")._value.get()
+
+
+async def test_a_copy_of_a_forced_call_is_compared_too(scripted):
+    call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    old, new = (scripted(name=name, text=call, context=4096) for name in ("old", "new"))
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    async with Engine([str(old), str(new)]) as engine:
+        engine.gateway.start_rollout(spec(mode="shadow", stages=(Stage(1.0),), metrics=None))
+        await engine.chat("Hello", tools=[tool], tool_choice="required", max_tokens=60)
+        await until(lambda: compared(engine)[1].n == 1)
 
 
 async def test_both_models_must_be_served(scripted):

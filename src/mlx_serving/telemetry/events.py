@@ -97,6 +97,8 @@ class RequestFinished(msgspec.Struct, frozen=True, kw_only=True, tag="request_fi
     """Mean log-probability of its tokens by the model that chose them; None: they were not asked for."""
     company: Company | None = None
     """What it met in its worker; None: it got no token."""
+    shadow: bool = False
+    """A copy for a rollout: nobody waited for its answer."""
 
     @property
     def complete(self) -> bool:

@@ -140,7 +140,16 @@ class Metrics:
             registry=r,
         )
         self.open_requests = Gauge(
-            "mlx_serving_open_requests", "Requests accepted and not yet ended", registry=r
+            "mlx_serving_open_requests",
+            "Requests of a class accepted and not yet ended",
+            ["class"],
+            registry=r,
+        )
+        self.refused = Counter(
+            "mlx_serving_refused_requests",
+            "Requests for a model that were not begun, by class and error code",
+            ["model", "class", "code"],
+            registry=r,
         )
         self.kv_tokens = Gauge(
             "mlx_serving_kv_tokens", "Tokens of KV capacity that rows hold", ["model"], registry=r
@@ -188,6 +197,11 @@ class Metrics:
             ["remedy", "act"],
             registry=r,
         )
+        self.alerts_dropped = Counter(
+            "mlx_serving_alerts_dropped",
+            "Alerts that the webhook did not take, or that too many waited before",
+            registry=r,
+        )
         self.concurrency = Gauge(
             "mlx_serving_concurrency_ceiling",
             "Sequences of a model that may be computed at once, as guard, remedies and settings have it",
@@ -197,11 +211,6 @@ class Metrics:
         self.guard_degraded = Gauge(
             "mlx_serving_guard_degraded",
             "1 while a model's steps were too slow for as many sequences as it could decode at once",
-        self.alerts_dropped = Counter(
-            "mlx_serving_alerts_dropped",
-            "Alerts that the webhook did not take, or that too many waited before",
-            registry=r,
-        )
             ["model"],
             registry=r,
         )
@@ -209,6 +218,12 @@ class Metrics:
             "mlx_serving_flagged_requests",
             "Requests that a feature flag is about: in its share (on) and outside of it (off)",
             ["flag", "state"],
+            registry=r,
+        )
+        self.rollout_share = Gauge(
+            "mlx_serving_rollout_share",
+            "The share of a model's requests that a rollout's variant takes; 0: it was rolled back",
+            ["rollout", "model", "variant"],
             registry=r,
         )
         self.shadows_skipped = Counter(

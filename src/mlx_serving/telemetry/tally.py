@@ -1,9 +1,24 @@
-"""What the metrics count of a request that has ended."""
+"""What the metrics count of a request that has ended, or was never begun."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mlx_serving.errors import MLXServingError
 from mlx_serving.telemetry.events import RequestFinished
 from mlx_serving.telemetry.metrics import Metrics
+from mlx_serving.types import Priority
+
+
+@contextmanager
+def refusals(m: Metrics, model: str, priority: Priority) -> Iterator[None]:
+    """Why a request is not begun inside."""
+    try:
+        yield
+    except MLXServingError as error:
+        m.refused.labels(model, priority.name.lower(), error.code).inc()
+        raise
 
 
 def count(m: Metrics, finished: RequestFinished) -> None:

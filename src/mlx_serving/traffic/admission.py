@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class Admission:
     def __init__(self, bounds: Mapping[Priority, int]) -> None:
         self.bounds = bounds
         self._open = dict.fromkeys(Priority, 0)
+        self._nobody = asyncio.Event()
         self._last_end_s: float | None = None
         self._interval_s = 0.0
         self._drain_until_s: float | None = None
@@ -69,6 +71,15 @@ class Admission:
     @property
     def open_requests(self) -> int:
         return sum(self._open.values())
+
+    def open_of(self, priority: Priority) -> int:
+        return self._open[priority]
+
+    async def emptied(self) -> None:
+        """Wait until no request is open."""
+        while self.open_requests:
+            self._nobody.clear()
+            await self._nobody.wait()
 
     @property
     def draining(self) -> bool:
@@ -92,6 +103,8 @@ class Admission:
                 else sample_s
             )
         self._last_end_s = now_s
+        if not self.open_requests:
+            self._nobody.set()
 
     def drain(self, until_s: float) -> None:
         self._drain_until_s = until_s

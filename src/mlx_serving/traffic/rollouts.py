@@ -210,7 +210,7 @@ class Rollouts:
 
     Args:
         file: where they are kept; None: nowhere.
-        on_change: hears of every change of status or stage.
+        on_change: hears of those that are kept, and of every change of status or stage.
         now: Unix seconds.
     """
 
@@ -226,6 +226,8 @@ class Rollouts:
         # Rather no rollout than a server that does not start: models answer for themselves.
         self._all = {found.spec.name: found for found in kept.read(file, list[Rollout], [])}
         self._unsaved = 0
+        for found in self._all.values():
+            on_change(found)
 
     # What the admin says
 
@@ -247,13 +249,13 @@ class Rollouts:
         """From here on the variant answers everything. Raises InvalidRequest for a shadow, whose variant
         answers nobody, and where another rollout has the model's traffic by now."""
         found = self.get(name)
-        self._change(found, "promoted", "promoted by hand")
-        return found
         if found.spec.mode == "shadow":
             raise InvalidRequest(
                 f"'{name}' is a shadow, whose answers nobody has seen: start a canary.", param="name"
             )
         self._check_free(found.spec)
+        self._change(found, "promoted", "promoted by hand")
+        return found
 
     def roll_back(self, name: str, why: str = "by hand") -> Rollout:
         """From here on the model answers everything; what runs goes on where it is."""
@@ -332,7 +334,7 @@ class Rollouts:
             status=found.status,
             stage=found.stage + 1,
             stages=len(spec.stages) if spec.mode == "canary" else 1,
-            share=_effective_share(found),
+            share=effective_share(found),
             samples=(_samples(figures, False), _samples(figures, True)),
             last=found.last,
             metrics=_metric_reports(found),
@@ -343,8 +345,6 @@ class Rollouts:
         if self._unsaved:
             self._save()
 
-    def _of(self, model: str) -> Rollout | None:
-        live = ("running", "promoted")
     def _check_free(self, spec: Spec) -> None:
         """Raises InvalidRequest where another rollout has the traffic of the model."""
         busy = self._of(spec.model)
@@ -354,6 +354,8 @@ class Rollouts:
                 param="model",
             )
 
+    def _of(self, model: str) -> Rollout | None:
+        live = ("running", "promoted")
         rollouts = self._all.values()
         return next((r for r in rollouts if r.spec.model == model and r.status in live), None)
 
@@ -393,7 +395,8 @@ class Rollouts:
         kept.write(self._file, list(self._all.values()))
 
 
-def _effective_share(found: Rollout) -> float:
+def effective_share(found: Rollout) -> float:
+    """What the variant takes now."""
     match found.status:
         case "promoted":
             return 1.0

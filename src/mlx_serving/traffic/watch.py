@@ -41,7 +41,7 @@ _DEPENDS = (
     "max_itl_ms",
     "prefix_cache_bytes",
 )
-"""Settings that latencies depend on."""
+"""Settings that figures depend on, and that only another start changes."""
 
 
 class Relief(Protocol):
@@ -72,6 +72,7 @@ class Watch:
     ) -> None:
         self._events = events
         self._metrics = metrics
+        dropped = metrics.alerts_dropped.inc
         self._alerts = (
             Alerts(config.alert_webhook, config.alert_format, on_drop=dropped)
             if config.alert_webhook
@@ -103,11 +104,11 @@ class Watch:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self._levels.end()
         if self._alerts is not None:
             await self._alerts.close()
 
     def health(self) -> dict[str, object]:
-        self._levels.end()
         """For /health."""
         found: dict[str, object] = {"slos": self._levels.report()}
         if self._drifts is not None:
@@ -124,18 +125,18 @@ class Watch:
                 self._metrics.slo_burn.labels(text).set(burn.short)
 
     def _finished(self, event: RequestFinished) -> None:
+        if event.shadow:  # it was promised to nobody, and waits behind everybody
+            return
         self._levels.observe(event)
         if self._drifts is not None:
             self._drifts.observe(event)
 
-    def _mark(self, event: Event) -> None:
-        if self._drifts is None:
-            return
     def mark(self, what: str) -> None:
         """Something happened that figures may change after."""
         if self._drifts is not None:
             self._drifts.mark(what)
 
+    def _mark(self, event: Event) -> None:
         match event:
             case ModelLoaded(model_id=model_id):
                 self.mark(f"{model_id} was loaded")
@@ -157,8 +158,8 @@ class Watch:
 def _drifts(config: Config, on_drift: Callable[[Drift], None]) -> Drifts:
     file = Path(config.baselines_file) if config.baselines_file else None
     depends = {name: getattr(config, name) for name in _DEPENDS}
-    depends["machine"] = f"{os.uname().nodename} {os.cpu_count()}"
     depends["models"] = [entry.settings for entry in config.entries if entry.settings]
+    depends["machine"] = f"{os.uname().nodename} {os.cpu_count()}"
     return Drifts(file, settings_of(depends), on_drift)
 
 
