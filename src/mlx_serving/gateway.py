@@ -160,6 +160,7 @@ class Gateway:
         self.ceilings.tune(0, 0)
         self.relief.keep_out(0)
         self._metrics.slo_burn.clear()
+        self._metrics.slo_figure.clear()
         self._metrics.slo_violated.clear()
         if watch is not None:
             watch.start()

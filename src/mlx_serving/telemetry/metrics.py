@@ -185,6 +185,13 @@ class Metrics:
             ["objective"],
             registry=r,
         )
+        self.slo_figure = Gauge(
+            "mlx_serving_slo_figure",
+            "What the objective's percentile is in the short window, in its own unit: ms, tokens/s, or "
+            "a share of requests",
+            ["objective"],
+            registry=r,
+        )
         self.slo_violated = Gauge(
             "mlx_serving_slo_violated",
             "1 while the objective is violated",

@@ -57,6 +57,7 @@ def _plain(change: LevelChanged) -> dict[str, Any]:
         "status": _status(change),
         "burn_short": change.burn_short,
         "burn_long": change.burn_long,
+        "now": change.now,
         "remedy": change.remedy,
         "act": change.act,
         "text": change.line,

@@ -47,12 +47,15 @@ class LevelChanged(msgspec.Struct, frozen=True, kw_only=True):
     before: str
     burn_short: float
     burn_long: float
+    now: str | None = None
+    """What the promised percentile is; None: there are no requests."""
     remedy: Remedy | None = None
     act: Literal["applied", "taken_back", "would_apply"] | None = None
 
     @property
     def line(self) -> str:
-        figures = f"burn rate {self.burn_short:.1f} short, {self.burn_long:.1f} long"
+        now = f"now {self.now}; " if self.now else ""
+        figures = f"{now}burn rate {self.burn_short:.1f} short, {self.burn_long:.1f} long"
         if self.act is None:
             return f"'{self.objective}' is {self.state}, was {self.before} ({figures})"
         return f"{self.remedy} {self.act.replace('_', ' ')} for '{self.objective}' ({figures})"
@@ -146,11 +149,18 @@ class Levels:
         now_s = self._now()
         return {level.objective.text: level.burn(now_s) for level in self._levels}
 
+    def figures(self) -> Mapping[str, float]:
+        """What the promised percentiles are, where there are requests."""
+        now_s = self._now()
+        found = {level.objective.text: level.figure(now_s) for level in self._levels}
+        return {text: figure for text, figure in found.items() if figure is not None}
+
     def _row(self, level: Level, now_s: float) -> dict[str, object]:
         burn = level.burn(now_s)
         return {
             "objective": level.objective.text,
             "state": level.state.name,
+            "now": _now(level, now_s),
             "burn_short": round(burn.short, 3),
             "burn_long": round(burn.long, 3),
             "budget_left": round(budget_left(burn), 3),
@@ -219,16 +229,23 @@ class Levels:
         remedy: Remedy | None = None,
         act: Literal["applied", "taken_back", "would_apply"] | None = None,
     ) -> None:
-        burn = level.burn(self._now())
+        now_s = self._now()
+        burn = level.burn(now_s)
         change = LevelChanged(
             objective=level.objective.text,
             state=state or level.state.name,
             before=before,
             burn_short=burn.short,
             burn_long=burn.long,
+            now=_now(level, now_s),
             remedy=remedy,
             act=act,
         )
         worse = act is not None or not isinstance(level.state, Ok)
         log.log(logging.WARNING if worse else logging.INFO, "%s", change.line)
         self._on_change(change)
+
+
+def _now(level: Level, now_s: float) -> str | None:
+    figure = level.figure(now_s)
+    return None if figure is None else level.objective.say(figure)

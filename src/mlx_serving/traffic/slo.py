@@ -14,13 +14,13 @@ slow request does not raise an alarm and an old trouble does not keep one up:
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never
 
 from mlx_serving.errors import ConfigError
 from mlx_serving.telemetry.events import RequestFinished
+from mlx_serving.traffic.window import Window
 from mlx_serving.types import Priority
 
 MetricName = Literal["ttft", "tpot", "queue", "duration", "errors", "throughput"]
@@ -31,7 +31,6 @@ RECOVERY_S = 60.0
 """How long a violated objective must hold again before it is believed."""
 MIN_REQUESTS = 10
 """In the short window; fewer say nothing."""
-_BUCKETS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,28 +53,42 @@ class Objective:
         about = self.about(finished.model_id, finished.priority, finished.client)
         if finished.outcome == "cancelled" or not about:
             return None
-        failed = not finished.complete
+        if self.metric == "errors":
+            return not finished.complete
+        figure = self.figure(finished)
+        if figure is None or not finished.complete:
+            return None
+        return figure < self.limit if self.metric == "throughput" else figure > self.limit
+
+    def figure(self, finished: RequestFinished) -> float | None:
+        """What is promised, of one request: milliseconds or tokens/s. None: it has none."""
         match self.metric:
-            case "errors":
-                return failed
-            case _ if failed:
-                return None
-            case "throughput" if not finished.usage.completion_tokens:
-                return None  # vectors, not tokens
-            case "throughput":
-                rate = 1e3 * finished.usage.completion_tokens / max(finished.duration_ms, 1e-3)
-                return rate < self.limit
             case "ttft":
-                value = finished.ttft_ms
+                return finished.ttft_ms
             case "tpot":
-                value = finished.tpot_ms
+                return finished.tpot_ms
             case "queue":
-                value = finished.queue_ms
+                return finished.queue_ms
             case "duration":
-                value = finished.duration_ms
+                return finished.duration_ms
+            case "throughput":
+                tokens = finished.usage.completion_tokens  # 0: vectors
+                return 1e3 * tokens / max(finished.duration_ms, 1e-3) if tokens else None
+            case "errors":
+                return None
             case _:
                 assert_never(self.metric)
-        return None if value is None else value > self.limit
+
+    def say(self, figure: float) -> str:
+        match self.metric:
+            case "errors":
+                return f"{100 * figure:.1f} %"
+            case "throughput":
+                return f"{figure:.1f} tok/s"
+            case "ttft" | "tpot" | "queue" | "duration":
+                return f"{figure:.0f} ms"
+            case _:
+                assert_never(self.metric)
 
     def about(self, model: str, priority: Priority, client: str | None) -> bool:
         """Whether it is a promise to such requests."""
@@ -160,31 +173,6 @@ def _options(text: str, options: list[str]) -> dict[str, Any]:
     return found
 
 
-# ------------------------------------------------------------------- windows
-
-
-class Window:
-    """Hits and misses of the last `length_s` seconds, in a fixed number of buckets."""
-
-    def __init__(self, length_s: float) -> None:
-        self._bucket_s = length_s / _BUCKETS
-        self._buckets: deque[list[int]] = deque(maxlen=_BUCKETS)
-        """[index, requests, misses]"""
-
-    def add(self, now_s: float, missed: bool) -> None:
-        index = int(now_s / self._bucket_s)
-        if not self._buckets or self._buckets[-1][0] != index:
-            self._buckets.append([index, 0, 0])
-        self._buckets[-1][1] += 1
-        self._buckets[-1][2] += missed
-
-    def counts(self, now_s: float) -> tuple[int, int]:
-        """(requests, misses)"""
-        oldest = int(now_s / self._bucket_s) - _BUCKETS
-        live = [bucket for bucket in self._buckets if bucket[0] > oldest]
-        return sum(b[1] for b in live), sum(b[2] for b in live)
-
-
 @dataclass(frozen=True, slots=True)
 class Burn:
     """How fast the budget is used. `requests` are the short window's."""
@@ -259,8 +247,17 @@ class Level:
     def add(self, finished: RequestFinished, now_s: float) -> None:
         missed = self.objective.missed(finished)
         if missed is not None:
-            self._short.add(now_s, missed)
+            self._short.add(now_s, missed, self.objective.figure(finished))
             self._long.add(now_s, missed)
+
+    def figure(self, now_s: float) -> float | None:
+        """What the promised percentile is in the short window; of errors, their share. None: no requests."""
+        objective = self.objective
+        if objective.metric == "errors":
+            requests, missed = self._short.counts(now_s)
+            return missed / requests if requests else None
+        slowest = objective.budget if objective.metric == "throughput" else 1 - objective.budget
+        return self._short.percentile(now_s, slowest)
 
     def burn(self, now_s: float) -> Burn:
         requests, missed = self._short.counts(now_s)

@@ -123,6 +123,8 @@ class Watch:
             self._levels.tick()
             for text, burn in self._levels.burns().items():
                 self._metrics.slo_burn.labels(text).set(burn.short)
+            for text, figure in self._levels.figures().items():
+                self._metrics.slo_figure.labels(text).set(figure)
 
     def _finished(self, event: RequestFinished) -> None:
         if event.shadow:  # it was promised to nobody, and waits behind everybody

@@ -11,10 +11,10 @@ from mlx_serving.traffic.slo import (
     Ok,
     Recovering,
     Violated,
-    Window,
     parse,
     step,
 )
+from mlx_serving.traffic.window import ACCURACY
 from mlx_serving.types import Priority, Usage
 
 
@@ -130,15 +130,6 @@ def test_states(state, given, expected):
     assert step(state, given, 50.0) == expected
 
 
-def test_a_window_forgets():
-    window = Window(60)
-    for second in range(60):
-        window.add(second, missed=second < 30)
-    assert window.counts(59) == (60, 30)
-    assert window.counts(89) == (30, 0)
-    assert window.counts(500) == (0, 0)
-
-
 def test_a_level_tells_of_its_changes():
     level, changes = Level(parse("ttft p90 < 10ms over=10s,100s")), []
     for second in range(40):
@@ -147,3 +138,26 @@ def test_a_level_tells_of_its_changes():
         level.look(second, lambda level, before: changes.append((before.name, level.state.name)))
     assert changes[-1][1] == "violated"
     assert level.burn(39).short == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "figure"),
+    [
+        ("ttft p90 < 10ms", {"ttft_ms": 200.0}, 200.0),
+        ("throughput p90 > 50tok/s", {"duration_ms": 10_200.0}, 10.0),
+        ("errors < 1%", {"outcome": "worker_died"}, 0.2),
+        ("queue p90 < 1ms", {"outcome": "worker_died"}, None),
+    ],
+)
+def test_what_the_percentile_is_now(text, fields, figure):
+    level = Level(parse(text))
+    assert level.figure(0) is None
+    for i in range(50):
+        level.add(finished(**(fields if i < 10 else {})), i / 10)
+    found = level.figure(5)
+    assert found == (figure and pytest.approx(figure, rel=ACCURACY))
+
+
+def test_figures_are_said_in_their_units():
+    texts = ("ttft p90 < 10ms", "throughput p90 > 50tok/s", "errors < 1%")
+    assert [parse(text).say(0.25) for text in texts] == ["0 ms", "0.2 tok/s", "25.0 %"]
