@@ -46,7 +46,7 @@ from mlx_serving.telemetry.events import (
 from mlx_serving.types import ModelInfo, Priority
 from mlx_serving.warm_up import warm_up
 from mlx_serving.worker.port import WorkerClient
-from mlx_serving.worker.wire import ModelOptions, Pin
+from mlx_serving.worker.wire import ModelOptions, Pin, Turns
 
 log = logging.getLogger(__name__)
 
@@ -110,11 +110,15 @@ class Models:
 
     def prepare(self, wanted: Config) -> Apply:
         """See `live.Prepare`. Who was pinned by a request stays so, unless the setting changes that."""
+        own = {m: (entry, wanted.of(entry)) for m, (entry, _) in self._own.items()}
         before = self._pinned(self._config.pin, self.slots)
         after = self._pinned(wanted.pin, self.slots)
 
         async def apply() -> None:
-            self._config = wanted
+            self._config, old, self._own = wanted, self._own, own
+            for model_id in own:
+                if (turns := _turns(model_id, own[model_id][1])) != _turns(model_id, old[model_id][1]):
+                    self._worker.order(turns)
             self.residency.wait_s = wanted.memory_wait_s
             for slot in self.slots:
                 if (slot in after) != (slot in before):
@@ -321,7 +325,7 @@ def _options(entry: ModelEntry, config: Config, tokenizer_path: Path) -> ModelOp
         kv_bits=c.kv_bits,
         exact_batch=c.exact_batch,
         prefix_cache_bytes=c.prefix_cache_bytes,
-        max_wait_s=c.max_wait_s or math.inf,
+        max_wait_s=_max_wait_s(c),
         short_jobs_first=c.short_jobs_first,
         jump_forward=c.jump_forward,
         json_digit_tokens=c.json_digit_tokens,
@@ -334,6 +338,18 @@ def _options(entry: ModelEntry, config: Config, tokenizer_path: Path) -> ModelOp
         memory_budget=c.memory_budget,
         tokenizer_path=str(tokenizer_path),
     )
+
+
+def _turns(model_id: str, config: Config) -> Turns:
+    return Turns(
+        model_id=model_id,
+        max_wait_s=_max_wait_s(config),
+        short_jobs_first=config.short_jobs_first,
+    )
+
+
+def _max_wait_s(config: Config) -> float:
+    return config.max_wait_s or math.inf
 
 
 def _measured(info: ModelInfo) -> int:

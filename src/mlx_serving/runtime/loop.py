@@ -188,6 +188,9 @@ class Loop:
             case wire.Tune(model_id=model_id):
                 if (model := self._models.get(model_id)) is not None:
                     model.tune(message)
+            case wire.Turns(model_id=model_id):
+                if (model := self._models.get(model_id)) is not None:
+                    model.take_turns(message)
             case wire.Pin(model_id=model_id, pinned=pinned):
                 self._pin(model_id, pinned)
             case wire.ClearCache(model_id):

@@ -45,6 +45,7 @@ class Model:
         self.sequences: set[int] = set()
         """Those that have not ended."""
         self._runner = loaded.runner
+        self._limits = loaded.limits
         self._scheduler = Scheduler(loaded.limits, loaded.on_disk, arrivals)
         self.claim, self.grant = self._scheduler.claim, self._scheduler.grant
         self.close = loaded.close
@@ -156,6 +157,13 @@ class Model:
 
     def tune(self, tuning: wire.Tune) -> None:
         self._scheduler.tune(tuning.max_num_seqs, tuning.prefill_tokens)
+
+    def take_turns(self, turns: wire.Turns) -> None:
+        limits, wait_s, short_first = self._limits, turns.max_wait_s, turns.short_jobs_first
+        self._scheduler.take_turns(
+            limits.max_wait_s if wait_s is None else wait_s,
+            limits.short_jobs_first if short_first is None else short_first,
+        )
 
     @property
     def has_work(self) -> bool:

@@ -4,7 +4,7 @@ Frames on a Unix stream socket: 4 bytes little-endian length, then one MessagePa
 message, told apart by its tag. Both ends are the same version of this package (the
 supervisor starts the worker), so fields may change freely between releases.
 
-    to the worker      LoadModel  UnloadModel  Tune  Pin  ClearCache  Submit  Cancel  Pause  Resume
+    to the worker      LoadModel  UnloadModel  Tune  Pin  Turns  ClearCache  Submit  Cancel  Pause  Resume
                        Shutdown
     from the worker    Hello  Phase  ModelLoaded  ModelFailed  ModelUnloaded  Wired  Memory  Short
                        CacheCleared  Started  Step
@@ -115,7 +115,15 @@ class Pin(msgspec.Struct, frozen=True, tag="pin", kw_only=True):
     pinned: bool = False
 
 
-Order = Tune | Pin
+class Turns(msgspec.Struct, frozen=True, tag="turns", kw_only=True):
+    """Whose turn it is among a model's sequences, those that wait included. None: as it was loaded."""
+
+    model_id: str
+    max_wait_s: float | None = None
+    short_jobs_first: bool | None = None
+
+
+Order = Tune | Pin | Turns
 """How a model is run from now on; the defaults take an earlier order back."""
 
 

@@ -15,7 +15,7 @@ from mlx_serving.runtime.collector import Collector, NoCollector
 from mlx_serving.runtime.core.plan import Forced, Limits, Sampled, StepPlan, StepResult
 from mlx_serving.runtime.link import Link
 from mlx_serving.runtime.loop import Loop
-from mlx_serving.types import Grammar, ModelInfo, SamplingParams
+from mlx_serving.types import Grammar, ModelInfo, SamplingParams, Turn
 from mlx_serving.worker import wire
 
 HELLO = wire.Hello(pid=1, device="cpu", mlx_version="", memory_bytes=0)
@@ -287,6 +287,22 @@ def test_a_tuned_model_takes_on_less_from_the_next_step_on_and_drops_nobody(pare
     parent.expect(wire.Step, lambda step: (step.stats.running, step.stats.waiting) == (1, 1))
     parent.send(wire.Tune(model_id="m"))
     parent.expect(wire.Step, lambda step: any(row.seq_id == 4 for row in step.rows))
+
+
+def test_whose_turn_it_is_may_change(parent):
+    parent.send(load())
+    parent.expect(wire.ModelLoaded)
+    one_row = wire.Tune(model_id="m", max_num_seqs=1)
+    long, short = Turn(arrived_s=5.0, expected_tokens=900), Turn(arrived_s=6.0, expected_tokens=9)
+    shorter = wire.Turns(model_id="m", short_jobs_first=True)
+    parent.send(one_row, wire.Turns(model_id="other"), shorter, ask(1, long), ask(2, short))
+    assert [parent.expect(wire.Started).seq_ids for _ in range(2)] == [[2], [1]]
+    parent.send(wire.Turns(model_id="m"), ask(3, long), ask(4, short))
+    assert [parent.expect(wire.Started).seq_ids for _ in range(2)] == [[3], [4]]
+
+
+def ask(seq_id: int, turn: Turn) -> wire.Submit:
+    return msgspec.structs.replace(submit(seq_id, 10 * seq_id, max_tokens=2), turn=turn)
 
 
 def test_errors_of_a_load_and_of_a_submission(parent):

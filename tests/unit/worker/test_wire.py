@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import msgspec
 import pytest
@@ -21,6 +22,7 @@ TO_WORKER = [
     ),
     wire.Pause(7),
     wire.Tune(model_id="m", max_num_seqs=3, prefill_tokens=64),
+    wire.Turns(model_id="m", max_wait_s=math.inf, short_jobs_first=True),
     wire.Cancel(7),
     wire.Shutdown(),
 ]

@@ -184,6 +184,13 @@ class Scheduler:
         self.ceilings = policy.ceilings(self.limits, max_num_seqs, prefill_tokens)
         self.queue.lane_rows = policy.lane_rows(self.ceilings.rows)
 
+    def take_turns(self, max_wait_s: float, short_jobs_first: bool) -> None:
+        """As `limits` have them, from now on; ranks stay as they were given."""
+        self.limits = replace(
+            self.limits, max_wait_s=max_wait_s, short_jobs_first=short_jobs_first
+        )
+        self.queue.take_turns(max_wait_s)
+
     def reset(self) -> None:
         """The runner has forgotten every row and step in flight: compute all again."""
         running = list(self.rows)

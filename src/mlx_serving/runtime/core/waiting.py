@@ -59,6 +59,11 @@ class WaitingQueue:
         if self._lane:
             self._room = self.lane_rows - sum(seq.promoted for seq in rows)
 
+    def take_turns(self, max_wait_s: float) -> None:
+        """Who waits so long from its arrival enters the lane; who is in it stays."""
+        self._max_wait_s = max_wait_s
+        self._compact()  # files everybody anew
+
     def push(self, seq: Sequence) -> None:
         assert seq.status is Status.WAITING and not seq.queued
         if max(self._entries, len(self._ages)) >= self.bound:

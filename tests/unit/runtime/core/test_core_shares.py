@@ -110,6 +110,23 @@ def test_the_lane_has_the_oldest_first_and_so_many_rows() -> None:
     assert queue.peek() is None and len(queue) == 0
 
 
+def test_how_long_one_waits_may_change() -> None:
+    queue = WaitingQueue(lane_rows=2)
+    old, urgent = sequence(1, Priority.LOW, at_s=1.0), sequence(2, Priority.CRITICAL, at_s=9.0)
+    queue.push(old)
+    queue.push(urgent)
+    queue.advance(1000.0, [])
+    assert not old.promoted
+    queue.take_turns(10.0)
+    queue.advance(11.0, [])
+    assert old.promoted and queue.peek() is old
+    queue.take_turns(math.inf)
+    queue.advance(1000.0, [])
+    assert not urgent.promoted
+    assert queue.pop() is old, "who is in the lane stays"
+    assert queue.pop() is urgent and queue.peek() is None and len(queue) == 0
+
+
 def test_the_lane_forgets_those_who_left() -> None:
     queue = WaitingQueue(max_wait_s=10.0)
     gone, paused, stays = (sequence(i) for i in range(3))
