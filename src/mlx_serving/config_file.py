@@ -9,7 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from mlx_serving.config import FIELDS, Given, unknown
+from mlx_serving.config import FIELDS, unknown
+from mlx_serving.config_sources import Given
 from mlx_serving.errors import ConfigError
 
 _NULL = "tag:yaml.org,2002:null"

@@ -30,7 +30,8 @@ from mlx_serving.answers import (
 )
 from mlx_serving.catalog.ensure import Progress
 from mlx_serving.catalog.prefetch import Prefetch
-from mlx_serving.config import FIELDS, Config, override
+from mlx_serving.config import FIELDS, Config
+from mlx_serving.config_sources import override
 from mlx_serving.gateway import Gateway
 from mlx_serving.generation import Generation
 from mlx_serving.live import Apply

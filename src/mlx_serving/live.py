@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from mlx_serving.config import FIELDS, SECRETS, Config, override, unknown
+from mlx_serving.config import FIELDS, SECRETS, Config, unknown
+from mlx_serving.config_sources import override
 from mlx_serving.errors import ConfigError, InvalidRequest
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ import pytest
 
 from mlx_serving import Engine
 from mlx_serving.catalog.ensure import ensure
-from mlx_serving.config import Config, override
+from mlx_serving.config import Config
+from mlx_serving.config_sources import override
 from mlx_serving.errors import ConfigError, MLXServingError, ModelBroken
 
 PATHS = (

@@ -64,7 +64,7 @@ def test_a_worker_knows_no_keys(server: Any) -> None:
 
 
 def test_settings_are_shown_without_their_secrets(server: Any) -> None:
-    from mlx_serving.config import load
+    from mlx_serving.config_sources import load
 
     config = load({"api_key": [server.key], "admin_key": server.admin}, env={})
     assert server.key not in repr(config) and server.admin not in repr(config)

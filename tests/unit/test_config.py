@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from mlx_serving import config
-from mlx_serving.config import FIELDS, Config, load, override
+from mlx_serving.config import FIELDS, Config
+from mlx_serving.config_sources import load, override
 from mlx_serving.errors import ConfigError
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from mlx_serving import Engine
-from mlx_serving.config import FIELDS, Config, load, override
+from mlx_serving.config import FIELDS, Config
+from mlx_serving.config_sources import load, override
 from mlx_serving.errors import ConfigError
 from mlx_serving.model_entry import ENTRY_FIELDS, PER_MODEL, ModelEntry, WarmUpChat
 from mlx_serving.models import _options

@@ -4,7 +4,8 @@ import hashlib
 
 import pytest
 
-from mlx_serving.config import Config, load, override
+from mlx_serving.config import Config
+from mlx_serving.config_sources import load, override
 from mlx_serving.errors import ConfigError
 from mlx_serving.secret import hashed, is_hash, new_key, same
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_serving import config as settings
+from mlx_serving import config_sources as settings
 from mlx_serving.catalog.conversion import Wish, convert
 from mlx_serving.cli.exits import Exit, failed
 from mlx_serving.cli.say import Say, size

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from mlx_serving import config as settings
+from mlx_serving import config_sources as settings
 from mlx_serving.catalog.adapters import AdapterFiles
 from mlx_serving.catalog.facts import Facts
 from mlx_serving.catalog.health import Broken, Unable, Verdict

@@ -13,7 +13,7 @@ from datetime import datetime
 
 import msgspec
 
-from mlx_serving import config as settings
+from mlx_serving import config_sources as settings
 from mlx_serving import host
 from mlx_serving.cli.exits import Exit
 from mlx_serving.cli.flags import ServeArgs

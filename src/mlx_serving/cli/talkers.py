@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import httpx
 
-from mlx_serving import config as settings
+from mlx_serving import config_sources as settings
 from mlx_serving.cli.say import Say
 from mlx_serving.cli.where import Where
 from mlx_serving.errors import MLXServingError, ServerError, Unauthorized, from_code

@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from mlx_serving.api.browsers import host_name, policy, refusal
-from mlx_serving.config import Config, load
+from mlx_serving.config import Config
+from mlx_serving.config_sources import load
 from mlx_serving.errors import ConfigError
 
 PLAIN = policy(Config())
