@@ -116,8 +116,9 @@ class Models:
 
         async def apply() -> None:
             self._config, old, self._own = wanted, self._own, own
-            for model_id in own:
-                if (turns := _turns(model_id, own[model_id][1])) != _turns(model_id, old[model_id][1]):
+            for model_id, (_, config) in own.items():
+                turns = _turns(model_id, config)
+                if turns != _turns(model_id, old[model_id][1]):
                     self._worker.order(turns)
             self.residency.wait_s = wanted.memory_wait_s
             for slot in self.slots:

@@ -67,7 +67,9 @@ async def test_it_is_told_how_long_a_request_waited_for_its_row(scripted):
     async with Engine(folder, max_num_seqs=1, coalesce="deterministic") as engine:
         engine.on(RequestFinished, ended.append)
         texts = ("one", "two", "three", "three")
-        await asyncio.gather(*(engine.complete(text, max_tokens=5, temperature=0) for text in texts))
+        await asyncio.gather(
+            *(engine.complete(text, max_tokens=5, temperature=0) for text in texts)
+        )
     assert len(ended) == 4
     for finished in ended:
         assert finished.queue_ms is not None and finished.ttft_ms is not None

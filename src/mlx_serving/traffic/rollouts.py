@@ -251,7 +251,8 @@ class Rollouts:
         found = self.get(name)
         if found.spec.mode == "shadow":
             raise InvalidRequest(
-                f"'{name}' is a shadow, whose answers nobody has seen: start a canary.", param="name"
+                f"'{name}' is a shadow, whose answers nobody has seen: start a canary.",
+                param="name",
             )
         self._check_free(found.spec)
         self._change(found, "promoted", "promoted by hand")

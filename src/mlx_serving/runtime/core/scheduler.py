@@ -186,9 +186,7 @@ class Scheduler:
 
     def take_turns(self, max_wait_s: float, short_jobs_first: bool) -> None:
         """As `limits` have them, from now on; ranks stay as they were given."""
-        self.limits = replace(
-            self.limits, max_wait_s=max_wait_s, short_jobs_first=short_jobs_first
-        )
+        self.limits = replace(self.limits, max_wait_s=max_wait_s, short_jobs_first=short_jobs_first)
         self.queue.take_turns(max_wait_s)
 
     def reset(self) -> None:
