@@ -16,7 +16,7 @@ from http import HTTPStatus
 from typing import Any, Literal, assert_never
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from mlx_serving.api.exchange import openai_error
 from mlx_serving.config import Config
@@ -140,6 +140,8 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return  # _feed has it parsed again
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            _send_without_chunks(self.cycle)
         self._unanswered += 1
         self._head_begun, self._head_bytes, self._in_body = False, 0, True
         self._lingering_bytes = 0
@@ -228,11 +230,12 @@ class Connection(HttpToolsProtocol):
             if not self._refused:
                 self._refuse(BadHTTP("This server is no proxy."))
             return b""
+        version = self.parser.get_http_version().encode()
         self.parser = httptools.HttpRequestParser(self)
         self._head_bytes = 0
         kept = [(k, v) for k, v in self.headers if k not in (b"upgrade", b"connection")]
         lines = b"".join(b"%b: %b\r\n" % header for header in kept)
-        return b"%b %b HTTP/1.1\r\n%b\r\n%b" % (method, self.url, lines, rest)
+        return b"%b %b HTTP/%b\r\n%b\r\n%b" % (method, self.url, version, lines, rest)
 
     def _headers_too_large(self) -> HeadersTooLarge:
         return HeadersTooLarge(
@@ -271,3 +274,21 @@ class Connection(HttpToolsProtocol):
         )
         self.transport.close()
         self._arm("flush", self._limits.write_timeout_s)
+
+
+def _send_without_chunks(cycle: RequestResponseCycle) -> None:
+    """An HTTP/1.0 client reads chunks as part of the answer: what has no length ends with the connection."""
+    send, endless = cycle.send, False
+
+    async def unchunked(message: Any) -> None:
+        nonlocal endless
+        if message["type"] == "http.response.start":
+            endless = all(name != b"content-length" for name, _ in message["headers"])
+            if endless:
+                cycle.chunked_encoding = False
+        elif endless:
+            # It counts what is left of the length.
+            cycle.expected_content_length = len(message["body"])
+        await send(message)
+
+    cycle.send = unchunked  # type: ignore[method-assign]

@@ -66,6 +66,22 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_http_1_0_client_gets_no_chunks(start_server: Any, stream: bool) -> None:
+    """It would take their sizes for text: a stream is told to end by the connection's end."""
+    body = json.dumps({"prompt": "x", "stream": stream}).encode()
+    with wire(start_server()) as sock:
+        sock.sendall(POST.replace(b"1.1", b"1.0").replace(b"%d" % len(BODY), b"%d" % len(body)))
+        sock.sendall(body)
+        head, _, said = until_closed(sock).partition(b"\r\n\r\n")
+    assert b" 200 " in head and b"connection: close" in head
+    assert b"transfer-encoding" not in head.lower()
+    if stream:
+        assert said.startswith(b"data: {") and said.endswith(b"\n\ndata: [DONE]\n\n")
+    else:
+        assert b"content-length: %d" % len(said) in head
+
+
 def test_a_client_that_says_nothing_is_dropped(start_server: Any) -> None:
     with wire(start_server(**SHORT)) as sock:
         assert until_closed(sock) == b""
