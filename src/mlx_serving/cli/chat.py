@@ -23,6 +23,9 @@ HELP = """\
 /exit             leave (also Ctrl-D); Ctrl-C stops an answer"""
 
 
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
 class Chat:
     """The conversation and its commands, apart from where lines come from and go to."""
 
@@ -62,24 +65,18 @@ class Chat:
     def ask(self, text: str) -> bool:
         """Stream the answer; Ctrl-C keeps what came so far. False if it failed."""
         self.messages.append({"role": "user", "content": text})
-        parts: list[str] = []
-
-        def emit(piece: str) -> None:
-            parts.append(piece)
-            self._out.write(piece)
-            self._out.flush()
-
+        shown = _Shown(self._out)
         try:
-            self._talker.answer(self.messages, self._params, emit)
+            self._talker.answer(self.messages, self._params, shown.say, shown.think)
         except KeyboardInterrupt:
-            emit(" [stopped]")
-            parts.pop()
+            self._print(f"{shown.end()} [stopped]")
         except MLXServingError as error:
             self.messages.pop()
-            self._print(f"error: {error.message}")
+            self._print(f"{shown.end()}error: {error.message}")
             return False
-        self._print("")
-        self.messages.append({"role": "assistant", "content": "".join(parts)})
+        else:
+            self._print(shown.end())
+        self.messages.append({"role": "assistant", "content": "".join(shown.said)})
         return True
 
     def _reset(self) -> None:
@@ -100,6 +97,38 @@ class Chat:
 
     def _print(self, text: str) -> None:
         print(text, file=self._out, flush=True)
+
+
+class _Shown:
+    """One answer as it comes. What the model thinks is dimmed, and for terminals only: a pipe gets the
+    answer alone.
+
+    Attributes:
+        said: the pieces of the answer.
+    """
+
+    def __init__(self, out: TextIO) -> None:
+        self.said: list[str] = []
+        self._out = out
+        self._dimmed = False
+
+    def think(self, piece: str) -> None:
+        if self._out.isatty():
+            self._write(piece if self._dimmed else f"{DIM}{piece}")
+            self._dimmed = True
+
+    def say(self, piece: str) -> None:
+        self.said.append(piece)
+        self._write(self.end("\n\n") + piece)
+
+    def end(self, gap: str = "") -> str:
+        """What ends the dimmed part, if the terminal is in one, and then `gap`."""
+        dimmed, self._dimmed = self._dimmed, False
+        return f"{PLAIN}{gap}" if dimmed else ""
+
+    def _write(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
 
 
 def run(

@@ -21,11 +21,14 @@ Emit = Callable[[str], None]
 
 
 class Talker(Protocol):
-    """Who answers. `answer` emits text as it comes, and raises MLXServingError."""
+    """Who answers. `answer` emits text as it comes, what is only thought by `think`, and raises
+    MLXServingError."""
 
     name: str
 
-    def answer(self, messages: list[Message], params: Mapping[str, Any], emit: Emit) -> None: ...
+    def answer(
+        self, messages: list[Message], params: Mapping[str, Any], emit: Emit, think: Emit
+    ) -> None: ...
 
     def close(self) -> None: ...
 
@@ -63,7 +66,9 @@ class ServerTalker:
         self._model = model or self._first_model()
         self.name = f"{self._model} at {self._where}"
 
-    def answer(self, messages: list[Message], params: Mapping[str, Any], emit: Emit) -> None:
+    def answer(
+        self, messages: list[Message], params: Mapping[str, Any], emit: Emit, think: Emit
+    ) -> None:
         body = {"model": self._model, "messages": messages, "stream": True, **params}
         try:
             with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -72,7 +77,10 @@ class ServerTalker:
                     raise _error(response.json())
                 for chunk in _events(response.iter_lines()):
                     for choice in chunk.get("choices", ()):
-                        if text := choice["delta"].get("content"):
+                        delta = choice["delta"]
+                        if thought := delta.get("reasoning_content"):
+                            think(thought)
+                        if text := delta.get("content"):
                             emit(text)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
@@ -137,10 +145,15 @@ class EngineTalker:
             raise
         self.name = self._engine.gateway.default_model()
 
-    def answer(self, messages: list[Message], params: Mapping[str, Any], emit: Emit) -> None:
+    def answer(
+        self, messages: list[Message], params: Mapping[str, Any], emit: Emit, think: Emit
+    ) -> None:
         async def stream() -> None:
             async for chunk in self._engine.generate(messages, **params):
-                emit(chunk.text)
+                if chunk.reasoning:
+                    think(chunk.reasoning)
+                if chunk.text:
+                    emit(chunk.text)
 
         # Ctrl-C cancels the task that runs, and with it the request; the loop goes on.
         self._runner.run(stream())

@@ -30,10 +30,17 @@ class Echo:
 
     def __init__(self) -> None:
         self.asked: list[tuple[list[Message], dict[str, Any]]] = []
+        self.thoughts: tuple[str, ...] = ()
         self.breaks: BaseException | None = None
 
-    def answer(self, messages: list[Message], params: Mapping[str, Any], emit: Emit) -> None:
+    def answer(
+        self, messages: list[Message], params: Mapping[str, Any], emit: Emit, think: Emit
+    ) -> None:
         self.asked.append(([dict(m) for m in messages], dict(params)))
+        for thought in self.thoughts:
+            think(thought)
+        if self.thoughts and self.breaks is not None:
+            raise self.breaks
         emit(str(len(messages)))
         if self.breaks is not None:
             raise self.breaks
@@ -42,8 +49,13 @@ class Echo:
     def close(self) -> None: ...
 
 
-def chatting(**kwargs: Any) -> tuple[Chat, Echo, io.StringIO]:
-    out, echo = io.StringIO(), Echo()
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def chatting(out: io.StringIO | None = None, **kwargs: Any) -> tuple[Chat, Echo, io.StringIO]:
+    out, echo = out or io.StringIO(), Echo()
     return Chat(echo, out, **{"system": None, "params": {}, **kwargs}), echo, out
 
 
@@ -108,6 +120,29 @@ def test_an_error_takes_the_question_back() -> None:
     assert "error: try later" in out.getvalue()
 
 
+def test_what_the_model_thinks_is_dimmed_on_a_terminal_and_not_said_again() -> None:
+    chat, echo, out = chatting(Terminal())
+    echo.thoughts = ("Hm", ", well.")
+    chat.line("hello")
+    assert out.getvalue() == "\x1b[2mHm, well.\x1b[0m\n\n1!\n"
+    assert chat.messages[-1] == {"role": "assistant", "content": "1!"}
+
+
+def test_a_pipe_gets_the_answer_alone() -> None:
+    chat, echo, out = chatting()
+    echo.thoughts = ("Hm",)
+    assert chat.ask("hello")
+    assert out.getvalue() == "1!\n"
+
+
+@pytest.mark.parametrize("breaks", [KeyboardInterrupt(), Overloaded("try later")])
+def test_the_terminal_is_not_left_dimmed(breaks: BaseException) -> None:
+    chat, echo, out = chatting(Terminal())
+    echo.thoughts, echo.breaks = ("Hm",), breaks
+    chat.line("hello")
+    assert out.getvalue().startswith("\x1b[2mHm\x1b[0m")
+
+
 Handler = Callable[[httpx.Request], httpx.Response]
 
 
@@ -133,16 +168,19 @@ def delta(**fields: Any) -> dict[str, Any]:
 
 
 def answer(talker: ServerTalker) -> str:
+    """Thoughts in brackets."""
     parts: list[str] = []
-    talker.answer([{"role": "user", "content": "hi"}], {"seed": 1}, parts.append)
+    question = [{"role": "user", "content": "hi"}]
+    talker.answer(question, {"seed": 1}, parts.append, lambda thought: parts.append(f"({thought})"))
     return "".join(parts)
 
 
 def test_a_server_streams() -> None:
-    events = [delta(role="assistant"), delta(content="Pa"), delta(content="ris"), {"choices": []}]
+    thought, said = delta(reasoning_content="Hm."), [delta(content="Pa"), delta(content="ris")]
+    events = [delta(role="assistant"), thought, *said, {"choices": []}]
     talker, bodies = served(lambda _: sse(*events, "[DONE]", "never read"))
     assert talker.name == "m at http://x"
-    assert answer(talker) == "Paris"
+    assert answer(talker) == "(Hm.)Paris"
     assert bodies == [
         {
             "model": "m",
