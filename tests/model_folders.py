@@ -14,6 +14,11 @@ CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "max_position_embeddings": 512,
     "vocab_size": 10,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "rms_norm_eps": 1e-5,
     "torch_dtype": "bfloat16",
 }
 TOKENIZER = {"model": {"vocab": {"a": 0, "b": 1}}}

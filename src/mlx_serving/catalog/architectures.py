@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mlx_serving.catalog.folder import WEIGHTLESS
 from mlx_serving.types import ENCODERS
@@ -46,15 +46,65 @@ def _embeds(config: Mapping[str, Any], folder: Path) -> bool:
 
 def supported(config: Mapping[str, Any]) -> bool:
     """Whether we, or mlx-lm as it is installed, have this architecture."""
-    kind = str(config.get("model_type", ""))
-    if kind == WEIGHTLESS or kind in ENCODERS:
-        return True
-    known, renamed, by_class = _mlx_lm()
-    names = config.get("architectures")
+    return _is_ours(config) or _module(config) in _mlx_lm()[0]
+
+
+class Arguments(NamedTuple):
+    """What an architecture reads of config.json."""
+
+    known: frozenset[str]
+    required: tuple[str, ...]
+
+
+def arguments(config: Mapping[str, Any]) -> Arguments | None:
+    """None: that cannot be told, since the architecture reads it in a way of its own."""
+    return None if _is_ours(config) else _arguments(_module(config))
+
+
+def _is_ours(config: Mapping[str, Any]) -> bool:
+    kind = config.get("model_type")
+    return kind == WEIGHTLESS or kind in ENCODERS
+
+
+def _module(config: Mapping[str, Any]) -> str:
+    """The name of mlx-lm's module for it, if there is one."""
+    _, renamed, by_class = _mlx_lm()
+    kind, names = str(config.get("model_type", "")), config.get("architectures")
     for name in names if isinstance(names, list) else ():
         if (kind, name) in by_class:
-            return by_class[kind, name] in known
-    return renamed.get(kind, kind) in known
+            return by_class[kind, name]
+    return renamed.get(kind, kind)
+
+
+@lru_cache(maxsize=64)
+def _arguments(module: str) -> Arguments | None:
+    """The fields of its dataclass of arguments."""
+    import ast
+
+    root = _root()
+    if root is None or module not in _mlx_lm()[0]:
+        return None
+    fields: dict[str, bool] = {}
+    for node in ast.parse((root / "models" / f"{module}.py").read_text(encoding="utf-8")).body:
+        match node:
+            case ast.ClassDef(name="ModelArgs", bases=[ast.Name(id="BaseModelArgs")], body=body):
+                for inner in body:
+                    match inner:
+                        case ast.AnnAssign(target=ast.Name(id=name), value=value):
+                            fields[name] = value is None
+                        case ast.FunctionDef(name="from_dict" | "__init__"):
+                            return None
+    if not fields:
+        return None
+    return Arguments(frozenset(fields), tuple(name for name, needed in fields.items() if needed))
+
+
+def _root() -> Path | None:
+    """mlx-lm's folder."""
+    spec = importlib.util.find_spec("mlx_lm")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0])
 
 
 @lru_cache(maxsize=1)
@@ -62,10 +112,9 @@ def _mlx_lm() -> tuple[frozenset[str], dict[str, str], dict[tuple[str, str], str
     """Model types with a module, model types by other names, and those that a class name decides."""
     import ast  # not before it is needed: `serve` starts without
 
-    spec = importlib.util.find_spec("mlx_lm")
-    if spec is None or not spec.submodule_search_locations:
+    root = _root()
+    if root is None:
         return frozenset(), {}, {}
-    root = Path(spec.submodule_search_locations[0])
     known = frozenset(path.stem for path in (root / "models").glob("*.py"))
     tables: dict[str, dict[Any, str]] = {name: {} for name in _TABLES}
     for node in ast.parse((root / "utils.py").read_text(encoding="utf-8")).body:

@@ -21,6 +21,7 @@ from mlx_serving.catalog.adapters import read_adapter
 from mlx_serving.catalog.architectures import Modality, modalities, supported
 from mlx_serving.catalog.budget import estimate_folder
 from mlx_serving.catalog.folder import Problem, check, read_config, read_folder
+from mlx_serving.catalog.sizes import check_sizes
 from mlx_serving.config import Config
 from mlx_serving.errors import ModelBroken
 from mlx_serving.host import Host, look, memory_budget_bytes
@@ -142,6 +143,8 @@ def examine(path: Path, machine: Machine, extra: Sequence[Problem] = ()) -> Verd
     if problems:
         return Broken(tuple(problems))
     config = read_config(path)
+    if problems := check_sizes(config):
+        return Broken(tuple(problems))
     need = estimate_folder(read_folder(path, path.name), machine.dtype, machine.system)
     return judge((), config, modalities(config, path), need, machine)
 

@@ -8,18 +8,14 @@ from pathlib import Path
 
 import pytest
 
+import model_folders
 from mlx_serving.catalog.ensure import ensure
 from mlx_serving.catalog.folder import check, read_folder
 from mlx_serving.config import Config
 from mlx_serving.errors import ModelBroken
 
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "max_position_embeddings": 512,
-    "vocab_size": 10,
+CONFIG = model_folders.CONFIG | {
     "quantization": {"bits": 4, "group_size": 64},
-    "torch_dtype": "bfloat16",
     "eos_token_id": 2,
 }
 

@@ -115,19 +115,21 @@ def test_a_slow_tokenizer_is_converted_once(tmp_path: Path) -> None:
     source.mkdir()
     header = json.dumps({"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
     (source / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
-    (source / "config.json").write_text('{"model_type": "gpt2"}')
+    sizes = ("n_ctx", "n_embd", "n_head", "n_layer", "n_positions", "vocab_size")
+    config = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, **dict.fromkeys(sizes, 1)}
+    (source / "config.json").write_text(json.dumps(config))
     (source / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     (source / "vocab.json").write_text(
         json.dumps({t: i for i, t in enumerate([*ALPHABET, "ab", "<|endoftext|>"])})
     )
     (source / "merges.txt").write_text("#version: 0.2\na b\n")
-    config = Config(home=str(tmp_path / "home"))
-    folder = ensure(str(source), config)
+    settings = Config(home=str(tmp_path / "home"))
+    folder = ensure(str(source), settings)
     assert folder.tokenizer_path != source
     made = json.loads((folder.tokenizer_path / "tokenizer.json").read_text())
     assert made["model"]["vocab"]["ab"] == 256
     tally = Tally()
-    assert ensure(str(source), config, tally) == folder
+    assert ensure(str(source), settings, tally) == folder
     assert tally.tasks == []
 
 

@@ -48,7 +48,7 @@ def test_list_as_a_plain_table(shelf: Path, capsys: pytest.CaptureFixture[str]) 
     assert lines[0].split() == list(list_command.HEADERS)
     large = next(line for line in lines if line.startswith("org/large"))
     assert large.split() == [
-        "org/large", "ok", "1.9", "kB", "LlamaForCausalLM", "400", "bfloat16", "512", "text",
+        "org/large", "ok", "2.0", "kB", "LlamaForCausalLM", "400", "bfloat16", "512", "text",
     ]  # fmt: skip
     assert any(line.startswith("org/small: tokenizer.json: is missing") for line in lines)
 
