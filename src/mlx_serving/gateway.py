@@ -25,7 +25,14 @@ from mlx_serving.generation import Generation, OpenRows, Served
 from mlx_serving.live import Apply, LiveSettings, differ, differences
 from mlx_serving.pooling import Pooling
 from mlx_serving.roster import Roster, brief
-from mlx_serving.settle import check_generates, check_ids, check_room, constrain, settle
+from mlx_serving.settle import (
+    check_generates,
+    check_ids,
+    check_room,
+    check_thinks,
+    constrain,
+    settle,
+)
 from mlx_serving.telemetry.events import EventBus, ModelLoaded, RequestFinished, RequestStarted
 from mlx_serving.telemetry.metrics import Metrics
 from mlx_serving.telemetry.tally import count, refusals
@@ -195,6 +202,7 @@ class Gateway:
         slot, served = answerer.slot, answerer.served
         try:
             check_generates(served.info)
+            check_thinks(request.prompt, served.info, served.text)
             check_room(request.prompt, served.text.least_tokens(request.prompt), served.info)
             token_ids = await self._tokenise(served, request.prompt)
             sampling = settle(request, served.info, len(token_ids), self._config.max_tokens)
@@ -251,9 +259,14 @@ class Gateway:
                 return served.text.decode(token_ids, skip_special_tokens=False)
             return await asyncio.to_thread(served.text.decode, token_ids, skip_special_tokens=False)
 
-    async def load(self, model: str, keep_alive_s: float | None = None) -> ServedModel:
-        """Wait until a model can answer; raises why it cannot. `keep_alive_s` as in a request."""
+    async def load(
+        self, model: str, keep_alive_s: float | None = None, *, anew: bool = False
+    ) -> ServedModel:
+        """Wait until a model can answer; raises why it cannot. `keep_alive_s` as in a request; `anew`:
+        try even where it has just failed."""
         slot = self._slots.find(model)
+        if anew:
+            slot.forgive()
         await slot.acquire()
         slot.release(keep_alive_s)
         return self._slots.describe(slot)

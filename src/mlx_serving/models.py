@@ -13,12 +13,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
+
 from mlx_serving import host
 from mlx_serving.catalog import budget
 from mlx_serving.catalog.adapters import ensure_adapter
 from mlx_serving.catalog.ensure import Progress, ensure
+from mlx_serving.catalog.facts import count_in
 from mlx_serving.catalog.fingerprint import fingerprint
-from mlx_serving.catalog.folder import ModelFolder
+from mlx_serving.catalog.folder import ModelFolder, read_config
 from mlx_serving.catalog.lifecycle import (
     Draining,
     FetchBegan,
@@ -30,7 +33,7 @@ from mlx_serving.catalog.lifecycle import (
 from mlx_serving.catalog.names import default_name
 from mlx_serving.catalog.residency import Residency
 from mlx_serving.config import Config
-from mlx_serving.content.text import TextSide
+from mlx_serving.content.text import Reading, read_template
 from mlx_serving.content.text_sides import TextSides
 from mlx_serving.errors import ConfigError, MLXServingError
 from mlx_serving.generation import Served
@@ -54,7 +57,8 @@ Slot = ModelSlot[Served]
 
 
 class Models:
-    """`lifecycle.Hands` over a worker. Raises ConfigError for names that contradict each other."""
+    """`lifecycle.Hands` over a worker. Raises ConfigError for names that contradict each other, and for
+    chat templates that cannot be read."""
 
     def __init__(
         self,
@@ -194,17 +198,19 @@ class Models:
 
     async def _load(self, slot: Slot, folder: ModelFolder) -> Served:
         entry, own = self._own[slot.model_id]
+        reading = Reading.of(own, threads="tokenise" not in entry.unprepared)
         options = _options(entry, own, folder.tokenizer_path)
         self._worker.order(Pin(model_id=slot.model_id, pinned=slot.pinned))
         loading = asyncio.create_task(
             self._worker.load_model(slot.model_id, str(folder.path), options)
         )
         try:
-            text, files = await asyncio.gather(
-                asyncio.to_thread(self._text_side, entry, own, folder.tokenizer_path),
+            text, files, parameters = await asyncio.gather(
+                asyncio.to_thread(self._text_sides.load, folder.tokenizer_path, reading),
                 asyncio.to_thread(fingerprint, folder.path, folder.tokenizer_path),
+                asyncio.to_thread(_parameters, folder.path),
             )
-            info = await loading
+            info = msgspec.structs.replace(await loading, parameters=parameters)
             served = Served(info, text, f"{files} {info.dtype} {info.kernels} {info.kv_bits}")
             if entry.warm_up:
                 slot.enter(LoadBegan("it is warmed up"))
@@ -220,15 +226,6 @@ class Models:
             raise
         self.residency.loaded(slot.model_id, _measured(info))
         return served
-
-    def _text_side(self, entry: ModelEntry, config: Config, path: Path) -> TextSide:
-        return self._text_sides.load(
-            path,
-            config.chat_template,
-            tool_parser=config.tool_parser,
-            reasoning_parser=config.reasoning_parser,
-            threads="tokenise" not in entry.unprepared,
-        )
 
     def _make_slots(self) -> list[Slot]:
         c = self._config
@@ -246,6 +243,8 @@ class Models:
             own_names = dict.fromkeys((default_name(entry.model), entry.model))
             aliases = tuple(name for name in own_names if name not in taken)
             own = c.of(entry)
+            if own.chat_template is not None:
+                read_template(own.chat_template)  # a wrong path is told before anything is loaded
             self._own[model_id] = entry, own
             slots.append(
                 ModelSlot(
@@ -351,6 +350,10 @@ def _turns(model_id: str, config: Config) -> Turns:
 
 def _max_wait_s(config: Config) -> float:
     return config.max_wait_s or math.inf
+
+
+def _parameters(path: Path) -> int:
+    return count_in(path, read_config(path)) or 0
 
 
 def _measured(info: ModelInfo) -> int:

@@ -24,6 +24,13 @@ def check_generates(info: ModelInfo) -> None:
         )
 
 
+def check_thinks(prompt: Prompt, info: ModelInfo, text: TextSide) -> None:
+    """Raises InvalidRequest where the answer is to be thought over and the model cannot: Ollama's words,
+    by which its clients know it."""
+    if isinstance(prompt, ChatPrompt) and prompt.thinks and "thinking" not in text.abilities():
+        raise InvalidRequest(f'"{info.model_id}" does not support thinking', param="think")
+
+
 def settle(
     request: GenerateRequest, info: ModelInfo, prompt_tokens: int, default_max_tokens: int | None
 ) -> SamplingParams:

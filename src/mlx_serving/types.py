@@ -172,6 +172,8 @@ class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="chat"):
     """False: one call at most, and the answer ends with it."""
     reasoning_effort: str | None = None
     """For the chat template; refused when it has no place for it."""
+    thinks: bool = False
+    """Refused when the model cannot think."""
 
 
 class TextPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
@@ -443,6 +445,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     quantization: str | None = None
     dtype: str = ""
+    parameters: int = 0
+    """Numbers in its weights, counted in its files before they were loaded; 0: not known."""
     weight_bytes: int = 0
     """As loaded, before kernels repack them."""
     held_bytes: int = 0

@@ -13,6 +13,7 @@ import pytest
 from mlx_serving import Engine, SyncEngine, errors
 from mlx_serving.telemetry import events
 from mlx_serving.types import GenerateRequest, SamplingParams, TextPrompt
+from model_folders import safetensors
 
 
 def request(text="Hello", **fields):
@@ -243,6 +244,28 @@ async def test_a_model_that_cannot_load_says_why_and_the_other_goes_on(scripted,
         await engine.stop()
 
 
+async def test_a_load_that_is_asked_for_anew_is_tried_at_once(scripted):
+    config = scripted(text="fine") / "config.json"
+    whole = config.read_text()
+    config.write_text("{")
+    engine = Engine(str(config.parent))
+    try:
+        with pytest.raises(errors.ModelBroken):
+            await engine.start()
+        config.write_text(whole)
+        assert (await engine.gateway.load("scripted", anew=True)).status == "ready"
+    finally:
+        await engine.stop()
+
+
+async def test_a_loaded_models_parameters_are_told(scripted):
+    folder = scripted(text="x")
+    (folder / "model.safetensors").write_bytes(safetensors(w=("F32", (8,))))
+    async with Engine(str(folder)) as engine:
+        info = engine.gateway.model_info("scripted")
+    assert info is not None and info.parameters == 8
+
+
 async def test_events_tell_the_story(scripted):
     engine = Engine(str(scripted(text="x")))
     with engine.subscribe() as story:
@@ -288,10 +311,21 @@ def test_settings_are_checked_before_anything_starts():
         Engine(["a", "b"], served_model_name=("one",))
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_template_that_is_not_there_is_told_before_anything_is_loaded(
+    tmp_path: Path, own: bool
+) -> None:
+    file = str(tmp_path / "none.jinja")
+    model = {"model": "x", "chat_template": file} if own else "x"
+    with pytest.raises(errors.ConfigError, match=r"^chat_template: .*none\.jinja: No such file"):
+        Engine([model], **({} if own else {"chat_template": file}))
+
+
 async def test_half_a_model_is_not_left_in_the_worker(scripted: Any, tmp_path: Path) -> None:
-    engine = Engine(str(scripted()), chat_template=str(tmp_path / "none.jinja"))
+    (tmp_path / "bad.jinja").write_text("{% if %}")
+    engine = Engine(str(scripted()), chat_template=str(tmp_path / "bad.jinja"))
     try:
-        with pytest.raises(errors.MLXServingError, match=r"none\.jinja"):
+        with pytest.raises(errors.ModelBroken, match="does not parse"):
             await engine.start()
         (worker,) = engine.gateway.health()["workers"]
         assert not worker["models"]

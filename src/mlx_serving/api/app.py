@@ -124,7 +124,7 @@ def create_app(gateway: GatewayPort) -> ASGIApp:
         **{f"/v1/models/*/{action}": {"POST": admin(info.act)} for action in MODEL_ACTIONS},
         "/v1/models/": {"GET": info.model},
         "/v1/responses/": {"GET": responses.retrieve, "DELETE": responses.delete},
-        "/v1/requests/": {"POST": requests.cancel},
+        "/v1/requests/*/cancel": {"POST": requests.cancel},
         "/v1/rollouts/*/promote": {"POST": admin(rollouts.promote)},
         "/v1/rollouts/*/rollback": {"POST": admin(rollouts.roll_back)},
         "/v1/rollouts/*/scores": {"POST": admin(rollouts.score)},
@@ -183,7 +183,9 @@ class Table:
 
 def _begins(path: str, pattern: str) -> bool:
     prefix, _, suffix = pattern.partition("*")
-    return path.startswith(prefix) and path.endswith(suffix)
+    # They have a slash each: one in the path is not both.
+    fits = len(path) >= len(prefix) + len(suffix)
+    return fits and path.startswith(prefix) and path.endswith(suffix)
 
 
 async def _answer(exchange: Exchange, table: Table) -> None:
@@ -296,7 +298,7 @@ class InfoRoutes:
         model, _, action = exchange.path.removeprefix("/v1/models/").rpartition("/")
         match action:
             case "load":
-                served = await self._gateway.load(model)
+                served = await self._gateway.load(model, anew=True)
             case "unload":
                 served = await self._gateway.unload(model)
             case _:

@@ -78,9 +78,11 @@ class Guard:
         with self._counted(model):
             return await self._gateway.detokenise(model, token_ids)
 
-    async def load(self, model: str, keep_alive_s: float | None = None) -> ServedModel:
+    async def load(
+        self, model: str, keep_alive_s: float | None = None, *, anew: bool = False
+    ) -> ServedModel:
         with self._counted(model):
-            return await self._gateway.load(model, keep_alive_s)
+            return await self._gateway.load(model, keep_alive_s, anew=anew)
 
     async def unload(self, model: str) -> ServedModel:
         with self._counted(model):

@@ -109,8 +109,11 @@ class GatewayPort(Protocol):
         """Text of token ids, special tokens included."""
         ...
 
-    async def load(self, model: str, keep_alive_s: float | None = None) -> ServedModel:
-        """Wait until a model can answer; raises why it cannot. `keep_alive_s` as in a request."""
+    async def load(
+        self, model: str, keep_alive_s: float | None = None, *, anew: bool = False
+    ) -> ServedModel:
+        """Wait until a model can answer; raises why it cannot. `keep_alive_s` as in a request; `anew`:
+        try even where it has just failed."""
         ...
 
     async def unload(self, model: str) -> ServedModel:

@@ -41,7 +41,7 @@ class RequestRoutes:
             # One key's holder has no say in another's requests.
             and (other.client == exchange.client or caller.get().admin)
         ]
-        if not found or not exchange.path.endswith(SUFFIX):
+        if not found:
             raise RequestNotFound(f"No request '{wanted[:200]}' is running.")
         for other in found:
             for generation in other.generations:

@@ -48,7 +48,7 @@ def read_facts(path: Path, name: str) -> Facts:
     return Facts(
         folder=read_folder(path, name),
         modalities=modalities(config, path),
-        parameters=_parameters(path, config),
+        parameters=count_in(path, config),
         licence=_licence(path),
         files=list_files(path),
     )
@@ -62,7 +62,8 @@ def list_files(path: Path) -> tuple[File, ...]:
     )
 
 
-def _parameters(path: Path, config: Mapping[str, Any]) -> int | None:
+def count_in(path: Path, config: Mapping[str, Any]) -> int | None:
+    """The numbers in a folder's weights, by their files' headers; None: they have none, or are broken."""
     tensors: dict[str, Tensor] = {}
     try:
         for shard in weight_files(path):

@@ -310,6 +310,8 @@ class ModelSlot(Generic[T]):
     def forgive(self) -> None:
         """Try again at the next request, however recent the failure."""
         self._failed_s = -math.inf
+        if self.base is not None:
+            self.base.forgive()
 
     async def close(self) -> None:
         self._stop_expiry()

@@ -18,7 +18,7 @@ from mlx_serving.cli.say import Say, size
 from mlx_serving.cli.table import print_facts
 from mlx_serving.config import Config
 from mlx_serving.content.reasoning import reasoning_in
-from mlx_serving.content.text import TextSide
+from mlx_serving.content.text import Reading, TextSide
 from mlx_serving.errors import ConfigError, MLXServingError, ModelNotFound
 from mlx_serving.types import ChatPrompt
 from mlx_serving.worker.jobwire import Described
@@ -95,12 +95,7 @@ def _entry(place: Place, shelf: Shelf) -> Entry:
 def chat_of(folder: Path, config: Config) -> Chat:
     """As serving would choose it: the settings, or `auto` by the template's text."""
     try:
-        text = TextSide.load(
-            folder,
-            config.chat_template,
-            tool_parser=config.tool_parser,
-            reasoning_parser=config.reasoning_parser,
-        )
+        text = TextSide.load(folder, Reading.of(config))
     except MLXServingError:  # the verdict says what is wrong
         return Chat()
     if text.template is None:

@@ -37,7 +37,6 @@ class Detokenizer(Protocol):
 def open_detokenizer(
     tokenizer: Tokenizer,
     *,
-    skip_special_tokens: bool = True,
     continues: bool = False,
     markup: frozenset[str] = frozenset(),
 ) -> Detokenizer:
@@ -47,12 +46,7 @@ def open_detokenizer(
     completion); otherwise it is taken off where the tokenizer's decoder does (a chat turn).
     `markup`: special tokens that a parser of the text needs to see all the same.
     """
-    if not skip_special_tokens:
-        pieces = tokenizer.pieces
-    elif markup:
-        pieces = tokenizer.pieces_with(markup)
-    else:
-        pieces = tokenizer.spoken_pieces
+    pieces = tokenizer.pieces_with(markup) if markup else tokenizer.spoken_pieces
     if pieces.tabled:
         return _TableDetokenizer(pieces, 0 if continues else pieces.strip_start)
     return _WindowDetokenizer(tokenizer, pieces.skipped)

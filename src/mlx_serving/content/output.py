@@ -50,8 +50,11 @@ class OutputParser:
     """One answer. Any cut of its text into pushes gives the same message.
 
     `tools` are those that the request offers, in OpenAI's shape; without any, markup of calls is
-    plain text. `markup`: texts that must reach it even where they are special tokens. `thinking`: the prompt's end has opened the reasoning. `single`: one call at most;
+    plain text. `thinking`: the prompt's end has opened the reasoning. `single`: one call at most;
     `done` says that it is complete and the answer over.
+
+    Attributes:
+        markup: texts that must reach it even where they are special tokens.
     """
 
     def __init__(
@@ -118,9 +121,7 @@ def _read_answer(
 ) -> Steps[None]:
     """The whole answer. Reasoning is looked for where an answer begins, and after calls."""
     reader, draft = calls.reader, calls.draft
-    opens, ends, bare = family.opens if family else (), family.ends if family else (), None
-    if family:
-        bare = family.bare
+    opens, ends, bare = (family.opens, family.ends, family.bare) if family else ((), (), None)
     inside, fresh = tags is not None and (thinking or tags.always), True
     while True:
         opener = ""

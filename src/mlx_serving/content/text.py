@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_serving.content.control import ControlGuard
 from mlx_serving.content.detokenize import open_detokenizer
@@ -19,6 +21,9 @@ from mlx_serving.content.tools.family import Tools
 from mlx_serving.errors import ConfigError, InvalidRequest
 from mlx_serving.types import ChatPrompt, Grammar, Prompt, TextPrompt, TokenPrompt
 
+if TYPE_CHECKING:
+    from mlx_serving.config import Config
+
 _TAIL_TOKENS = 32
 """More than a tag that opens the reasoning ever takes."""
 LONG_CHARS = 65_536
@@ -27,53 +32,60 @@ THREAD_CHARS = 4_096
 """From here on (about a millisecond's work) a prompt is better encoded off the event loop."""
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a model folder becomes a text side; the settings of these names say more."""
+
+    chat_template: str | None = None
+    """The path of a Jinja file that replaces the model's own template."""
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
+    threads: bool = True
+    """Long prompts prefer a thread."""
+
+    @classmethod
+    def of(cls, config: Config, *, threads: bool = True) -> Reading:
+        return cls(config.chat_template, config.tool_parser, config.reasoning_parser, threads)
+
+
+AUTO = Reading()
+
+
 class TextSide:
     """Thread-safe; one a model."""
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        template: ChatTemplate | None,
-        tool_parser: str = "auto",
-        reasoning_parser: str = "auto",
-        threads: bool = True,
+        self, tokenizer: Tokenizer, template: ChatTemplate | None, reading: Reading = AUTO
     ) -> None:
         self.tokenizer = tokenizer
-        self._threads = threads
         self.template = template
         """None: the model has no chat template and its vocabulary is not ChatML's."""
-        self._parsers = (tool_parser, reasoning_parser)
+        self._reading = reading
         self._formats: dict[str, Format] = {}
 
     @classmethod
-    def load(
-        cls,
-        path: Path,
-        chat_template: str | None = None,
-        *,
-        tool_parser: str = "auto",
-        reasoning_parser: str = "auto",
-        threads: bool = True,
-    ) -> TextSide:
+    def load(cls, path: Path, reading: Reading = AUTO) -> TextSide:
         """Reads a model folder; tenths of a second, so off the event loop.
 
-        `chat_template` is the path of a Jinja file that replaces the model's own. A model without
-        a template gets ChatML's if its vocabulary has `<|im_start|>`, and none otherwise; the same
-        vocabulary gives a template without a place for tools a second one that has it. The parsers
-        are named as in `Config`. Without `threads` no prompt prefers one.
-        Raises ModelBroken, or ConfigError for `chat_template`.
+        A model without a template gets ChatML's if its vocabulary has `<|im_start|>`, and none
+        otherwise; the same vocabulary gives a template without a place for tools a second one that
+        has it. Raises ModelBroken, or ConfigError for `chat_template`.
         """
         tokenizer = Tokenizer.load(path)
-        sources = load_templates(path) if chat_template is None else _read_override(chat_template)
+        sources = (
+            load_templates(path)
+            if reading.chat_template is None
+            else {"default": read_template(reading.chat_template)}
+        )
         is_chatml = tokenizer.token_id("<|im_start|>") is not None
         if not sources and is_chatml:
             sources = {"default": CHATML}
         if not sources:
-            return cls(tokenizer, None, threads=threads)
+            return cls(tokenizer, None, reading)
         template = ChatTemplate(sources, tokenizer.special_tokens)
         if is_chatml and "default" in sources and not template.reads("tools", tools=True):
             template = ChatTemplate({**sources, "tool_use": CHATML_TOOLS}, tokenizer.special_tokens)
-        return cls(tokenizer, template, tool_parser, reasoning_parser, threads)
+        return cls(tokenizer, template, reading)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids, at least one. Raises InvalidRequest that names the field at fault."""
@@ -137,7 +149,6 @@ class TextSide:
         *,
         include_stop_str: bool = False,
         min_tokens: int = 0,
-        skip_special_tokens: bool = True,
         continues: bool = False,
         markup: frozenset[str] = frozenset(),
     ) -> ChoiceText:
@@ -147,12 +158,7 @@ class TextSide:
         message), so a leading space is part of it. `markup`: special tokens that a parser of the
         text needs to see.
         """
-        decoder = open_detokenizer(
-            self.tokenizer,
-            skip_special_tokens=skip_special_tokens,
-            continues=continues,
-            markup=markup,
-        )
+        decoder = open_detokenizer(self.tokenizer, continues=continues, markup=markup)
         return ChoiceText(
             self.tokenizer,
             decoder,
@@ -167,7 +173,8 @@ class TextSide:
             return Format()
         source = self.template.source(tools=bool(prompt.tools))
         if source not in self._formats:
-            self._formats[source] = choose_format(source, *self._parsers)
+            how = self._reading
+            self._formats[source] = choose_format(source, how.tool_parser, how.reasoning_parser)
         return self._formats[source]
 
     def abilities(self) -> tuple[str, ...]:
@@ -253,7 +260,7 @@ class TextSide:
 
     def prefers_thread(self, prompt: Prompt) -> bool:
         """Whether `encode_prompt` would hold up an event loop for about a millisecond or more."""
-        if not self._threads:
+        if not self._reading.threads:
             return False
         match prompt:
             case ChatPrompt():
@@ -282,8 +289,12 @@ class TextSide:
         return list(token_ids)
 
 
-def _read_override(path: str) -> dict[str, str]:
+def read_template(path: str) -> str:
+    """The text of the setting's file. Raises ConfigError."""
     try:
-        return {"default": Path(path).read_text(encoding="utf-8")}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}", param="--chat-template") from error
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        why = error.strerror
+    except UnicodeDecodeError:
+        why = "not UTF-8 text"
+    raise ConfigError(f"chat_template: cannot read {path}: {why}", param="chat_template")

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlx_serving.content.text import TextSide
+from mlx_serving.content.text import AUTO, Reading, TextSide
 
 MOST = 4
 """Tens of megabytes each, besides those of loaded models."""
@@ -25,28 +25,13 @@ class TextSides:
         self._kept: OrderedDict[tuple[object, ...], TextSide] = OrderedDict()
         self._lock = threading.Lock()
 
-    def load(
-        self,
-        path: Path,
-        chat_template: str | None = None,
-        *,
-        tool_parser: str = "auto",
-        reasoning_parser: str = "auto",
-        threads: bool = True,
-    ) -> TextSide:
+    def load(self, path: Path, reading: Reading = AUTO) -> TextSide:
         """As `TextSide.load`, which see; two that come at once may both read."""
-        settings = (path, chat_template, tool_parser, reasoning_parser, threads)
-        key = (*settings, *_state(path, chat_template))
+        key = (path, reading, *_state(path, reading.chat_template))
         with self._lock:
             found = self._kept.get(key)
         if found is None:
-            found = TextSide.load(
-                path,
-                chat_template,
-                tool_parser=tool_parser,
-                reasoning_parser=reasoning_parser,
-                threads=threads,
-            )
+            found = TextSide.load(path, reading)
         with self._lock:
             self._kept[key] = found
             self._kept.move_to_end(key)

@@ -109,12 +109,9 @@ class Tokenizer:
             return ""
         return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """UTF-8 of one token by itself, special tokens included; b"" for an unknown id."""
-        return self.token_text(token_id)[1]
-
     def token_text(self, token_id: int) -> tuple[str, bytes]:
-        """One token by itself: its text (U+FFFD for part of a character) and its bytes."""
+        """One token by itself, a special one too: its text (U+FFFD for part of a character) and its
+        UTF-8; nothing for an unknown id."""
         known = self._texts.get(token_id)
         if known is None:
             piece = self.pieces[token_id]

@@ -8,7 +8,7 @@ import threading
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import msgspec
@@ -52,6 +52,7 @@ INFO = ModelInfo(
     eos_token_ids=(0,),
     quantization="4-bit",
     dtype="float16",
+    parameters=134_515_008,
     weight_bytes=1000,
 )
 
@@ -126,7 +127,7 @@ class FakeGateway:
         self.pooled: list[EmbedRequest | RankRequest] = []
         self.generations: list[FakeGeneration] = []
         self.cache = CacheStats(memory_blocks=3, disk_lost=1)
-        self.loads: list[tuple[str, float | None]] = []
+        self.loads: list[tuple[str, float | Literal["anew"] | None]] = []
         self.unloads: list[str] = []
         self.live = LiveSettings(Config())
 
@@ -218,9 +219,11 @@ class FakeGateway:
             raise InvalidRequest("Not in the vocabulary.", param="tokens")
         return bytes(token_ids).decode(errors="replace")
 
-    async def load(self, model: str, keep_alive_s: float | None = None) -> ServedModel:
+    async def load(
+        self, model: str, keep_alive_s: float | None = None, *, anew: bool = False
+    ) -> ServedModel:
         self.model_info(model)
-        self.loads.append((model, keep_alive_s))
+        self.loads.append((model, "anew" if anew else keep_alive_s))
         return self.models()[0]
 
     async def unload(self, model: str) -> ServedModel:

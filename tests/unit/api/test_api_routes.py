@@ -23,10 +23,12 @@ async def test_models_are_loaded_unloaded_and_pinned(
     for action in ("load", "unload", "pin", "unpin"):
         answer = (await client.post(f"/v1/models/tiny/{action}")).json()
         assert (answer["id"], answer["pinned"]) == ("tiny", action == "pin")
-    assert (gateway.loads, gateway.unloads) == ([("tiny", None)], ["tiny"])
+    assert (gateway.loads, gateway.unloads) == ([("tiny", "anew")], ["tiny"])
     assert (await client.post("/v1/models/org/big:4bit/load")).status_code == 200
     assert (await client.post("/v1/models/none/load")).status_code == 404
     assert (await client.post("/v1/models/tiny/melt")).status_code == 405
+    # A model of that name; not the action on a model of none.
+    assert (await client.get("/v1/models/load")).status_code == 404
 
 
 async def test_models(client: httpx.AsyncClient) -> None:

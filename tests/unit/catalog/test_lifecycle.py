@@ -168,6 +168,17 @@ async def test_a_failure_is_everybodys_and_tried_again_once_forgiven(hands: Hand
     assert await slot.acquire() == "model 2"
 
 
+async def test_who_forgives_an_adapter_forgives_its_model(hands: Hands) -> None:
+    base = slot_of(hands)
+    adapter = slot_of(hands, base=base)
+    hands.error = BROKEN
+    with pytest.raises(ModelBroken):
+        await adapter.acquire()
+    hands.error = None
+    adapter.forgive()
+    assert await adapter.acquire() == "model 3"
+
+
 async def test_a_mistake_of_ours_is_a_failure_too(hands: Hands) -> None:
     slot = slot_of(hands)
     hands.error = RuntimeError("oops")

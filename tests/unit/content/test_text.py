@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tokenizers as hf
 
-from mlx_serving.content.text import THREAD_CHARS, TextSide
+from mlx_serving.content.text import THREAD_CHARS, Reading, TextSide
 from mlx_serving.errors import ConfigError, InvalidRequest
 from mlx_serving.types import ChatPrompt, Message, Prompt, TextPrompt, TokenPrompt
 
@@ -69,11 +69,11 @@ def test_a_prompt_that_cannot_be_encoded_names_its_field(
 def test_a_template_file_replaces_the_models_own(folder: Path) -> None:
     path = folder / "mine.jinja"
     path.write_text("{{ bos_token }}{{ messages[0].content }}")
-    side = TextSide.load(folder, str(path))
+    side = TextSide.load(folder, Reading(str(path)))
     assert side.render(ChatPrompt(messages=(USER,))) == f"<s>{USER.content}"
     with pytest.raises(ConfigError) as caught:
-        TextSide.load(folder, str(folder / "none.jinja"))
-    assert caught.value.param == "--chat-template"
+        TextSide.load(folder, Reading(str(folder / "none.jinja")))
+    assert caught.value.param == "chat_template"
 
 
 def test_a_model_without_a_template_says_what_to_do(
@@ -94,7 +94,8 @@ def test_a_stream_of_text(side: TextSide) -> None:
 
 def test_long_prompts_prefer_a_thread(side: TextSide, folder: Path) -> None:
     long = "x" * THREAD_CHARS
-    assert not TextSide.load(folder, threads=False).prefers_thread(TextPrompt(text=long))
+    without = TextSide.load(folder, Reading(threads=False))
+    assert not without.prefers_thread(TextPrompt(text=long))
     assert not side.prefers_thread(TextPrompt(text="x"))
     assert side.prefers_thread(TextPrompt(text=long))
     assert not side.prefers_thread(ChatPrompt(messages=(USER,)))

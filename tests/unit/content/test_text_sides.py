@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import byte_vocabulary
-from mlx_serving.content.text import TextSide
+from mlx_serving.content.text import Reading, TextSide
 from mlx_serving.content.text_sides import TextSides
 from mlx_serving.errors import ConfigError, ModelBroken
-
-Read = tuple[str | None, str, str]
-AUTO: Read = None
 
 
 def folder(path: Path) -> Path:
@@ -53,17 +51,18 @@ def test_a_folder_is_read_once_until_it_changes(tmp_path: Path) -> None:
 def test_settings_are_part_of_it(tmp_path: Path) -> None:
     sides, path = TextSides(), folder(tmp_path / "m")
     file = tmp_path / "own.jinja"
+    own = Reading(str(file))
     with pytest.raises(ConfigError, match=r"own\.jinja"):
-        sides.load(path, str(file))
+        sides.load(path, own)
     file.write_text("mine")
-    first = sides.load(path, str(file))
+    first = sides.load(path, own)
     assert template(first) == "mine"
-    assert sides.load(path, str(file)) is first
-    assert sides.load(path, str(file), tool_parser="hermes") is not first
-    assert sides.load(path, str(file), threads=False) is not first
+    assert sides.load(path, Reading(str(file))) is first
+    assert sides.load(path, replace(own, tool_parser="hermes")) is not first
+    assert sides.load(path, replace(own, threads=False)) is not first
     assert sides.load(path) is not first
     file.write_text("mine, changed")
-    assert template(sides.load(path, str(file))) == "mine, changed"
+    assert template(sides.load(path, own)) == "mine, changed"
 
 
 def test_the_last_few_are_kept(tmp_path: Path) -> None:
