@@ -97,7 +97,7 @@ def test_a_text_that_is_too_long_is_named_or_cut(engine: SyncEngine, tiny: dict[
     assert (engine.embed("w5 " * 30, model="plain")).usage.prompt_tokens == 32
     cut = engine.embed([[5] * 40], model="plain", truncate=3)
     assert cut.usage.prompt_tokens == 3
-    assert failing(engine.embed, long, model="plain", truncate=1)[1] == "truncate"
+    assert failing(engine.embed, long, model="plain", truncate=1)[1] == "texts"
 
 
 def test_what_cannot_be_read_is_named(engine: SyncEngine) -> None:

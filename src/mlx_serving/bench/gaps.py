@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mlx_serving.bench import client, servers
+from mlx_serving.bench import client, servers, workloads
 
 STREAMS = 8
 MAX_TOKENS = 2000
@@ -63,7 +63,7 @@ async def _round(server: servers.Server, prompt_tokens: int, seed: int) -> _Roun
     rng = random.Random(seed)
 
     def body(length: int, max_tokens: int) -> dict[str, Any]:
-        prompt = [rng.randrange(100, 40_000) for _ in range(length)]
+        prompt = workloads.token_ids(rng, length)
         sampling = {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         return {"model": "bench", "prompt": prompt, **sampling}
 

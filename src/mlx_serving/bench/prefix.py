@@ -18,6 +18,7 @@ from typing import Any
 
 from mlx_serving.bench import client, servers, workloads
 from mlx_serving.bench.compare import Rival
+from mlx_serving.bench.workloads import token_ids
 
 SHARED_TOKENS = 2000
 TAIL_TOKENS = 8
@@ -50,10 +51,6 @@ class Replay:
     theirs_s: float
 
 
-def _tokens(rng: random.Random, count: int) -> list[int]:
-    return [rng.randrange(100, 40_000) for _ in range(count)]
-
-
 async def _ttft_s(server: servers.Server, prompt: Sequence[int]) -> float:
     body = {"model": "bench", "prompt": list(prompt), "max_tokens": 2, "temperature": 0}
     body |= {"ignore_eos": True}
@@ -67,15 +64,15 @@ async def reuse(folder: Path, *, rounds: int = 3) -> Reuse:
     with tempfile.TemporaryDirectory(prefix="bench-kv-") as kv:
         for turn in range(rounds):
             rng = random.Random(turn)
-            shared = _tokens(rng, SHARED_TOKENS)
+            shared = token_ids(rng, SHARED_TOKENS)
             async with servers.serving(folder, "--kv-disk-path", kv) as server:
-                await _ttft_s(server, _tokens(rng, 16))
-                cold_s = await _ttft_s(server, shared + _tokens(rng, TAIL_TOKENS))
-                warm_s = await _ttft_s(server, shared + _tokens(rng, TAIL_TOKENS))
+                await _ttft_s(server, token_ids(rng, 16))
+                cold_s = await _ttft_s(server, shared + token_ids(rng, TAIL_TOKENS))
+                warm_s = await _ttft_s(server, shared + token_ids(rng, TAIL_TOKENS))
                 await _written(server)
             async with servers.serving(folder, "--kv-disk-path", kv) as server:
-                await _ttft_s(server, _tokens(rng, 16))
-                disk_s = await _ttft_s(server, shared + _tokens(rng, TAIL_TOKENS))
+                await _ttft_s(server, token_ids(rng, 16))
+                disk_s = await _ttft_s(server, shared + token_ids(rng, TAIL_TOKENS))
             times.append((cold_s, warm_s, disk_s))
         async with servers.serving(folder, "--kv-disk-path", kv) as server:
             work = await _arrivals(server)
@@ -92,9 +89,9 @@ async def reuse(folder: Path, *, rounds: int = 3) -> Reuse:
 
 async def _arrivals(server: servers.Server) -> float:
     rng = random.Random(99)
-    shared = _tokens(rng, SHARED_TOKENS)
+    shared = token_ids(rng, SHARED_TOKENS)
     before = await servers.metric(server, "mlx_serving_prefill_tokens_total")
-    prompts = [shared + _tokens(rng, TAIL_TOKENS) for _ in range(ARRIVALS)]
+    prompts = [shared + token_ids(rng, TAIL_TOKENS) for _ in range(ARRIVALS)]
     await asyncio.gather(*(_ttft_s(server, prompt) for prompt in prompts))
     computed = await servers.metric(server, "mlx_serving_prefill_tokens_total") - before
     return computed / (SHARED_TOKENS + ARRIVALS * TAIL_TOKENS)

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mlx_serving.bench import client, servers
+from mlx_serving.bench import client, servers, workloads
 
 OTHERS = (64, 48)
 """Prompt and answer tokens."""
@@ -177,7 +177,7 @@ async def _ask(
     priority: str,
     on_token: Callable[[], None] = lambda: None,
 ) -> None:
-    prompt = [rng.randrange(100, 40_000) for _ in range(shape[0])]
+    prompt = workloads.token_ids(rng, shape[0])
     sampling = {"max_tokens": shape[1], "temperature": 0, "ignore_eos": True}
     body = {"model": "bench", "prompt": prompt, "priority": priority, **sampling}
     await client.stream(server.host, server.port, "/v1/completions", body, on_token=on_token)

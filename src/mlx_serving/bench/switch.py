@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_serving.bench.pages import cached, drop
+from mlx_serving.bench.workloads import token_ids
 from mlx_serving.catalog.budget import measured_bytes
 from mlx_serving.config import Config
 from mlx_serving.engine import Engine
@@ -26,6 +27,7 @@ from mlx_serving.engine import Engine
 NAMES = ("a", "b", "c")
 PROMPT_TOKENS = 16
 RESIDENT_PAIRS = 20
+_RNG = random.Random(4)
 SETTLE_S = 60.0
 """How long a prefetch may take."""
 
@@ -139,7 +141,7 @@ async def _come_back(engine: Engine, name: str) -> float:
 
 
 async def _ttft_s(engine: Engine, name: str) -> float:
-    prompt = [random.randrange(100, 40_000) for _ in range(PROMPT_TOKENS)]
+    prompt = token_ids(_RNG, PROMPT_TOKENS)
     began_s = time.perf_counter()
     async for _ in engine.generate(
         prompt, model=name, max_tokens=1, temperature=0.0, ignore_eos=True

@@ -13,6 +13,11 @@ _SUBJECTS = (
 _OPENINGS = ("Describe", "Explain", "Tell a story about", "List facts about", "Ask questions about")
 
 
+def token_ids(rng: random.Random, count: int) -> list[int]:
+    """A prompt of any model's ordinary tokens."""
+    return [rng.randrange(100, 40_000) for _ in range(count)]
+
+
 def chat_requests(count: int, max_tokens: int, seed: int = 0) -> list[dict[str, Any]]:
     """Greedy chat bodies of 15 to 60 words of prompt that generate exactly `max_tokens` tokens."""
     rng = random.Random(seed)

@@ -43,7 +43,7 @@ def read_embed(request: EmbedRequest, info: ModelInfo, tokenizer: Tokenizer) -> 
     for i, item in enumerate(request.inputs):
         at = request.at(i)
         if isinstance(item, TextPrompt):
-            text = _close(next(encoded), info, tokenizer, keep)
+            text = _close(next(encoded), info, tokenizer, keep, at)
         else:
             _check_ids(item.token_ids, info, at)
             text = Text(list(item.token_ids[:keep]))
@@ -80,7 +80,7 @@ def read_sides(request: RankRequest, info: ModelInfo, tokenizer: Tokenizer) -> l
     names = ["query", *(f"documents[{i}]" for i in range(len(request.documents)))]
     kept = [keep, *[min(most, default=None)] * len(request.documents)]
     return [
-        _fitting(_close(e, info, tokenizer, k), limit, info, at)
+        _fitting(_close(e, info, tokenizer, k, at), limit, info, at)
         for e, k, at in zip(encoded, kept, names, strict=True)
     ]
 
@@ -141,14 +141,16 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str], param: str) -> list[Enco
         raise InvalidRequest(error.message, param=param) from None
 
 
-def _close(encoding: Encoding, info: ModelInfo, tokenizer: Tokenizer, keep: int | None) -> Text:
+def _close(
+    encoding: Encoding, info: ModelInfo, tokenizer: Tokenizer, keep: int | None, at: str
+) -> Text:
     """The text at most `keep` tokens long, with the model's end where it wants one."""
     end = []
     if info.append_eos and tokenizer.eos_token_id is not None:
         closed = len(encoding) > 0 and encoding.sequence_ids[-1] is None
         end = [] if closed else [tokenizer.eos_token_id]
     most = len(encoding) if keep is None else max(0, keep - len(end))
-    text = _cut(encoding, most, "truncate")
+    text = _cut(encoding, most, at)
     return Text([*text.token_ids, *end], text.second_at) if end else text
 
 
