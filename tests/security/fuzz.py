@@ -238,10 +238,10 @@ EVENTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 def _sse(texts: list[str]) -> None:
     """Each event is one line of JSON between `data: ` and an empty line, as line-splitting clients
     read it, and the texts come back."""
-    chunks = Chunks("chat", call_id="c", created=1, model="m", echoes=[""], include_usage=False)
+    chunks = Chunks("chat", call_id="c", created=1, model="m", echoes=[""])
     events = [TokenEvent(choice=0, text=text, token_ids=[1]) for text in texts]
     events.append(TokenEvent(choice=0, text="", token_ids=[], finish_reason="stop"))
-    stream = b"".join(chunks.write(0, event) for event in events).decode()
+    stream = b"".join(map(chunks.write, events)).decode()
     said = ""
     for event in stream.removesuffix("\n\n").split("\n\n"):
         assert len(event.splitlines()) == 1 and event.startswith("data: "), event

@@ -373,6 +373,25 @@ async def test_what_a_model_cannot_do_is_refused(serve: Serve) -> None:
             assert error.value.param == param
 
 
+@pytest.mark.parametrize("thinks", [True, False])
+async def test_ollamas_think_needs_a_model_that_thinks(scripted: Any, thinks: bool) -> None:
+    folder = scripted(text="Hm.</think>Ja.", chat_template=THINKING if thinks else "{{ messages }}")
+    async with Engine(str(folder), supervise=False) as engine:
+        transport = httpx.ASGITransport(create_app(engine.gateway))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            body = {"model": "scripted", "messages": USER, "stream": False}
+            answers = [
+                await http.post("/api/chat", json=body | {"think": think})
+                for think in (True, "low", False)
+            ]
+    if thinks:
+        assert [answer.status_code for answer in answers] == [200, 200, 200]
+        return
+    told = {"error": '"scripted" does not support thinking', "param": "think"}
+    assert [answer.status_code for answer in answers] == [400, 400, 200]
+    assert all(told.items() <= answer.json().items() for answer in answers[:2])
+
+
 async def test_the_engine_tells_calls_and_reasoning(scripted: Any) -> None:
     folder = scripted(text="<think>Hm</think>" + TWO_CALLS, context=4096)
     async with Engine(str(folder), supervise=False, reasoning_parser="think") as engine:

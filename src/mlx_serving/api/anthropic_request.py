@@ -11,7 +11,16 @@ import msgspec
 from msgspec import Meta
 
 from mlx_serving.api import anthropic_fields as fields
-from mlx_serving.api.body import MAX_MESSAGES, convert, read_object, refuse, spelled, stop_strings
+from mlx_serving.api.body import (
+    MAX_MESSAGES,
+    convert,
+    read_object,
+    refuse,
+    seed_in_64_bits,
+    spelled,
+    stop_strings,
+    string_of,
+)
 from mlx_serving.api.disposition import check
 from mlx_serving.content.structured import json_schema
 from mlx_serving.content.tools.definitions import ToolUse, tool_use
@@ -52,7 +61,7 @@ class _Body(_Prompt, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, le=_MAX_INT)] | None = None
-    seed: Annotated[int, Meta(ge=-(2**63))] | None = None
+    seed: int | None = None
 
 
 class _Tool(msgspec.Struct, kw_only=True):
@@ -108,8 +117,6 @@ def parse_messages(data: bytes, *, default_model: str) -> MessagesCall:
     output = _output_config(body.output_config)
     thinking, prompt = _prompt(body, advisory, output.effort)
     given = {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
-    if body.seed is not None and body.seed >= 2**64:
-        raise InvalidRequest("'seed' must fit in 64 bits.", param="seed")
     return MessagesCall(
         request=GenerateRequest(
             request_id="msg_" + secrets.token_hex(12),
@@ -117,7 +124,7 @@ def parse_messages(data: bytes, *, default_model: str) -> MessagesCall:
             prompt=prompt,
             sampling=SamplingParams(**{k: v for k, v in given.items() if v is not None}),
             max_tokens=body.max_tokens,
-            seed=None if body.seed is None else body.seed % 2**64,
+            seed=seed_in_64_bits(body.seed),
             stop=stop_strings(body.stop_sequences or [], "stop_sequences"),
             grammar=_grammar(output),
         ),
@@ -258,17 +265,10 @@ def _block_kind(block: dict[str, Any], at: str) -> str:
     return kind
 
 
-def _string(block: dict[str, Any], key: str, at: str) -> str:
-    value = block.get(key)
-    if not isinstance(value, str):
-        raise InvalidRequest(f"'{at}.{key}' must be a string.", param=f"{at}.{key}")
-    return value
-
-
 def _text(block: dict[str, Any], at: str) -> str:
     if _block_kind(block, at) != "text":
         raise refuse(at, "only text can be here")
-    return _string(block, "text", at)
+    return string_of(block, "text", at)
 
 
 def _turn(raw: dict[str, Any], at: str, advisory: list[str]) -> list[Message]:
@@ -298,9 +298,9 @@ def _assistant(blocks: _Blocks) -> Message:
     texts, thoughts, calls = [], [], []
     for kind, block, at in blocks:
         if kind == "text":
-            texts.append(_string(block, "text", at))
+            texts.append(string_of(block, "text", at))
         elif kind == "thinking":
-            thoughts.append(_string(block, "thinking", at))
+            thoughts.append(string_of(block, "thinking", at))
         elif kind == "tool_use":
             calls.append(_tool_use(block, at))
     return Message(
@@ -316,10 +316,10 @@ def _tool_use(block: dict[str, Any], at: str) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise InvalidRequest(f"'{at}.input' must be an object.", param=f"{at}.input")
     function = {
-        "name": _string(block, "name", at),
+        "name": string_of(block, "name", at),
         "arguments": msgspec.json.encode(arguments).decode(),
     }
-    return {"id": _string(block, "id", at), "type": "function", "function": function}
+    return {"id": string_of(block, "id", at), "type": "function", "function": function}
 
 
 def _user(role: str, blocks: _Blocks) -> list[Message]:
@@ -333,7 +333,7 @@ def _user(role: str, blocks: _Blocks) -> list[Message]:
 
     for kind, block, at in blocks:
         if kind == "text":
-            texts.append(_string(block, "text", at))
+            texts.append(string_of(block, "text", at))
         else:
             flush()
             messages.append(_tool_result(block, at))
@@ -356,4 +356,4 @@ def _tool_result(block: dict[str, Any], at: str) -> Message:
         raise InvalidRequest(f"'{at}.is_error' must be true or false.", param=f"{at}.is_error")
     # Chat templates have no place for it; the text says it.
     text = f"Error: {text}" if failed else text
-    return Message(role="tool", content=text, tool_call_id=_string(block, "tool_use_id", at))
+    return Message(role="tool", content=text, tool_call_id=string_of(block, "tool_use_id", at))

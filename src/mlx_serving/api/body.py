@@ -81,6 +81,23 @@ def stop_strings(strings: list[str], at: str) -> tuple[str, ...]:
     return tuple(strings)
 
 
+def seed_in_64_bits(seed: int | None, at: str = "seed") -> int | None:
+    """Raises InvalidRequest for what neither a signed nor an unsigned integer of 64 bits could be."""
+    if seed is None:
+        return None
+    if not -(2**63) <= seed < 2**64:
+        raise InvalidRequest(f"'{at}' must fit in 64 bits.", param=at)
+    return seed % 2**64
+
+
+def string_of(item: dict[str, Any], key: str, at: str) -> str:
+    """A text in an object; `at` is the object's path."""
+    value = item.get(key)
+    if not isinstance(value, str):
+        raise InvalidRequest(f"'{at}.{key}' must be a string.", param=f"{at}.{key}")
+    return value
+
+
 def refuse(at: str, why: str) -> UnsupportedParameter:
     """What is asked for is known and not supported."""
     return UnsupportedParameter(f"'{at}' is not supported: {why}.", param=at)

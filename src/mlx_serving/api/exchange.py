@@ -160,7 +160,7 @@ class Exchange:
 
     async def respond_error(self, error: MLXServingError, headers: Headers | None = None) -> None:
         headers = list(headers or [])
-        self._log_refusal(error)
+        self.log_failure(error)
         if error.retry_after_s is not None:
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
         elif error.status < 500 and error.status != 429:
@@ -170,18 +170,20 @@ class Exchange:
             headers.append((b"www-authenticate", b"Bearer"))
         await self.respond(error.status, self.error_json(error), headers)
 
-    def _log_refusal(self, error: MLXServingError) -> None:
-        """So that who runs the server sees what its clients do wrong. The message may quote what was
-        sent: the code and the field say it without. What waiting cures is counted instead."""
-        if error.retry_after_s is not None or error.status == 499:
+    def log_failure(self, error: MLXServingError) -> None:
+        """So that who runs the server sees what its clients do wrong, and which streams broke off. The
+        message may quote what was sent: the code and the field say it without. What waiting cures is
+        counted instead, unless an answer had begun."""
+        begun = self.status is not None
+        if error.status == 499 or (error.retry_after_s is not None and not begun):
             return
         field = re.match(r"\w*", error.param or "", re.ASCII)
         log.info(
-            "[%s] %s %r -> %d %s%s",
+            "[%s] %s %r -> %s %s%s",
             self.id,
             self.method,
             self.path[:MAX_LOGGED_CHARS],
-            error.status,
+            f"{self.status}, broken off:" if begun else error.status,
             error.code,
             f" ({field[0][:MAX_LOGGED_CHARS]})" if field and field[0] else "",
         )

@@ -51,9 +51,9 @@ class Keyring:
         found = load_keys(wanted)
 
         async def apply() -> tuple[str, ...]:
-            same = (found.keys, found.admin_hash) == (self.keys, self.admin_hash)
+            alike = (found.keys, found.admin_hash) == (self.keys, self.admin_hash)
             self.keys, self.admin_hash = found.keys, found.admin_hash
-            return () if same or wanted.api_keys_file is None else ("api_keys_file",)
+            return () if alike or wanted.api_keys_file is None else ("api_keys_file",)
 
         return apply
 

@@ -14,7 +14,7 @@ _HONOURED: dict[str, Row] = {
     "stream": "default true: lines of JSON",
     "format": "json, or a JSON schema that the answer follows",
     "options": "see options below",
-    "think": "true, false: the chat template's enable_thinking, if it has one; low, medium, high: its reasoning_effort too",
+    "think": "true, false: the chat template's enable_thinking, if it has one; low, medium, high: its reasoning_effort too; all but false: a 400 where the model cannot think",
     "logprobs": "true: the chosen tokens' log-probabilities",
     "top_logprobs": "0 to 20; only with logprobs",
     **_KEEP_ALIVE,

@@ -12,7 +12,13 @@ from msgspec import Meta
 
 from mlx_serving.api import ollama_fields as fields
 from mlx_serving.api.access import caller
-from mlx_serving.api.body import MAX_MESSAGES, convert, read_object, stop_strings
+from mlx_serving.api.body import (
+    MAX_MESSAGES,
+    convert,
+    read_object,
+    seed_in_64_bits,
+    stop_strings,
+)
 from mlx_serving.api.disposition import Table, check
 from mlx_serving.content.structured import json_schema
 from mlx_serving.content.tools.definitions import tool_use
@@ -125,7 +131,10 @@ def parse_chat(data: bytes, *, default_model: str) -> OllamaCall:
     prompt = None
     if body.messages:
         prompt = ChatPrompt(
-            messages=_messages(body.messages), tools=tools, template_kwargs=_think(body)
+            messages=_messages(body.messages),
+            tools=tools,
+            template_kwargs=_think(body),
+            thinks=bool(body.think),
         )
     return _call(body, prompt, advisory, default_model)
 
@@ -144,7 +153,9 @@ def parse_generate(data: bytes, *, default_model: str) -> OllamaCall:
         messages = [Message(role="user", content=body.prompt)]
         if body.system:
             messages.insert(0, Message(role="system", content=body.system))
-        prompt = ChatPrompt(messages=tuple(messages), template_kwargs=_think(body))
+        prompt = ChatPrompt(
+            messages=tuple(messages), template_kwargs=_think(body), thinks=bool(body.think)
+        )
     return _call(body, prompt, advisory, default_model)
 
 
@@ -215,7 +226,7 @@ def _request(
         prompt=prompt,
         sampling=_sampling(options, (body.top_logprobs or 0) if body.logprobs else None),
         max_tokens=max_tokens if max_tokens is not None and max_tokens > 0 else None,
-        seed=_seed(options.seed),
+        seed=None if options.seed == -1 else seed_in_64_bits(options.seed, "options.seed"),
         stop=stop_strings(stop, "options.stop"),
         grammar=_grammar(body.format),
         keep_alive_s=keep_alive_s,
@@ -239,14 +250,6 @@ def _sampling(options: _Options, logprobs: int | None) -> SamplingParams:
         penalty_window=window if window > 0 else None,
         logprobs=logprobs,
     )
-
-
-def _seed(seed: int | None) -> int | None:
-    if seed is None or seed == -1:
-        return None
-    if not -(2**63) <= seed < 2**64:
-        raise InvalidRequest("'options.seed' must fit in 64 bits.", param="options.seed")
-    return seed % 2**64
 
 
 def _grammar(wanted: str | dict[str, Any] | None) -> Grammar | None:

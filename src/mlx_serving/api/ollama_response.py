@@ -10,8 +10,8 @@ from typing import Any, Literal
 import msgspec
 
 from mlx_serving import clock
-from mlx_serving.api.drive import Collected, ToolCall, add_calls
-from mlx_serving.api.openai_response import MIN_LOGPROB
+from mlx_serving.api.drive import Collected, ToolCall
+from mlx_serving.api.openai_response import token_logprob
 from mlx_serving.api.port import Generation
 from mlx_serving.errors import MLXServingError
 from mlx_serving.types import ModelInfo, ServedModel, TextLogprob, TokenEvent
@@ -41,7 +41,7 @@ class Reply:
         self._started_s = started_s
 
     def whole(self, generation: Generation, whole: Collected) -> bytes:
-        piece = self.piece(whole.text, whole.reasoning, whole.calls, whole.logprobs)
+        piece = self.piece(whole.text, whole.reasoning, whole.calls, whole.logprobs or ())
         return _json(piece | self.end(generation, whole))
 
     def loaded(self, leaves: bool = False) -> bytes:
@@ -70,7 +70,7 @@ class Reply:
             said["tool_calls"] = [_call(c, first_call + i) for i, c in enumerate(calls)]
         piece |= {"message": said} if self._route == "chat" else said
         if logprobs:
-            piece["logprobs"] = [_logprob(lp) for lp in logprobs]
+            piece["logprobs"] = [token_logprob(lp) for lp in logprobs]
         return piece | {"done": False}
 
     def end(self, generation: Generation, whole: Collected) -> dict[str, Any]:
@@ -103,11 +103,7 @@ class LineWriter:
 
     def write(self, event: TokenEvent) -> bytes:
         so_far = self._so_far
-        if so_far.first_s is None and event.token_ids:
-            so_far.first_s = clock.monotonic()
-        add_calls(so_far.calls, event)
-        if event.finish_reason is not None:
-            so_far.finish_reason = event.finish_reason
+        so_far.add(event)
         done = len(so_far.calls) - (0 if event.finish_reason else 1)
         calls = so_far.calls[self._told : max(done, self._told)]
         piece, told = self._reply.piece, self._told
@@ -142,15 +138,6 @@ def _call(call: ToolCall, index: int) -> dict[str, Any]:
         arguments = {}
     function = {"index": index, "name": call.name, "arguments": arguments}
     return {"id": call.id, "function": function}
-
-
-def _logprob(lp: TextLogprob) -> dict[str, Any]:
-    top = [_alternative(*alternative) for alternative in lp.top]
-    return _alternative(lp.token, lp.raw, lp.logprob) | {"top_logprobs": top}
-
-
-def _alternative(token: str, raw: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": token, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(raw)}
 
 
 # ------------------------------------------------------------------- models
@@ -194,9 +181,17 @@ def details(info: ModelInfo | None) -> dict[str, Any]:
         "format": "mlx",
         "family": family,
         "families": [family] if family else [],
-        "parameter_size": "",
+        "parameter_size": parameter_size(info.parameters) if info else "",
         "quantization_level": (info.quantization or info.dtype) if info else "",
     }
+
+
+def parameter_size(count: int) -> str:
+    """As Ollama writes it: `134.52M`, `7.6B`, `8B`; nothing where it is not known."""
+    for limit, unit, digits in ((10**9, "B", 1), (10**6, "M", 2), (10**3, "K", 0)):
+        if count >= limit:
+            return f"{count / limit:.{digits if count % limit else 0}f}{unit}"
+    return str(count or "")
 
 
 def _capabilities(info: ModelInfo | None, abilities: Sequence[str]) -> list[str]:
@@ -210,6 +205,8 @@ def shown(served: ServedModel, info: ModelInfo | None, abilities: Sequence[str])
     facts: dict[str, Any] = {"general.architecture": info.architecture if info else ""}
     if info is not None:
         facts["general.basename"] = served.id
+        if info.parameters:
+            facts["general.parameter_count"] = info.parameters
         facts[f"{info.architecture}.context_length"] = info.context_length
         facts[f"{info.architecture}.vocab_size"] = info.vocab_size
     return {

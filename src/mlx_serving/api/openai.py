@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 
 import msgspec
 
 from mlx_serving import clock
-from mlx_serving.api import wishes
-from mlx_serving.api.exchange import Exchange, Headers, cut_short, internal_error
+from mlx_serving.api import drive, wishes
+from mlx_serving.api.exchange import Exchange
 from mlx_serving.api.openai_request import Call, parse_chat, parse_completion
-from mlx_serving.api.openai_response import Answer, Chunks, Route
+from mlx_serving.api.openai_response import Chunks, Route, answer
 from mlx_serving.api.port import GatewayPort, Generation
-from mlx_serving.api.sse import DONE, ClientWatch, EventStream
+from mlx_serving.api.sse import ClientWatch, EventStream
 from mlx_serving.errors import MLXServingError
-from mlx_serving.types import GenerateRequest, TokenEvent
-
-log = logging.getLogger(__name__)
+from mlx_serving.types import GenerateRequest, TokenEvent, Usage
 
 
 class OpenAIRoutes:
@@ -50,18 +48,14 @@ class OpenAIRoutes:
             generations = await self._open([wishes.apply(exchange, r) for r in call.requests])
             exchange.call_id, exchange.generations = call.id, generations
             try:
-                headers = _headers(call, generations)
-                echoes = _echoes(call, generations)
+                head = drive.said(generations, call.advisory)
                 if call.stream:
-                    watch.stream = EventStream(exchange, headers)
-                    await _stream(exchange, watch.stream, route, call, generations, echoes)
+                    watch.stream = EventStream(exchange, head)
+                    chunks = _chunks(route, call, generations)
+                    events = _events(call, generations)
+                    await drive.stream(exchange, watch, watch.stream, events, chunks)
                 else:
-                    await _answer(exchange, headers, route, call, generations, echoes)
-            except asyncio.CancelledError:
-                # Not the client: the server cuts what its drain could not wait for.
-                if watch.stream is not None and watch.stream.started and not watch.gone:
-                    await watch.stream.fail(cut_short())
-                raise
+                    await exchange.respond(200, await _whole(route, call, generations), head)
             finally:
                 for generation in generations:
                     generation.cancel()
@@ -87,67 +81,41 @@ class OpenAIRoutes:
         return generations
 
 
-async def _answer(
-    exchange: Exchange,
-    headers: Headers,
-    route: Route,
-    call: Call,
-    generations: Sequence[Generation],
-    echoes: Sequence[str],
-) -> None:
-    answer = Answer(route, echoes)
-    n = call.requests[0].n
-    async for prompt, events in _events(generations):
-        for event in events:
-            answer.add(prompt * n + event.choice, event)
-    usages = [generation.usage() for generation in generations]
-    body = answer.encode(call.id, int(clock.wall()), call.model, usages)
-    await exchange.respond(200, body, headers)
-
-
-async def _stream(
-    exchange: Exchange,
-    stream: EventStream,
-    route: Route,
-    call: Call,
-    generations: Sequence[Generation],
-    echoes: Sequence[str],
-) -> None:
-    chunks = Chunks(
+async def _whole(route: Route, call: Call, generations: Sequence[Generation]) -> bytes:
+    echoes = _echoes(call, generations)
+    choices = await drive.collect(_events(call, generations), len(echoes))
+    return answer(
         route,
         call_id=call.id,
         created=int(clock.wall()),
         model=call.model,
         echoes=echoes,
-        include_usage=call.include_usage,
+        choices=choices,
+        usages=_usages(generations),
     )
-    n = call.requests[0].n
-    try:
-        async for prompt, events in _events(generations):
-            data = b"".join([chunks.write(prompt * n + e.choice, e) for e in events])
-            if data:
-                await stream.write(data)
-        end = chunks.usage(g.usage() for g in generations) if call.include_usage else b""
-        await stream.write(end + DONE, last=True)
-    except MLXServingError as error:
-        if not stream.started:
-            raise
-        await stream.fail(error)
-    except Exception:
-        if not stream.started:
-            raise
-        log.exception("[%s] the stream failed", exchange.id)
-        await stream.fail(internal_error(exchange.id))
 
 
-async def _events(
-    generations: Sequence[Generation],
-) -> AsyncIterator[tuple[int, list[TokenEvent]]]:
-    """Batches of all prompts' events as they come, each with its prompt's index."""
-    if len(generations) == 1:
-        async for events in generations[0]:
-            yield 0, events
-        return
+def _chunks(route: Route, call: Call, generations: Sequence[Generation]) -> Chunks:
+    return Chunks(
+        route,
+        call_id=call.id,
+        created=int(clock.wall()),
+        model=call.model,
+        echoes=_echoes(call, generations),
+        usages=partial(_usages, generations) if call.include_usage else None,
+    )
+
+
+def _usages(generations: Sequence[Generation]) -> list[Usage]:
+    return [generation.usage() for generation in generations]
+
+
+def _events(call: Call, generations: Sequence[Generation]) -> drive.Events:
+    """Batches of all prompts' events as they come, with the choices numbered through."""
+    return generations[0] if len(generations) == 1 else _merged(generations, call.requests[0].n)
+
+
+async def _merged(generations: Sequence[Generation], n: int) -> AsyncIterator[list[TokenEvent]]:
     iterators = [aiter(generation) for generation in generations]
     waiting = {asyncio.ensure_future(anext(it)): i for i, it in enumerate(iterators)}
     try:
@@ -159,19 +127,13 @@ async def _events(
                     events = future.result()
                 except StopAsyncIteration:
                     continue
-                yield prompt, events
+                for event in events:
+                    event.choice += prompt * n
+                yield events
                 waiting[asyncio.ensure_future(anext(iterators[prompt]))] = prompt
     finally:
         for future in waiting:
             future.cancel()
-
-
-def _headers(call: Call, generations: Sequence[Generation]) -> Headers:
-    headers: Headers = [(b"x-mlx-serving-seed", b"%d" % generations[0].seed)]
-    headers += [*wishes.reused(generations), *wishes.variant(generations)]
-    if call.advisory:
-        headers.append((b"x-mlx-serving-advisory", ", ".join(call.advisory).encode("ascii")))
-    return headers
 
 
 def _echoes(call: Call, generations: Sequence[Generation]) -> list[str]:

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from mlx_serving.api import fields, inner_fields
-from mlx_serving.api.body import MAX_MESSAGES
+from mlx_serving.api.body import MAX_MESSAGES, seed_in_64_bits, spelled, stop_strings
 from mlx_serving.api.body import convert as _convert
 from mlx_serving.api.body import read_object as _object
 from mlx_serving.api.wishes import parse_priority
@@ -34,8 +34,6 @@ from mlx_serving.types import (
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 256
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIAS = 1024
 COMPLETIONS_MAX_TOKENS = 16
 """OpenAI's default on /v1/completions."""
@@ -162,7 +160,11 @@ SHAPES: Mapping[str, type[msgspec.Struct]] = {
 
 def parse_chat(data: bytes, *, default_model: str) -> Call:
     """The body of /v1/chat/completions. Raises InvalidRequest, UnsupportedParameter."""
-    raw = _object(data)
+    return chat_call(_object(data), default_model=default_model)
+
+
+def chat_call(raw: dict[str, Any], *, default_model: str) -> Call:
+    """The same of a body that is read already."""
     advisory = fields.check(fields.CHAT, raw)
     body = _convert(raw, _ChatBody)
     if body.top_logprobs and not body.logprobs:
@@ -248,7 +250,7 @@ def _call(
         "model": model,
         "sampling": _sampling(body, logprobs),
         "max_tokens": max_tokens,
-        "seed": _seed(body.seed),
+        "seed": seed_in_64_bits(body.seed),
         "n": body.n or 1,
         "stop": _stop(body.stop),
         "include_stop_str": bool(body.include_stop_str_in_output),
@@ -348,30 +350,11 @@ def _logit_bias(entries: dict[str, Any] | None) -> dict[int, float]:
     return biases
 
 
-def _seed(seed: int | None) -> int | None:
-    if seed is None:
-        return None
-    if not -(2**63) <= seed < 2**64:
-        raise InvalidRequest("'seed' must fit in 64 bits.", param="seed")
-    return seed % 2**64
-
-
 def _stop(stop: str | list[Any] | None) -> tuple[str, ...]:
-    if stop is None:
-        return ()
-    single = isinstance(stop, str)
-    strings = [stop] if isinstance(stop, str) else _convert(stop, list[str], at="stop")
-    if len(strings) > MAX_STOP_STRINGS:
-        raise InvalidRequest(
-            f"'stop' has {len(strings)} strings; at most {MAX_STOP_STRINGS}.", param="stop"
-        )
-    for i, string in enumerate(strings):
-        if not 1 <= len(string) <= MAX_STOP_CHARS:
-            raise InvalidRequest(
-                f"A stop string must have 1 to {MAX_STOP_CHARS} characters.",
-                param="stop" if single else f"stop[{i}]",
-            )
-    return tuple(strings)
+    if isinstance(stop, str):
+        with spelled(("stop[0]", "stop")):
+            return stop_strings([stop], "stop")
+    return stop_strings(_convert(stop or [], list[str], at="stop"), "stop")
 
 
 def _chat_prompt(body: _ChatBody) -> ChatPrompt:

@@ -7,13 +7,16 @@ choice and each event costs one string to escape.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from mlx_serving import __version__
-from mlx_serving.errors import Cancelled, ServerError
+from mlx_serving.api.drive import Collected, ToolCall
+from mlx_serving.api.exchange import openai_error
+from mlx_serving.api.sse import DONE
+from mlx_serving.errors import MLXServingError
 from mlx_serving.types import TextLogprob, TokenEvent, ToolCallDelta, Usage
 
 Route = Literal["chat", "completions"]
@@ -46,21 +49,13 @@ def usage_fields(usages: Iterable[Usage]) -> dict[str, Any]:
 def escape(text: str) -> bytes:
     """A JSON string that also survives clients which split lines as Unicode does."""
     data = _json(text)
-    return data if text.isascii() else _one_line(data)
+    return data if text.isascii() else one_line(data)
 
 
-def _one_line(data: bytes) -> bytes:
+def one_line(data: bytes) -> bytes:
+    """JSON without what such clients take for an end of line."""
     data = data.replace(b"\xe2\x80\xa8", rb"\u2028").replace(b"\xe2\x80\xa9", rb"\u2029")
     return data.replace(b"\xc2\x85", rb"\u0085")
-
-
-def finish_reason(event: TokenEvent) -> str | None:
-    """OpenAI knows no reason for what was cut short: that is an error."""
-    if event.finish_reason == "cancelled":
-        raise Cancelled("The request was cancelled.")
-    if event.finish_reason == "error":
-        raise ServerError("Generation failed.")
-    return event.finish_reason
 
 
 class Logprobs:
@@ -73,7 +68,7 @@ class Logprobs:
 
     def write(self, logprobs: Sequence[TextLogprob]) -> dict[str, Any]:
         if self._chat:
-            return {"content": [_chat_logprob(lp) for lp in logprobs], "refusal": None}
+            return {"content": [token_logprob(lp) for lp in logprobs], "refusal": None}
         return {
             "tokens": [lp.token for lp in logprobs],
             "token_logprobs": [_finite(lp.logprob) for lp in logprobs],
@@ -91,7 +86,8 @@ class Logprobs:
         return at
 
 
-def _chat_logprob(lp: TextLogprob) -> dict[str, Any]:
+def token_logprob(lp: TextLogprob) -> dict[str, Any]:
+    """As chat completions have it, and every other dialect but /v1/completions."""
     return _alternative(lp.token, lp.raw, lp.logprob) | {
         "top_logprobs": [_alternative(*top) for top in lp.top]
     }
@@ -105,83 +101,59 @@ def _finite(logprob: float) -> float:
     return logprob if logprob > MIN_LOGPROB else MIN_LOGPROB
 
 
-class Answer:
-    """Collects events of an answer that is not streamed."""
-
-    def __init__(self, route: Route, echoes: Sequence[str]) -> None:
-        """`echoes` has a text for each choice to begin with, mostly empty."""
-        self._route = route
-        self._texts = [[echo] for echo in echoes]
-        self._thoughts: list[list[str]] = [[] for _ in echoes]
-        self._calls: list[list[dict[str, Any]]] = [[] for _ in echoes]
-        self._logprobs: list[list[TextLogprob] | None] = [None for _ in echoes]
-        self._reasons: list[str | None] = [None for _ in echoes]
-        self._stops: list[str | int | None] = [None for _ in echoes]
-        self._offsets = [len(echo) for echo in echoes]
-
-    def add(self, index: int, event: TokenEvent) -> None:
-        self._texts[index].append(event.text)
-        if event.reasoning:
-            self._thoughts[index].append(event.reasoning)
-        for delta in event.tool_calls or ():
-            add_call(self._calls[index], delta)
-        if event.logprobs is not None:
-            self._logprobs[index] = (self._logprobs[index] or []) + event.logprobs
-        if event.finish_reason is not None:
-            self._reasons[index] = finish_reason(event)
-            self._stops[index] = event.stop_reason
-
-    def encode(self, call_id: str, created: int, model: str, usages: Iterable[Usage]) -> bytes:
-        return _json(
-            {
-                "id": call_id,
-                "object": _OBJECT[self._route],
-                "created": created,
-                "model": model,
-                "system_fingerprint": SYSTEM_FINGERPRINT,
-                "choices": [self._choice(index) for index in range(len(self._texts))],
-                "usage": usage_fields(usages),
-            }
-        )
-
-    def _message(self, index: int, text: str) -> dict[str, Any]:
-        calls, thoughts = self._calls[index], self._thoughts[index]
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if calls:
-            message |= {"content": text or None, "tool_calls": calls}
-        if thoughts:
-            message["reasoning_content"] = "".join(thoughts)
-        return message
-
-    def _choice(self, index: int) -> dict[str, Any]:
-        text = "".join(self._texts[index])
-        logprobs = self._logprobs[index]
-        choice: dict[str, Any] = {"index": index}
-        if self._route == "chat":
-            choice["message"] = self._message(index, text)
-        else:
-            choice["text"] = text
-        choice["logprobs"] = (
-            None
-            if logprobs is None
-            else Logprobs(self._route, self._offsets[index]).write(logprobs)
-        )
-        choice["finish_reason"] = self._reasons[index]
-        if self._stops[index] is not None:
-            choice["stop_reason"] = self._stops[index]
-        return choice
+def answer(
+    route: Route,
+    *,
+    call_id: str,
+    created: int,
+    model: str,
+    echoes: Sequence[str],
+    choices: Sequence[Collected],
+    usages: Iterable[Usage],
+) -> bytes:
+    """A whole answer. `echoes` has a text for each choice to begin with, mostly empty."""
+    return _json(
+        {
+            "id": call_id,
+            "object": _OBJECT[route],
+            "created": created,
+            "model": model,
+            "system_fingerprint": SYSTEM_FINGERPRINT,
+            "choices": [
+                _choice(route, index, echo, whole)
+                for index, (echo, whole) in enumerate(zip(echoes, choices, strict=True))
+            ],
+            "usage": usage_fields(usages),
+        }
+    )
 
 
-def add_call(calls: list[dict[str, Any]], delta: ToolCallDelta) -> None:
-    """Add a piece of a call to a message's `tool_calls`."""
-    if delta.index == len(calls):
-        function = {"name": delta.name, "arguments": ""}
-        calls.append({"id": delta.id, "type": "function", "function": function})
-    calls[delta.index]["function"]["arguments"] += delta.arguments
+def _choice(route: Route, index: int, echo: str, whole: Collected) -> dict[str, Any]:
+    said = {"message": _message(whole)} if route == "chat" else {"text": echo + whole.text}
+    logprobs = None
+    if whole.logprobs is not None:
+        logprobs = Logprobs(route, len(echo)).write(whole.logprobs)
+    end = {"logprobs": logprobs, "finish_reason": whole.finish_reason}
+    stop = {} if whole.stop_reason is None else {"stop_reason": whole.stop_reason}
+    return {"index": index, **said, **end, **stop}
+
+
+def _message(whole: Collected) -> dict[str, Any]:
+    text, reasoning = whole.text, whole.reasoning
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if whole.calls:
+        message |= {"content": text or None, "tool_calls": [_call(call) for call in whole.calls]}
+    return message | ({"reasoning_content": reasoning} if reasoning else {})
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 class Chunks:
-    """Writes the events of a stream, each as one `data:` event's bytes."""
+    """Writes the events of a stream, each as one `data:` event's bytes. Choices are numbered through
+    over all prompts. `usages`: of each prompt, where the client asked for them."""
 
     def __init__(
         self,
@@ -191,8 +163,9 @@ class Chunks:
         created: int,
         model: str,
         echoes: Sequence[str],
-        include_usage: bool,
+        usages: Callable[[], Iterable[Usage]] | None = None,
     ) -> None:
+        self._usages = usages
         envelope = {
             "id": call_id,
             "object": _CHUNK[route],
@@ -202,7 +175,7 @@ class Chunks:
         }
         self._head = b"data: " + _json(envelope)[:-1] + b',"choices":['
         # Asked for usage, OpenAI puts a null into every chunk but the last.
-        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        self._tail = b'],"usage":null}\n\n' if usages else b"]}\n\n"
         key, close, empty, first = _DELTA[route]
         self._heads = [self._head + b'{"index":%d,' % i for i in range(len(echoes))]
         self._text_heads = [head + key for head in self._heads]
@@ -219,9 +192,10 @@ class Chunks:
             ]
         self._logprobs = [Logprobs(route, len(echo)) for echo in echoes]
 
-    def write(self, index: int, event: TokenEvent) -> bytes:
+    def write(self, event: TokenEvent) -> bytes:
         """One event, preceded by the choice's opening and followed by its end where they are due;
         nothing for an event that carries nothing yet."""
+        index = event.choice
         if event.logprobs is not None:
             data = self._with_logprobs(index, event.text, event.logprobs)
         elif event.text:
@@ -238,8 +212,15 @@ class Chunks:
             data += self._finish(index, event)
         return data
 
-    def usage(self, usages: Iterable[Usage]) -> bytes:
-        return self._head + b'],"usage":' + _json(usage_fields(usages)) + b"}\n\n"
+    def end(self) -> bytes:
+        if self._usages is None:
+            return DONE
+        usage = _json(usage_fields(self._usages()))
+        return self._head + b'],"usage":' + usage + b"}\n\n" + DONE
+
+    def fail(self, error: MLXServingError) -> bytes:
+        """Without [DONE]: clients raise."""
+        return b"data: " + openai_error(error, "") + b"\n\n"
 
     def _beside(self, index: int, event: TokenEvent, content: bytes) -> bytes:
         """What an event carries besides content: reasoning before it, calls after it."""
@@ -248,7 +229,7 @@ class Chunks:
             parts.insert(0, b'{"reasoning_content":' + escape(event.reasoning) + b"}")
         if event.tool_calls:
             calls = _json([_call_delta(delta) for delta in event.tool_calls])
-            parts.append(b'{"tool_calls":' + _one_line(calls) + b"}")
+            parts.append(b'{"tool_calls":' + one_line(calls) + b"}")
         tail = b',"logprobs":null,"finish_reason":null}' + self._tail
         return b"".join(
             part if part is content else self._heads[index] + b'"delta":' + part + tail
@@ -264,14 +245,14 @@ class Chunks:
                 self._close,
                 b',"logprobs":',
                 # Tokens may hold what a line splitter takes for an end of line, as text may.
-                _one_line(written),
+                one_line(written),
                 b',"finish_reason":null}',
                 self._tail,
             )
         )
 
     def _finish(self, index: int, event: TokenEvent) -> bytes:
-        reason = _json(finish_reason(event))
+        reason = _json(event.finish_reason)
         stop = b"" if event.stop_reason is None else b',"stop_reason":' + _json(event.stop_reason)
         end = b',"logprobs":null,"finish_reason":' + reason + stop + b"}"
         return self._heads[index] + self._empty + end + self._tail

@@ -52,6 +52,7 @@ def _ref(name: str) -> Schema:
 _FINISH = _null_or(_one("stop", "length", "tool_calls"))
 _ENDED = {"stop_reason": {"anyOf": [TEXT, WHOLE]}}
 _USAGE = _object(
+    {"completion_tokens_details": _object(shared_tokens=COUNT)},
     prompt_tokens=COUNT,
     completion_tokens=COUNT,
     total_tokens=COUNT,

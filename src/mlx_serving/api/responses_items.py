@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from mlx_serving.api import responses_fields as fields
-from mlx_serving.api.body import convert, refuse
+from mlx_serving.api.body import convert, refuse, string_of
 from mlx_serving.api.disposition import check
 from mlx_serving.api.responses_tools import full_name
 from mlx_serving.errors import InvalidRequest
@@ -79,10 +79,10 @@ def _add_to(turn: _Turn, kind: str, item: dict[str, Any], at: str) -> None:
                 turn.reasoning.append(_text(item[name], f"{at}.{name}"))
                 break
     elif kind == "function_call":
-        space = _string(item, "namespace", at) if item.get("namespace") is not None else None
-        name = full_name(space, _string(item, "name", at))
-        function = {"name": name, "arguments": _string(item, "arguments", at)}
-        call_id = _string(item, "call_id", at)
+        space = string_of(item, "namespace", at) if item.get("namespace") is not None else None
+        name = full_name(space, string_of(item, "name", at))
+        function = {"name": name, "arguments": string_of(item, "arguments", at)}
+        call_id = string_of(item, "call_id", at)
         turn.calls.append({"id": call_id, "type": "function", "function": function})
     else:
         turn.texts.append(_text(item.get("content"), f"{at}.content"))
@@ -96,14 +96,7 @@ def _said(item: dict[str, Any], at: str) -> Message:
 
 def _output(item: dict[str, Any], at: str) -> Message:
     output = _text(item.get("output"), f"{at}.output")
-    return Message(role="tool", content=output, tool_call_id=_string(item, "call_id", at))
-
-
-def _string(item: dict[str, Any], key: str, at: str) -> str:
-    value = item.get(key)
-    if not isinstance(value, str):
-        raise InvalidRequest(f"'{at}.{key}' must be a string.", param=f"{at}.{key}")
-    return value
+    return Message(role="tool", content=output, tool_call_id=string_of(item, "call_id", at))
 
 
 def _text(content: Any, at: str) -> str:
@@ -117,6 +110,6 @@ def _text(content: Any, at: str) -> str:
         table = fields.REFUSAL if kind == "refusal" else fields.TEXT_PART
         if kind != "refusal" and kind not in _TEXT_KINDS:
             raise refuse(f"{at}[{j}]", f"parts of type '{str(kind)[:64]}' are not read, only text")
-        texts.append(_string(part, "refusal" if kind == "refusal" else "text", f"{at}[{j}]"))
+        texts.append(string_of(part, "refusal" if kind == "refusal" else "text", f"{at}[{j}]"))
         check(table, part, at=f"{at}[{j}].")
     return "\n".join(texts)

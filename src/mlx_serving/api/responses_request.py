@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from mlx_serving.api import responses_fields as fields
 from mlx_serving.api import responses_tools
-from mlx_serving.api.body import MAX_MESSAGES, convert, read_object, spelled
+from mlx_serving.api.body import MAX_MESSAGES, convert, read_object, seed_in_64_bits, spelled
 from mlx_serving.api.disposition import check
 from mlx_serving.api.responses_items import messages_of
 from mlx_serving.content import structured
@@ -73,7 +73,7 @@ class _Body(msgspec.Struct, kw_only=True):
     text: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
-    seed: Annotated[int, Meta(ge=-(2**63))] | None = None
+    seed: int | None = None
 
 
 class _Reasoning(msgspec.Struct):
@@ -96,8 +96,6 @@ def parse_response(data: bytes, *, default_model: str, recall: Recall) -> Respon
     body = convert(raw, _Body)
     effort = _effort(body.reasoning, advisory)
     check(fields.TEXT, body.text or {}, at="text.")
-    if body.seed is not None and body.seed >= 2**64:
-        raise InvalidRequest("'seed' must fit in 64 bits.", param="seed")
     wants_logprobs = LOGPROBS in (body.include or ())
     if body.top_logprobs and not wants_logprobs:
         raise InvalidRequest(f"'top_logprobs' needs '{LOGPROBS}' in 'include'.", param="include")
@@ -121,7 +119,7 @@ def parse_response(data: bytes, *, default_model: str, recall: Recall) -> Respon
             logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
         ),
         max_tokens=body.max_output_tokens,
-        seed=None if body.seed is None else body.seed % 2**64,
+        seed=seed_in_64_bits(body.seed),
         grammar=_format(body.text),
     )
     return ResponsesCall(

@@ -14,12 +14,11 @@ import msgspec
 
 from mlx_serving import clock
 from mlx_serving.api.drive import Collected
+from mlx_serving.api.openai_response import one_line, token_logprob
 from mlx_serving.api.port import Generation
 from mlx_serving.api.responses_request import ResponsesCall
 from mlx_serving.errors import MLXServingError
-from mlx_serving.types import Message, TextLogprob, TokenEvent, ToolCallDelta
-
-MIN_LOGPROB = -9999.0
+from mlx_serving.types import Message, TokenEvent, ToolCallDelta
 
 _json = msgspec.json.Encoder().encode
 
@@ -98,7 +97,7 @@ class ResponseWriter:
             parts.append(self._delta("response.reasoning_text.delta", event.reasoning))
         if event.text:
             parts += self._open("message")
-            logprobs = [_logprob(lp) for lp in event.logprobs or ()]
+            logprobs = [token_logprob(lp) for lp in event.logprobs or ()]
             self._items[-1].logprobs += logprobs
             parts.append(self._delta("response.output_text.delta", event.text, logprobs=logprobs))
         for call in event.tool_calls or ():
@@ -212,10 +211,7 @@ class ResponseWriter:
     def _event(self, name: str, /, **fields: Any) -> bytes:
         data = _json({"type": name, "sequence_number": self._number} | fields)
         self._number += 1
-        # Clients that split lines as Unicode does.
-        data = data.replace(b"\xe2\x80\xa8", rb"\u2028").replace(b"\xe2\x80\xa9", rb"\u2029")
-        data = data.replace(b"\xc2\x85", rb"\u0085")
-        return b"event: %s\ndata: %s\n\n" % (name.encode(), data)
+        return b"event: %s\ndata: %s\n\n" % (name.encode(), one_line(data))
 
     def _body(self, status: str) -> dict[str, Any]:
         ended = status in ("completed", "incomplete")
@@ -285,12 +281,3 @@ def _replayed(answer: Collected) -> Sequence[TokenEvent]:
             finish_reason=answer.finish_reason,
         ),
     ]
-
-
-def _logprob(lp: TextLogprob) -> dict[str, Any]:
-    top = [_alternative(*alternative) for alternative in lp.top]
-    return _alternative(lp.token, lp.raw, lp.logprob) | {"top_logprobs": top}
-
-
-def _alternative(token: str, raw: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": token, "bytes": list(raw), "logprob": max(logprob, MIN_LOGPROB)}

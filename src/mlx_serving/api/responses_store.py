@@ -47,6 +47,8 @@ class ResponseStore:
     ) -> None:
         """Keep a response; one that is over the bounds by itself is not kept."""
         chars = len(body) + sum(map(_chars, messages))
+        if chars > self._max_chars:
+            return
         stored = Stored(body, tuple(messages), chars, client)
         self._stored[response_id] = stored
         self._chars += stored.chars

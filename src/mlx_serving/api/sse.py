@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from mlx_serving.api.exchange import ClientGone, Exchange, Headers
-from mlx_serving.errors import MLXServingError
 
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
 DONE = b"data: [DONE]\n\n"
@@ -62,10 +61,6 @@ class EventStream:
             await self._exchange.send(
                 {"type": "http.response.body", "body": data, "more_body": not last}
             )
-
-    async def fail(self, error: MLXServingError) -> None:
-        """End with an error event and without [DONE], on which clients raise."""
-        await self.write(b"data: " + self._exchange.error_json(error) + b"\n\n", last=True)
 
 
 class ClientWatch:

@@ -11,7 +11,7 @@ from msgspec import Meta
 from mlx_serving.api.body import convert, read_object
 from mlx_serving.api.disposition import check
 from mlx_serving.api.exchange import Exchange
-from mlx_serving.api.openai_request import parse_chat
+from mlx_serving.api.openai_request import chat_call
 from mlx_serving.api.port import GatewayPort
 from mlx_serving.api.tokens_fields import DETOKENIZE, TOKENIZE
 from mlx_serving.errors import InvalidRequest
@@ -81,8 +81,7 @@ def _prompt(body: _Tokenize, raw: dict[str, Any]) -> Prompt:
         if body.add_special_tokens:
             raise InvalidRequest("The chat template adds them.", param="add_special_tokens")
         chat = {name: raw[name] for name in ("messages", *_OF_CHATS) if name in raw}
-        call = parse_chat(msgspec.json.encode(chat), default_model="")
-        return call.requests[0].prompt
+        return chat_call(chat, default_model="").requests[0].prompt
     if body.prompt is None:
         raise InvalidRequest("'prompt' or 'messages' is missing.", param="prompt")
     for name in _OF_CHATS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -266,12 +267,17 @@ async def test_a_fault_before_the_first_token_has_a_status(
     assert gateway.generations[0].ended
 
 
-async def test_a_fault_in_the_stream_is_an_event_without_done(chat: Any, gateway: Any) -> None:
+async def test_a_fault_in_the_stream_is_an_event_without_done(
+    chat: Any, gateway: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     gateway.script = lambda request: [
         [TokenEvent(choice=0, text="Hel", token_ids=[1])],
         WorkerDied("The worker died."),
     ]
-    response = await chat.post(stream=True)
+    with caplog.at_level(logging.INFO, "mlx_serving.api"):
+        response = await chat.post(stream=True)
+    (said,) = [record.getMessage().partition("] ")[2] for record in caplog.records]
+    assert said == "POST '/v1/chat/completions' -> 200, broken off: worker_died"
     assert response.status_code == 200
     *_, last, end = response.content.split(b"\n\n")
     assert end == b""
@@ -413,10 +419,10 @@ async def test_silence_is_filled_with_pings(gateway: Any) -> None:
 
 
 def test_chunks_are_json_whatever_the_text() -> None:
+    usages = [Usage(prompt_tokens=1, completion_tokens=1)]
     chunks = Chunks(
-        "chat", call_id='i"d', created=1, model="m\\", echoes=["", ""], include_usage=True
+        "chat", call_id='i"d', created=1, model="m\\", echoes=["", ""], usages=lambda: usages
     )
-    data = chunks.write(1, TokenEvent(choice=1, text="x", token_ids=[1]))
-    data += chunks.usage([Usage(prompt_tokens=1, completion_tokens=1)])
-    for event in data.removesuffix(b"\n\n").split(b"\n\n"):
+    data = chunks.write(TokenEvent(choice=1, text="x", token_ids=[1])) + chunks.end()
+    for event in data.removesuffix(b"\n\ndata: [DONE]\n\n").split(b"\n\n"):
         assert json.loads(event.removeprefix(b"data: "))["id"] == 'i"d'

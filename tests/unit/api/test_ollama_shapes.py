@@ -10,6 +10,7 @@ import httpx
 import ollama
 import pytest
 
+from mlx_serving.api.ollama_response import parameter_size
 from mlx_serving.errors import ModelNotFound, WorkerDied
 from mlx_serving.types import TextLogprob, TokenEvent, ToolCallDelta
 
@@ -171,16 +172,27 @@ async def test_keep_alive_of_nothing_unloads(client: httpx.AsyncClient, gateway:
 async def test_the_models(client: httpx.AsyncClient) -> None:
     tags = (await client.get("/api/tags")).json()["models"]
     assert [(m["name"], m["size"]) for m in tags] == [("tiny:latest", 1000), ("org/big:4bit", 0)]
-    assert tags[0]["details"]["quantization_level"] == "4-bit"
+    sizes = [m["details"]["parameter_size"] for m in tags]
+    assert (tags[0]["details"]["quantization_level"], sizes) == ("4-bit", ["134.52M", ""])
     (running,) = (await client.get("/api/ps")).json()["models"]
     assert (running["model"], running["context_length"]) == ("tiny:latest", 8192)
     for name in ("tiny", "tiny:latest", "small"):
         shown = (await client.post("/api/show", json={"model": name})).json()
         assert shown["model_info"]["llama.context_length"] == 8192
+        assert shown["details"]["parameter_size"] == "134.52M"
+        assert shown["model_info"]["general.parameter_count"] == 134_515_008
         assert shown["capabilities"] == ["completion", "tools"]
     missing = await client.post("/api/show", json={"model": "nope"})
     assert (missing.status_code, missing.json()["error"]) == (404, "model 'nope' not found")
     assert (await client.post("/api/show", json={})).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("count", "size"),
+    [(0, ""), (999, "999"), (1500, "2K"), (3_000_000, "3M"), (7_615_616_512, "7.6B"), (8 * 10**9, "8B")],
+)  # fmt: skip
+def test_parameters_are_counted_as_ollama_does(count: int, size: str) -> None:
+    assert parameter_size(count) == size
 
 
 async def test_the_greeting(client: httpx.AsyncClient) -> None:

@@ -12,7 +12,9 @@ import pytest
 
 from mlx_serving.api import fields
 from mlx_serving.api.app import ENDPOINTS
+from mlx_serving.api.openai_response import usage_fields
 from mlx_serving.api.openapi import NESTED, SHAPES, document, page
+from mlx_serving.types import Usage
 
 DOCUMENT: dict[str, Any] = json.loads(document(ENDPOINTS))
 SCHEMAS = DOCUMENT["components"]["schemas"]
@@ -114,3 +116,12 @@ def test_every_answer_is_told() -> None:
             content = operation["responses"]["200"]["content"]
             told = [media.get("schema") for media in content.values()]
             assert told[0], f"{method} {path}: its answer belongs in openapi_answers.ANSWERS"
+
+
+async def test_the_usage_of_a_shared_answer_is_told(client: httpx.AsyncClient) -> None:
+    path, chat = "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}
+    told = DOCUMENT["paths"][path]["post"]["responses"]["200"]["content"]["application/json"]
+    schema = told["schema"] | {"components": DOCUMENT["components"]}
+    body = (await client.post(path, json=chat)).json()
+    usage = usage_fields([Usage(prompt_tokens=1, completion_tokens=2, shared_tokens=2)])
+    jsonschema.Draft202012Validator(schema).validate(body | {"usage": usage})

@@ -129,6 +129,6 @@ async def test_nothing_to_cancel(client: httpx.AsyncClient) -> None:
 
 async def test_tools_count(client: httpx.AsyncClient, gateway: Any) -> None:
     response = await client.post("/tokenize", json={"messages": USER, "tools": [TOOL]})
-    if response.status_code == 200:  # as chat completions has them
-        prompt = gateway.prompts[-1][1]
-        assert isinstance(prompt, ChatPrompt) and len(prompt.tools) == 1
+    assert response.status_code == 200
+    prompt = gateway.prompts[-1][1]
+    assert isinstance(prompt, ChatPrompt) and len(prompt.tools) == 1
