@@ -102,7 +102,7 @@ async def test_a_variant_that_cannot_be_loaded_costs_no_client_an_answer(scripte
         await engine.stop()
 
 
-async def test_an_empty_variant_is_rolled_back_and_running_streams_go_on(scripted):
+async def test_an_empty_variant_is_rolled_back(scripted):
     old = scripted(name="old", text="a" * 40)
     new = scripted(name="new", text="<|end|>" * 3)
     async with Engine([str(old), str(new)]) as engine:
@@ -111,6 +111,20 @@ async def test_an_empty_variant_is_rolled_back_and_running_streams_go_on(scripte
         found = engine.gateway.rollouts.get("c")
         assert found.status == "rolled_back" and "empty" in found.last
         assert (await ask(engine, 3))[1] is None
+
+
+async def test_a_stream_of_the_variant_outlives_its_rollback(scripted):
+    old = scripted(name="old", text="a" * 40)
+    new = scripted(name="new", text="b" * 400, step_delay_ms=1)
+    async with Engine([str(old), str(new)]) as engine:
+        engine.gateway.start_rollout(spec(stages=(Stage(1.0, min_samples=10_000),)))
+        stream = engine.generate("Hello", model="old", max_tokens=300, temperature=0)
+        text = (await anext(stream)).text
+        engine.gateway.rollouts.roll_back("c")
+        assert await ask(engine, 1) == ("a" * 6, None)
+        async for chunk in stream:
+            text += chunk.text
+        assert text == "b" * 300
 
 
 async def test_a_shadow_is_compared_and_not_seen(scripted):

@@ -91,7 +91,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 STAGES = (Stage(0.10), Stage(0.25), Stage(0.50), Stage(1.0))
 
-Arm = dict[str, Moments]
+ArmFigures = dict[str, Moments]
 """By metric or, of one that depends on company, by `stratum`."""
 
 _BAND = math.log(1.25)
@@ -112,7 +112,7 @@ _REGARDLESS = 0.1
 class Figures:
     """Both arms' moments, stage by stage."""
 
-    strata: list[tuple[Arm, Arm]] = field(default_factory=list)
+    strata: list[tuple[ArmFigures, ArmFigures]] = field(default_factory=list)
     """(baseline, variant) of each stage."""
 
     def add(self, stage: int, variant: bool, values: Mapping[str, float]) -> None:

@@ -103,11 +103,12 @@ _FORM = re.compile(
     r"(?P<metric>ttft|tpot|queue|duration|throughput)\s+p(?P<percent>\d+(?:\.\d+)?)\s*(?P<sign>[<>])\s*"
     r"(?P<limit>\d+(?:\.\d+)?)\s*(?P<unit>ms|s|tok/s)|errors\s*<\s*(?P<share>\d+(?:\.\d+)?)\s*%"
 )
-_WINDOW = re.compile(r"(?P<short>\d+)s,(?P<long>\d+)s")
+_WINDOW = re.compile(r"(?P<short>\d+)s[,/](?P<long>\d+)s")
 
 
 def parse(text: str) -> Objective:
     """`ttft p95 < 500ms [model=NAME] [class=high] [key=NAME] [over=60s,600s]`, `errors < 1%`.
+    `over=60s/600s` is the same, where a comma would part two items of a list.
 
     Raises ConfigError with the forms that there are.
     """

@@ -46,6 +46,8 @@ def test_whom_a_promise_is_for():
     found = parse("ttft p95 < 1s model=m class=high key=team over=30s,300s")
     assert (found.model, found.priority, found.client) == ("m", Priority.HIGH, "team")
     assert (found.short_s, found.long_s) == (30, 300)
+    other = parse("ttft p95 < 1s over=30s/300s")
+    assert (other.short_s, other.long_s) == (30, 300)
     assert found.missed(finished(ttft_ms=2e3)) is None
     mine = finished(ttft_ms=2e3, priority=Priority.HIGH, client="team")
     assert found.missed(mine) is True
