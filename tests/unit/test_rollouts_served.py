@@ -157,6 +157,15 @@ def ended(engine: Engine, model: str) -> float:
     return engine.metrics.requests.labels(model, "length")._value.get()
 
 
+async def test_a_copy_that_is_not_let_in_is_counted(scripted):
+    old, new = scripted(name="old", text="abc"), scripted(name="new", text="abc")
+    async with Engine([str(old), str(new)], class_queue=("low=0",)) as engine:
+        engine.gateway.start_rollout(spec(mode="shadow", stages=(Stage(1.0),), metrics=None))
+        assert await ask(engine, 1) == ("abc", None)
+        await until(lambda: engine.metrics.shadows_skipped._value.get() == 1)
+        assert compared(engine)[1].n == 0
+
+
 async def test_a_copy_of_a_forced_call_is_compared_too(scripted):
     call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
     old, new = (scripted(name=name, text=call, context=4096) for name in ("old", "new"))

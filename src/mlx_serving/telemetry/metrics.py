@@ -187,8 +187,8 @@ class Metrics:
         )
         self.slo_figure = Gauge(
             "mlx_serving_slo_figure",
-            "What the objective's percentile is in the short window, in its own unit: ms, tokens/s, or "
-            "a share of requests",
+            "What the objective's percentile is in the short window: seconds, tokens/s, or a share of "
+            "requests",
             ["objective"],
             registry=r,
         )
@@ -235,7 +235,7 @@ class Metrics:
         )
         self.shadows_skipped = Counter(
             "mlx_serving_shadows_skipped",
-            "Requests that a shadow did not copy, because too many of its copies ran",
+            "Requests that a shadow did not copy, because too many of its copies ran or none was let in",
             registry=r,
         )
         self.drifts = Counter(

@@ -150,10 +150,13 @@ class Levels:
         return {level.objective.text: level.burn(now_s) for level in self._levels}
 
     def figures(self) -> Mapping[str, float]:
-        """What the promised percentiles are, where there are requests."""
+        """What the promised percentiles are, where there are requests: seconds, tokens/s, or a share."""
         now_s = self._now()
-        found = {level.objective.text: level.figure(now_s) for level in self._levels}
-        return {text: figure for text, figure in found.items() if figure is not None}
+        return {
+            level.objective.text: level.objective.plain(figure)
+            for level in self._levels
+            if (figure := level.figure(now_s)) is not None
+        }
 
     def _row(self, level: Level, now_s: float) -> dict[str, object]:
         burn = level.burn(now_s)

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from mlx_serving.errors import Overloaded
+
 log = logging.getLogger(__name__)
 
 MAX_RUNNING = 8
@@ -14,7 +16,8 @@ MAX_RUNNING = 8
 
 
 class Shadows:
-    """Runs copies in the background, boundedly many."""
+    """Runs copies in the background, boundedly many. on_skip: a copy was not made, since too many run or
+    the server has no room for it."""
 
     def __init__(self, on_skip: Callable[[], None]) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
@@ -35,6 +38,8 @@ class Shadows:
     async def _run(self, work: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
         try:
             await work()
+        except Overloaded:
+            self._on_skip()
         except Exception as error:  # a copy's failure is a finding about the variant, and no more
             log.info("%s: %s", name, error)
 

@@ -90,6 +90,10 @@ class Objective:
             case _:
                 assert_never(self.metric)
 
+    def plain(self, figure: float) -> float:
+        """In seconds, tokens/s, or a share of requests."""
+        return figure if self.metric in ("errors", "throughput") else figure / 1e3
+
     def about(self, model: str, priority: Priority, client: str | None) -> bool:
         """Whether it is a promise to such requests."""
         return (

@@ -163,3 +163,4 @@ def test_what_the_percentile_is_now(text, fields, figure):
 def test_figures_are_said_in_their_units():
     texts = ("ttft p90 < 10ms", "throughput p90 > 50tok/s", "errors < 1%")
     assert [parse(text).say(0.25) for text in texts] == ["0 ms", "0.2 tok/s", "25.0 %"]
+    assert [parse(text).plain(250) for text in texts] == [0.25, 250, 250]
