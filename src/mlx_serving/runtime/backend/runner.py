@@ -100,7 +100,7 @@ class MLXPendingStep:
         step_id: int,
         forwards: list[_Forward],
         pooled: dict[int, mx.array],
-        effect: mx.array,
+        effect: Sequence[mx.array],
         settle: Callable[[], None],
         collect: Callable[[], Sequence[DiskEvent]],
     ) -> None:
@@ -109,14 +109,15 @@ class MLXPendingStep:
         self._forwards = forwards
         self._pooled = pooled
         self._effect = effect
-        """Stands for the step where nothing was sampled."""
+        """Stands for the step where nothing was sampled. Of its own: the runner's arrays go on to be
+        those of later steps, and waiting for them would be waiting for those."""
         self._settle = settle
 
     def wait(self) -> StepResult:
         if any(forward.draw is None for forward in self._forwards):
             self._settle()
         draws = [f.draw.arrays() for f in self._forwards if f.draw is not None]
-        mx.eval(self._effect, draws, list(self._pooled.values()))
+        mx.eval(list(self._effect), draws, list(self._pooled.values()))
         sampled = [one for forward in self._forwards for one in forward.result()]
         sampled += [Sampled(i, [], vector=to_bytes(vector)) for i, vector in self._pooled.items()]
         return StepResult(self._step_id, sampled, self._collect())
@@ -250,8 +251,7 @@ class MLXRunner:
         published = [self.store.publish(p.row, p.start, p.blocks) for p in plan.publish]
         mx.async_eval(published[-1:])
         copies = None if self._tier is None else self._tier.after(plan.disk)
-        slabs = self.store.arrays()
-        effect = _probe(slabs[-1]) if slabs and not forwards else self._last
+        effect = () if forwards else [_probe(slab) for slab in self.store.arrays()[-1:]]
         mx.async_eval(effect)
         collect = partial(self._collect, copies, plan.disk.wait)
         return MLXPendingStep(plan.step_id, forwards, pooled, effect, self._settle, collect)

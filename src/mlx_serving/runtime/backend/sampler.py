@@ -102,7 +102,7 @@ class _Draw:
 
 @dataclass(slots=True)
 class Draw:
-    """One forward pass's samples, on the device until `host` is asked for."""
+    """One forward pass's samples, on the device."""
 
     tokens: mx.array
     """[rows] int32."""
