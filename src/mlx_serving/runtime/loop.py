@@ -80,10 +80,10 @@ class Loop:
         self._short_bytes = 0
         """What a waiting sequence lacks until idle models leave."""
 
-    def run(self, hello: wire.Hello) -> None:
+    def run(self) -> None:
         """Returns when it is told to leave or the parent has gone; raises on our own mistakes."""
         try:
-            self._link.send(hello)
+            self._link.send(wire.Hello())
             self._pulse.enter("idle")
             while True:
                 for message in self._link.receive():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import importlib.metadata
 import logging
 import os
 import select
@@ -21,7 +20,6 @@ import time
 import traceback
 from pathlib import Path
 
-from mlx_serving import host
 from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
 from mlx_serving.runtime.collector import Collector, NoCollector
 from mlx_serving.runtime.link import Link
@@ -76,30 +74,7 @@ def main(load: Loader = load) -> None:
 def serve(sock: socket.socket, load: Loader = load, collector: Collector | None = None) -> None:
     """Run the loop on this thread until the parent leaves; `worker.inprocess` calls it too."""
     with sock:
-        Loop(Link(sock), load, collector=collector or NoCollector()).run(hello())
-
-
-def hello() -> wire.Hello:
-    """Told from the installed packages: asking MLX itself would import it."""
-    return wire.Hello(
-        pid=os.getpid(),
-        device=_device(),
-        mlx_version=_version("mlx"),
-        memory_bytes=host.usable_memory_bytes(host.look()),
-    )
-
-
-def _device() -> str:
-    if sys.platform == "darwin":
-        return "metal"
-    return "cuda" if _version("mlx-cuda-12") or _version("mlx-cuda-13") else "cpu"
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+        Loop(Link(sock), load, collector=collector or NoCollector()).run()
 
 
 def _leave_with_parent(sock: socket.socket) -> None:

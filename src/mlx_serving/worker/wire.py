@@ -180,13 +180,12 @@ ToWorker = (
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello", kw_only=True):
-    pid: int
-    device: str
-    mlx_version: str
-    memory_bytes: int
+    """The first frame: the worker reads what it is sent. A new process has neither models nor sequences."""
+
     models: tuple[str, ...] = ()
-    """Loaded already, and `sequences` running, when the connection was made: none in a new process."""
+    """Loaded already when the connection was made."""
     sequences: tuple[int, ...] = ()
+    """Running then."""
 
 
 class Phase(msgspec.Struct, frozen=True, tag="phase"):

@@ -4,6 +4,7 @@ import gc
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import msgspec
@@ -14,11 +15,11 @@ from mlx_serving.runtime.backend.model import LoadedModel
 from mlx_serving.runtime.collector import Collector, NoCollector
 from mlx_serving.runtime.core.plan import Forced, Limits, Sampled, StepPlan, StepResult
 from mlx_serving.runtime.link import Link
+from mlx_serving.runtime.loads import Loader
 from mlx_serving.runtime.loop import Loop
 from mlx_serving.types import Grammar, ModelInfo, SamplingParams, Turn
 from mlx_serving.worker import wire
 
-HELLO = wire.Hello(pid=1, device="cpu", mlx_version="", memory_bytes=0)
 FAIL_LAUNCH, FAIL_WAIT, GIVES_UP, FORCED = 901, 902, 903, 904
 
 
@@ -106,10 +107,11 @@ def at_once(*_):
 
 
 class Parent:
-    """The other end of the loop's socket."""
+    """The other end of the socket of a loop, and the thread that it runs on."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, thread: threading.Thread) -> None:
         self.sock = sock
+        self.thread = thread
         self.runners: dict[str, Runner] = {}
         self._splitter = wire.FrameSplitter()
         self._received: list[wire.FromWorker] = []
@@ -143,28 +145,36 @@ class Parent:
         return ended
 
 
-@pytest.fixture
-def parent() -> Iterator[Parent]:
+@contextmanager
+def serving(begin: Loader, **timing: float) -> Iterator[Parent]:
+    """A loop that loads by `begin`, until its socket is closed."""
     ours, theirs = socket.socketpair()
     ours.settimeout(120)  # a guard against hangs
-    parent = Parent(ours)
+    loop = Loop(Link(theirs), begin, collector=NoCollector(), **timing)
+    thread = threading.Thread(target=loop.run, daemon=True)
+    with ours, theirs:
+        thread.start()
+        yield Parent(ours, thread)
+        ours.close()
+        thread.join(30)
+        assert not thread.is_alive()
 
-    def load(model_id, path, options, on_phase):
+
+@pytest.fixture
+def parent() -> Iterator[Parent]:
+    runners: dict[str, Runner] = {}
+
+    def begin(model_id, path, options, on_phase):
         yield
         if path.name == "broken":
             raise RuntimeError("a shard is short")
         model = loaded(model_id, options.max_num_seqs)
-        parent.runners[model_id] = model.runner
+        runners[model_id] = model.runner
         return model
 
-    loop = Loop(Link(theirs), load, collector=NoCollector(), pulse_s=0.05)
-    thread = threading.Thread(target=loop.run, args=(HELLO,), daemon=True)
-    thread.start()
-    yield parent
-    ours.close()
-    thread.join(30)
-    theirs.close()
-    assert not thread.is_alive()
+    with serving(begin, pulse_s=0.05) as parent:
+        parent.runners = runners
+        yield parent
 
 
 def load(model_id: str = "m", path: str = "any", **options) -> wire.LoadModel:
@@ -182,8 +192,14 @@ def submit(seq_id: int, *tokens: int, model_id: str = "m", max_tokens: int = 4) 
 
 
 def test_it_says_hello_then_that_it_is_idle(parent):
-    assert parent.receive() == HELLO
+    assert parent.receive() == wire.Hello()
     assert parent.receive() == wire.Phase("idle")
+
+
+def test_it_leaves_when_it_is_told(parent):
+    parent.send(wire.Shutdown())
+    parent.thread.join(30)
+    assert not parent.thread.is_alive()
 
 
 def test_one_frame_a_step_carries_every_row(parent):
@@ -337,8 +353,6 @@ def test_a_sequence_that_cannot_go_on_ends_alone(parent):
 
 def test_a_load_in_slices_lets_others_step_and_keeps_who_came_early():
     """The second model's load goes on for as long as the first one's stream does."""
-    ours, theirs = socket.socketpair()
-    ours.settimeout(120)
     enough = threading.Event()
 
     def slow(model_id, path, options, on_phase):
@@ -347,10 +361,7 @@ def test_a_load_in_slices_lets_others_step_and_keeps_who_came_early():
         return loaded(model_id)
         yield
 
-    loop = Loop(Link(theirs), slow, collector=NoCollector())
-    with ours, theirs:
-        thread = run_loop(loop)
-        parent = Parent(ours)
+    with serving(slow) as parent:
         parent.send(load("a"))
         parent.expect(wire.ModelLoaded)
         early, gone = submit(2, 20, model_id="b"), submit(3, 30, model_id="b")
@@ -366,9 +377,6 @@ def test_a_load_in_slices_lets_others_step_and_keeps_who_came_early():
         parent.send(wire.UnloadModel("b"))
         assert parent.expect(wire.ModelFailed).code == errors.ModelNotFound.code
         assert parent.rows(1)[4].error == (errors.ModelNotFound.code, "model 'b' was unloaded")
-        parent.send(wire.Shutdown())
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 def test_loading_twice_is_loading_once(parent):
@@ -389,15 +397,7 @@ def test_unloading_ends_its_sequences(parent):
     assert parent.expect(wire.ModelUnloaded).model_id == "m"
 
 
-def run_loop(loop: Loop) -> threading.Thread:
-    thread = threading.Thread(target=loop.run, args=(HELLO,), daemon=True)
-    thread.start()
-    return thread
-
-
 def test_a_long_load_keeps_saying_so():
-    ours, theirs = socket.socketpair()
-    ours.settimeout(120)
     enough = threading.Event()
 
     def slow(model_id, path, options, on_phase):
@@ -406,10 +406,7 @@ def test_a_long_load_keeps_saying_so():
         yield
         return loaded(model_id)
 
-    loop = Loop(Link(theirs), slow, collector=NoCollector(), pulse_s=0.01)
-    with ours, theirs:
-        thread = run_loop(loop)
-        parent = Parent(ours)
+    with serving(slow, pulse_s=0.01) as parent:
         parent.send(load())
         told = [
             parent.expect(wire.Phase, lambda phase: phase.detail == "weights") for _ in range(4)
@@ -420,9 +417,6 @@ def test_a_long_load_keeps_saying_so():
         elapsed = [phase.elapsed_s for phase in told]
         assert elapsed == sorted(elapsed)
         assert elapsed[-1] > elapsed[0]
-        parent.send(wire.Shutdown())
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 def test_a_long_step_keeps_saying_so(parent):
@@ -440,16 +434,8 @@ def test_a_long_step_keeps_saying_so(parent):
 
 
 def test_an_idle_loop_says_that_it_lives():
-    ours, theirs = socket.socketpair()
-    ours.settimeout(120)
-    loop = Loop(Link(theirs), at_once, collector=NoCollector(), heartbeat_s=0.01)
-    with theirs:
-        thread = run_loop(loop)
-        parent = Parent(ours)
+    with serving(at_once, heartbeat_s=0.01) as parent:
         assert [parent.expect(wire.Phase).phase for _ in range(4)] == ["idle"] * 4
-        ours.close()
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 def test_a_frame_that_is_not_ours_is_our_mistake():
@@ -457,7 +443,7 @@ def test_a_frame_that_is_not_ours_is_our_mistake():
     with ours, theirs:
         ours.sendall((3).to_bytes(4, "little") + b"\xc1\xc1\xc1")
         with pytest.raises(msgspec.DecodeError):
-            Loop(Link(theirs), at_once, collector=NoCollector()).run(HELLO)
+            Loop(Link(theirs), at_once, collector=NoCollector()).run()
 
 
 def test_the_collector_collects_only_when_told():

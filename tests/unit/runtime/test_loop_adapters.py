@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,13 +11,10 @@ import pytest
 
 from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime.backend.model import LoadedAdapter
-from mlx_serving.runtime.collector import NoCollector
-from mlx_serving.runtime.link import Link
-from mlx_serving.runtime.loop import Loop
 from mlx_serving.runtime.slices import Slices
 from mlx_serving.types import ModelInfo
 from mlx_serving.worker import wire
-from unit.runtime.test_loop import HELLO, Parent, load, loaded, submit
+from unit.runtime.test_loop import Parent, load, loaded, serving, submit
 
 
 @dataclass
@@ -45,22 +40,13 @@ def host() -> Host:
 
 @pytest.fixture
 def parent(host: Host) -> Iterator[Parent]:
-    ours, theirs = socket.socketpair()
-    ours.settimeout(120)  # a guard against hangs
-
     def begin(model_id, path, options, on_phase):
         yield
         taken = None if path.name == "vectors" else host
         return replace(loaded(model_id), adapters=taken)
 
-    loop = Loop(Link(theirs), begin, collector=NoCollector())
-    thread = threading.Thread(target=loop.run, args=(HELLO,), daemon=True)
-    thread.start()
-    yield Parent(ours)
-    ours.close()
-    thread.join(30)
-    theirs.close()
-    assert not thread.is_alive()
+    with serving(begin) as parent:
+        yield parent
 
 
 def adapter(name: str = "m+a", path: str = "any", of: str = "m") -> wire.LoadModel:

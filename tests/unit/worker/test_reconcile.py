@@ -41,9 +41,7 @@ async def test_a_worker_that_connects_with_leftovers_is_told_to_drop_them():
     process = Process()
     supervisor = Supervisor(spawn=lambda: process)
     supervisor.start()
-    hello = wire.Hello(
-        pid=1, device="cpu", mlx_version="", memory_bytes=0, models=("old",), sequences=(7, 9)
-    )
+    hello = wire.Hello(models=("old",), sequences=(7, 9))
     loop, splitter = asyncio.get_running_loop(), wire.FrameSplitter()
     await loop.sock_sendall(process.theirs, wire.encode(hello))
     told: list[wire.ToWorker] = []
