@@ -228,9 +228,9 @@ class Model:
     def end_all(self, code: str, message: str) -> wire.Step:
         """Error rows for every sequence; the model is not stepped again."""
         self._leave_line()
-        return wire.Step(
-            [self._error_row(seq_id, code, message) for seq_id in sorted(self.sequences)]
-        )
+        rows = self._take_early()
+        rows += [self._error_row(seq_id, code, message) for seq_id in sorted(self.sequences)]
+        return wire.Step(rows)
 
     def _rows(self, emitted: list[Emitted]) -> list[wire.TokenRow]:
         rows = []

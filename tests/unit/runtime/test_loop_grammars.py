@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,13 +9,12 @@ import msgspec
 import pytest
 
 from mlx_serving import errors
-from mlx_serving.runtime.collector import NoCollector
-from mlx_serving.runtime.link import Link
-from mlx_serving.runtime.loop import Loop
+from mlx_serving.runtime.compiles import Compiles
+from mlx_serving.runtime.model import Model
 from mlx_serving.types import Grammar
 from mlx_serving.worker import wire
 from unit.runtime.test_compiles import Compiler
-from unit.runtime.test_loop import HELLO, Parent, load, loaded, submit
+from unit.runtime.test_loop import Parent, load, loaded, serving, submit
 
 
 @pytest.fixture
@@ -27,22 +24,13 @@ def compiler() -> Compiler:
 
 @pytest.fixture
 def parent(compiler: Compiler) -> Iterator[Parent]:
-    ours, theirs = socket.socketpair()
-    ours.settimeout(120)  # a guard against hangs
-
     def begin(model_id, path, options, on_phase):
         yield
         return replace(loaded(model_id), grammars=compiler)
 
-    loop = Loop(Link(theirs), begin, collector=NoCollector(), heartbeat_s=0.01, pulse_s=0.01)
-    thread = threading.Thread(target=loop.run, args=(HELLO,), daemon=True)
-    thread.start()
-    yield Parent(ours)
-    compiler.may.set()
-    ours.close()
-    thread.join(30)
-    theirs.close()
-    assert not thread.is_alive()
+    with serving(begin, heartbeat_s=0.01, pulse_s=0.01) as parent:
+        yield parent
+        compiler.may.set()
 
 
 def held_to(text: str, request: wire.Submit) -> wire.Submit:
@@ -113,6 +101,21 @@ def test_unloading_its_model_ends_it(parent: Parent, compiler: Compiler) -> None
     rows = parent.rows(2)
     assert rows[1].error is not None and rows[1].error[0] == errors.ModelNotFound.code
     assert rows[2].token_ids == [21, 22, 23, 24]
+
+
+def test_what_became_of_it_is_told_though_its_model_leaves(compiler: Compiler) -> None:
+    compiles = Compiles(ring=lambda: None)
+    model = Model(replace(loaded("m"), grammars=compiler), depth=2, compiles=compiles)
+    model.submit(held_to("bad", submit(1, 10)))
+    model.submit(submit(2, 20))
+    model.compiled(1, errors.InvalidRequest("nothing can satisfy it", param="p"))
+    told = {row.seq_id: row.error for row in model.end_all("gone", "it was unloaded").rows}
+    assert told == {
+        1: (errors.InvalidRequest.code, "nothing can satisfy it"),
+        2: ("gone", "it was unloaded"),
+    }
+    compiler.may.set()
+    compiles.close()
 
 
 def test_for_measurements_it_is_compiled_in_the_loop(parent: Parent, compiler: Compiler) -> None:
