@@ -50,6 +50,8 @@ class Vocabulary:
     """Mask of the quotation mark alone."""
     newline: int = 0
     """Mask of a line's end, which may come in free text but not within a string."""
+    digit: int = 0
+    """Mask of all digits."""
 
     @classmethod
     def read(cls, model: Mapping[str, Any], bounds: Bounds) -> Vocabulary:
@@ -64,13 +66,15 @@ class Vocabulary:
         def bit(*texts: str) -> int:
             return next((1 << known[text] for text in texts if text in known), 0)
 
+        digits = frozenset(i for text, i in known.items() if text.isascii() and text.isdigit())
         return cls(
             bounds,
-            frozenset(i for text, i in known.items() if text.isascii() and text.isdigit()),
+            digits,
             frozenset(i for text, i in known.items() if '"' in text.replace('\\"', "")),
             bit("a"),
             bit('"'),
             bit(*_NEWLINES),
+            sum(1 << i for i in digits),
         )
 
 
@@ -100,7 +104,7 @@ class Runs:
 def _without_digits(v: Vocabulary, mask: bytes) -> bytes:
     """As it was inside a string (a letter may come), or where nothing but a digit may come."""
     allowed = int.from_bytes(mask, "little")
-    rest = allowed & ~sum(1 << i for i in v.digits)
+    rest = allowed & ~v.digit
     return mask if allowed & v.letter or not rest else rest.to_bytes(len(mask), "little")
 
 

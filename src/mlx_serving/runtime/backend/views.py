@@ -82,7 +82,7 @@ class RowView:
 
 
 class BatchView:
-    """`count` new positions of each of the rows 0 … len(positions) - 1.
+    """One new position of each of the rows 0 … len(positions) - 1.
 
     `more` are lines behind those: single positions of rows, before the row's own in `positions`. Only
     kernels that read slabs in place, by `indices`, know what to do with them. Rows whose `active` is
@@ -96,25 +96,23 @@ class BatchView:
         active: Sequence[bool],
         capacity: int,
         *,
-        count: int = 1,
         mask_rank: int = 4,
         more: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.rows = (0, len(positions))
-        self.count = count
+        self.count = 1
         self.offset = _int32([*positions, *(position for _, position in more)])
         longest = max((p for p, a in zip(positions, active, strict=True) if a), default=0)
-        self.fetch = min(capacity, round_up(longest + count, FETCH_TOKENS))
+        self.fetch = min(capacity, round_up(longest + 1, FETCH_TOKENS))
         self.fresh = False
-        self._index = self.offset[:, None] + mx.arange(count, dtype=mx.int32)[None]
         self._lines = _int32([*range(len(positions)), *(row for row, _ in more)])
-        self._row_index = self._lines[:, None]
-        self._active = None if all(active) else mx.array(list(active))
+        self._is_active = active
         self._mask_rank = mask_rank
         self._masks: dict[int | None, mx.array] = {}
 
     def write(self, slab: mx.array, new: mx.array) -> None:
-        slab[self._row_index, :, self._index] = new.transpose(0, 2, 1, 3)
+        rows, positions = self._places
+        slab[rows, :, positions] = new.transpose(0, 2, 1, 3)
 
     def read(self, slab: mx.array, _window: int | None) -> mx.array:
         return slab[: self.rows[1], :, : self.fetch]
@@ -122,7 +120,7 @@ class BatchView:
     def mask(self, _window: int | None, limit: int | None, _return_array: bool) -> Mask:
         if limit not in self._masks:
             keys = mx.arange(self.fetch, dtype=mx.int32)
-            queries = self._index[:, :, None]
+            queries = self.offset[:, None, None]
             mask = keys <= queries
             if limit is not None:
                 mask = mask & (keys > queries - limit)
@@ -134,6 +132,16 @@ class BatchView:
     def indices(self) -> tuple[mx.array, mx.array]:
         """Rows and offsets, int32 `[lines]` each, for kernels that read slabs in place."""
         return self._lines, self.offset
+
+    @cached_property
+    def _places(self) -> tuple[mx.array, mx.array]:
+        """The same, `[lines, 1]` each."""
+        return self._lines[:, None], self.offset[:, None]
+
+    @cached_property
+    def _active(self) -> mx.array | None:
+        """None: all rows are."""
+        return None if all(self._is_active) else mx.array(list(self._is_active))
 
     def get_state(self, slab: mx.array | None) -> mx.array | None:
         if slab is None or slab.shape[0] == self.rows[1]:
