@@ -20,7 +20,8 @@ from mlx_serving.types import ENCODERS
 from mlx_serving.worker.jobwire import Described
 
 if TYPE_CHECKING:
-    from mlx_serving.runtime.backend.kv import KVStore, MakeKVLayer
+    from mlx_serving.runtime.backend.kv import KVStore
+    from mlx_serving.runtime.backend.kv_layers import MakeKVLayer
 
 _TOKENS = 4
 _BUCKET = 256
@@ -38,17 +39,16 @@ def describe(path: Path) -> Described:
 
 def _decoder(path: Path, kind: str) -> Described:
     import mlx.core as mx
-    from mlx.utils import tree_map
     from mlx_lm.utils import load_model
 
     from mlx_serving.runtime.backend.arch import make_store
-    from mlx_serving.runtime.backend.kv import KVLayer
+    from mlx_serving.runtime.backend.kv_layers import KVLayer
     from mlx_serving.runtime.backend.quantized_kv import check, refusal
+    from mlx_serving.runtime.backend.weights import cast, target_dtype
 
     model: Any
     model, config = load_model(path, lazy=True)
-    if mx.default_device().type != mx.gpu:  # as the loader does there
-        model.update(tree_map(_widened, model.parameters()))
+    cast(model, target_dtype("auto", mx.default_device().type == mx.gpu))
 
     def built(attention: MakeKVLayer) -> KVStore:
         store = make_store(model, kind, 1, bucket=_BUCKET, exact_batch=False, attention=attention)
@@ -87,12 +87,6 @@ def _quantised(
             else:
                 found[str(bits)] = store.bytes_per_token()
     return found, why
-
-
-def _widened(array: Any) -> Any:
-    import mlx.core as mx
-
-    return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
 def _why(model: Any, kind: str, reuse: str) -> str:

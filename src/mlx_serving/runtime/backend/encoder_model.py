@@ -20,16 +20,8 @@ from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime.backend.encoder import Encoder, EncoderConfig, TextEncoder, pack, rename
 from mlx_serving.runtime.backend.held import weights_of
 from mlx_serving.runtime.backend.kernels import accelerate
+from mlx_serving.runtime.backend.loader import failed
 from mlx_serving.runtime.backend.memory import MLXMemory, budget_bytes
-from mlx_serving.runtime.backend.mlx_model import (
-    arrays,
-    cast,
-    dtype_name,
-    evaluate,
-    first_lines,
-    quantization,
-    target_dtype,
-)
 from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
 from mlx_serving.runtime.backend.pooling import (
     Pooling,
@@ -46,6 +38,14 @@ from mlx_serving.runtime.backend.rotary_encoder import (
     NomicBertConfig,
     rename_modern,
     rename_nomic,
+)
+from mlx_serving.runtime.backend.weights import (
+    arrays,
+    cast,
+    dtype_name,
+    evaluate,
+    quantization,
+    target_dtype,
 )
 from mlx_serving.runtime.core.plan import (
     Limits,
@@ -153,7 +153,8 @@ def load(
     began = time.monotonic()
     gpu = mx.default_device().type == mx.gpu
     parsed = _parse(path, config)
-    ranks = any(str(a).endswith("ForSequenceClassification") for a in config["architectures"] or ())
+    classes = config.get("architectures") or ()
+    ranks = any(str(name).endswith("ForSequenceClassification") for name in classes)
     model = _load_weights(path, parsed, config, ranks)
     cast(model, target_dtype(options.dtype, gpu))
     yield from evaluate(model)
@@ -256,8 +257,8 @@ def _load_weights(path: Path, parsed: Parsed, config: dict[str, Any], ranks: boo
         raise
     except MemoryError as e:
         raise ModelBroken(f"{path}: not enough memory for the weights") from e
-    except Exception as e:  # whatever a wrong config or tensor leads to
-        raise ModelBroken(f"{path}: {type(e).__name__}: {first_lines(e)}") from e
+    except Exception as e:
+        raise failed(str(path), e) from e
     return model
 
 
@@ -293,5 +294,5 @@ def _warm_up(runner: EncoderRunner) -> None:
     try:
         runner.launch(StepPlan(0, starts=starts, prefill=chunks)).wait()
     except Exception as e:
-        raise ModelBroken(f"the model cannot run: {type(e).__name__}: {first_lines(e)}") from e
+        raise failed("the model cannot run", e) from e
     mx.clear_cache()

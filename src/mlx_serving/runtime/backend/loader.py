@@ -77,6 +77,11 @@ def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
     return value
 
 
+def failed(what: str, error: Exception) -> ModelBroken:
+    """mlx-lm and the model files raise whatever a wrong config or tensor leads to."""
+    return ModelBroken(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
+
+
 def check_weights(path: Path) -> int:
     """Bytes of the weights; every file whole. Reads headers only.
 

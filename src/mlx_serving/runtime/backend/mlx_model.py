@@ -10,7 +10,6 @@ from typing import Any
 import mlx.core as mx
 import msgspec
 from mlx.nn.layers.base import Module
-from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime.backend.adapters import Adapters
@@ -21,7 +20,7 @@ from mlx_serving.runtime.backend.held import weights_of
 from mlx_serving.runtime.backend.judge import Classifier, Judge, is_classifier, read_judge
 from mlx_serving.runtime.backend.kernels import Kernels, decoder_kernels
 from mlx_serving.runtime.backend.kv import KVStore
-from mlx_serving.runtime.backend.loader import read_json
+from mlx_serving.runtime.backend.loader import failed, read_json
 from mlx_serving.runtime.backend.memory import MLXMemory, budget_bytes
 from mlx_serving.runtime.backend.model import LoadedModel, OnPhase
 from mlx_serving.runtime.backend.pooling import (
@@ -38,6 +37,14 @@ from mlx_serving.runtime.backend.runaway import Bounds
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.backend.tier import FILE_OVERHEAD_BYTES, Tier, open_folder
 from mlx_serving.runtime.backend.views import round_up
+from mlx_serving.runtime.backend.weights import (
+    arrays,
+    cast,
+    dtype_name,
+    evaluate,
+    quantization,
+    target_dtype,
+)
 from mlx_serving.runtime.core.plan import DecodeRow, Limits, PrefillChunk, RowStart, StepPlan
 from mlx_serving.runtime.slices import Slices
 from mlx_serving.types import ModelInfo, ModelKind, SamplingParams
@@ -61,8 +68,6 @@ _CONTEXT_KEYS = (
     "n_ctx",
 )
 _WARM_UP_TOKENS = 4
-PORTION_BYTES = 32 << 20
-"""Of the weights: read between two steps of other models."""
 
 
 def load(
@@ -234,53 +239,8 @@ def _load_weights(
     except MemoryError as e:
         raise ModelBroken(f"{path}: not enough memory for the weights") from e
     except Exception as e:
-        # mlx-lm and the model files raise whatever a wrong config or tensor leads to.
-        raise ModelBroken(f"{path}: {type(e).__name__}: {first_lines(e)}") from e
+        raise failed(str(path), e) from e
     return model, config
-
-
-def first_lines(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
-
-
-def target_dtype(dtype: str, gpu: bool) -> mx.Dtype | None:
-    """None: as stored, or on the CPU `auto`: half types become f32, whose kernels are 20-40 times
-    faster there, and more exact."""
-    if dtype == "auto":
-        return None if gpu else mx.float32
-    named: Mapping[str, mx.Dtype] = {
-        "float32": mx.float32,
-        "float16": mx.float16,
-        "bfloat16": mx.bfloat16,
-    }
-    return named[dtype]
-
-
-def cast(model: Module, dtype: mx.Dtype | None) -> None:
-    if dtype is None:
-        return
-    may_cast = getattr(model, "cast_predicate", lambda _: True)
-
-    def one(name: str, array: Any) -> Any:
-        if not isinstance(array, mx.array) or not mx.issubdtype(array.dtype, mx.floating):
-            return array
-        return array.astype(dtype) if dtype == mx.float32 or may_cast(name) else array
-
-    model.update(tree_map_with_path(one, model.parameters()))
-
-
-def evaluate(model: Module) -> Slices[None]:
-    """Read the weights."""
-    # Layers are born with random weights that nobody computes; the generator's key would remember each.
-    mx.eval(mx.random.state)
-    some: list[mx.array] = []
-    for array in arrays(model):
-        some.append(array)
-        if sum(one.nbytes for one in some) >= PORTION_BYTES:
-            mx.eval(some)
-            some = []
-            yield
-    mx.eval(some)
 
 
 def _prefill_step(gpu: bool, kernels: str) -> int:
@@ -306,7 +266,7 @@ def _warm_up(runner: MLXRunner, store: KVStore, vocab_size: int, rows: int) -> t
     except ModelBroken:
         raise
     except Exception as e:
-        raise ModelBroken(f"the model cannot run: {type(e).__name__}: {first_lines(e)}") from e
+        raise failed("the model cannot run", e) from e
     sizes = store.bytes_per_token(), store.state_bytes()
     runner.reset()
     mx.clear_cache()
@@ -346,32 +306,8 @@ def _vocab_size(model: Module) -> int:
     try:
         width: int = model(mx.zeros((1, 1), mx.int32)).shape[-1]
     except Exception as e:
-        raise ModelBroken(f"the model cannot run: {type(e).__name__}: {first_lines(e)}") from e
+        raise failed("the model cannot run", e) from e
     return width
-
-
-def arrays(model: Module) -> list[mx.array]:
-    flat: Any = tree_flatten(model.parameters())
-    return [array for _, array in flat]
-
-
-def dtype_name(model: Module) -> str:
-    for array in arrays(model):
-        if mx.issubdtype(array.dtype, mx.floating):
-            return str(array.dtype).rsplit(".", 1)[-1]
-    return ""
-
-
-def quantization(config: Mapping[str, Any]) -> str | None:
-    """`4-bit group 32`, or a mode's own name; None if the weights are not quantised."""
-    q = config.get("quantization") or config.get("quantization_config")
-    if not isinstance(q, Mapping):
-        return None
-    if q.get("mode", "affine") != "affine":
-        return str(q["mode"])
-    if "bits" not in q:
-        return str(q.get("quant_method", "quantised"))
-    return f"{q['bits']}-bit group {q.get('group_size', 64)}"
 
 
 def context_length(config: Mapping[str, Any], path: Path) -> int:

@@ -42,7 +42,7 @@ _SCALARS = {
     11: "q",
     12: "d",
 }
-_BOOL, _STRING, _ARRAY = 7, 8, 9
+_STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_flatten
 from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.utils import dequantize_model, load_model, make_shards, quantize_model, save_config
 
 from mlx_serving.errors import ModelBroken
+from mlx_serving.runtime.backend.weights import cast
 from mlx_serving.runtime.convert.folder import check_space, publish
 from mlx_serving.worker.jobwire import MANIFEST
 
@@ -89,7 +90,7 @@ def _converted(source: Path, options: Options) -> tuple[dict[str, mx.array], dic
             code="already_quantised",
         )
     if options.dtype:
-        _cast(model, getattr(mx, options.dtype))
+        cast(model, getattr(mx, options.dtype))
         config["torch_dtype"] = options.dtype
     if options.quantize:
         model, config = _quantized(model, config, options)
@@ -114,16 +115,6 @@ def _quantized(model: Module, config: dict[str, Any], options: Options) -> tuple
         mode=options.mode,
         quant_predicate=predicate,
     )
-
-
-def _cast(model: Any, dtype: mx.Dtype) -> None:
-    may_cast = getattr(model, "cast_predicate", lambda _: True)
-
-    def cast(name: str, array: Any) -> Any:
-        floating = isinstance(array, mx.array) and mx.issubdtype(array.dtype, mx.floating)
-        return array.astype(dtype) if floating and may_cast(name) else array
-
-    model.update(tree_map_with_path(cast, model.parameters()))
 
 
 def _write(weights: dict[str, mx.array], folder: Path, advance: Callable[[int], None]) -> None:

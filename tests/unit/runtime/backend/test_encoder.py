@@ -199,6 +199,14 @@ def test_lengths_and_prompts_are_the_folders(tmp_path: Path) -> None:
     assert load(encoders.write(tmp_path / "n"), context_length=9).info.context_length == 9
 
 
+def test_a_folder_need_not_name_a_class(tmp_path: Path) -> None:
+    folder = encoders.write(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load(folder).info.kind == "embedder"
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

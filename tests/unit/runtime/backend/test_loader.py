@@ -15,7 +15,7 @@ from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime import native
 from mlx_serving.runtime.backend.loader import check_weights, load
 from mlx_serving.runtime.backend.memory import device_memory_bytes
-from mlx_serving.runtime.backend.mlx_model import context_length, eos_token_ids, quantization
+from mlx_serving.runtime.backend.mlx_model import context_length, eos_token_ids
 from mlx_serving.runtime.backend.model import LoadedModel
 from mlx_serving.types import SamplingParams
 from mlx_serving.worker.wire import ModelOptions
@@ -158,16 +158,12 @@ def test_every_end_of_sequence_is_found(tmp_path: Path) -> None:
     assert eos_token_ids(tmp_path, {}) == (7, 8, 5)
 
 
-def test_context_and_quantization_are_read(tmp_path: Path) -> None:
+def test_the_context_is_read(tmp_path: Path) -> None:
     assert context_length({"text_config": {"max_position_embeddings": 64}}, tmp_path) == 64
     assert context_length({"n_positions": 99}, tmp_path) == 99
     assert context_length({}, tmp_path) == 8192
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 1e30}')
     assert context_length({}, tmp_path) == 8192
-    assert quantization({}) is None
-    assert quantization({"quantization": {"bits": 4, "group_size": 32}}) == "4-bit group 32"
-    assert quantization({"quantization": {"mode": "mxfp4", "bits": 4}}) == "mxfp4"
-    assert quantization({"quantization_config": {"quant_method": "bitnet"}}) == "bitnet"
 
 
 def test_the_device_says_how_much_it_has() -> None:
