@@ -12,149 +12,31 @@ from one thread.
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.nn.layers.base import Module
 
-from mlx_serving.errors import MLXServingError
 from mlx_serving.runtime.backend.adapters import Adapter, Adapters, Mix
 from mlx_serving.runtime.backend.arch import first_lines
+from mlx_serving.runtime.backend.grammar_rows import GrammarRows
 from mlx_serving.runtime.backend.judge import Judge
 from mlx_serving.runtime.backend.kv import KVStore
-from mlx_serving.runtime.backend.pooling import RowPooler, to_bytes
-from mlx_serving.runtime.backend.sampler import Draw, Sampler
+from mlx_serving.runtime.backend.pending import Forward, MLXPendingStep
+from mlx_serving.runtime.backend.pooling import RowPooler
+from mlx_serving.runtime.backend.sampler import Sampler
 from mlx_serving.runtime.backend.tier import Copies, Tier
 from mlx_serving.runtime.core.disk import DiskEvent
 from mlx_serving.runtime.core.plan import (
-    MAX_DEPTH,
-    MAX_FORCED,
     DecodeRow,
     Forced,
-    Matcher,
     PrefillChunk,
     RowStart,
-    Sampled,
     StepPlan,
-    StepResult,
 )
-
-
-@dataclass(slots=True)
-class _Forward:
-    """The logits of one forward pass, what each line of them is for, and the draw once it is made.
-
-    A line whose row is None is nobody's. `positions` are those that the drawn tokens will have.
-    """
-
-    logits: mx.array | None
-    """None: let go, for the draw is made."""
-    rows: Sequence[int | None]
-    seq_ids: Sequence[int | None]
-    positions: Sequence[int]
-    draw: Draw | None = None
-    errors: dict[int, MLXServingError] = field(default_factory=dict)
-    """By line: why the sequence cannot go on."""
-    foreseen: set[int] = field(default_factory=set)
-    """Lines whose token was known before it was drawn."""
-    host_tokens: list[int] | None = None
-
-    def tokens(self) -> list[int]:
-        """Waits for the draw. Through the array's own buffer: an operation on it would be queued
-        behind the forward passes launched since."""
-        if self.host_tokens is None:
-            assert self.draw is not None
-            self.host_tokens = np.array(self.draw.tokens).tolist()
-        return self.host_tokens
-
-    def result(self) -> list[Sampled]:
-        assert self.draw is not None
-        tokens, logprobs = self.tokens(), self.draw.logprobs()
-        return [
-            Sampled(
-                seq_id,
-                [tokens[i]],
-                [logprobs[i]] if i in logprobs else None,
-                self.errors.get(i),
-            )
-            for i, seq_id in enumerate(self.seq_ids)
-            if seq_id is not None
-        ]
-
-
-class MLXPendingStep:
-    """A launched step. `wait` blocks on its tokens only, not on steps launched after it.
-
-    `settle` makes the draws that wait for a mask: it is called unless the next launch came first.
-    `pooled`: vectors by seq_id.
-    """
-
-    def __init__(
-        self,
-        step_id: int,
-        forwards: list[_Forward],
-        pooled: dict[int, mx.array],
-        effect: Sequence[mx.array],
-        settle: Callable[[], None],
-        collect: Callable[[], Sequence[DiskEvent]],
-    ) -> None:
-        self._step_id = step_id
-        self._collect = collect
-        self._forwards = forwards
-        self._pooled = pooled
-        self._effect = effect
-        """Stands for the step where nothing was sampled. Of its own: the runner's arrays go on to be
-        those of later steps, and waiting for them would be waiting for those."""
-        self._settle = settle
-
-    def wait(self) -> StepResult:
-        if any(forward.draw is None for forward in self._forwards):
-            self._settle()
-        draws = [f.draw.arrays() for f in self._forwards if f.draw is not None]
-        mx.eval(list(self._effect), draws, list(self._pooled.values()))
-        sampled = [one for forward in self._forwards for one in forward.result()]
-        sampled += [Sampled(i, [], vector=to_bytes(vector)) for i, vector in self._pooled.items()]
-        return StepResult(self._step_id, sampled, self._collect())
-
-
-@dataclass(slots=True)
-class _Constrained:
-    """A row with a grammar: its matcher, and where the token is that it has not seen yet."""
-
-    matcher: Matcher
-    foreseeable: bool = False
-    drawn: tuple[_Forward, int] | None = None
-    """(forward, line): the token may still be on the device."""
-    recent: deque[int] = field(default_factory=partial(deque, maxlen=MAX_DEPTH))
-    """The last tokens that it has seen: the host may know fewer."""
-
-    def mask(self) -> bytes | None:
-        if self.drawn is not None:
-            forward, line = self.drawn
-            token = forward.tokens()[line]
-            self.matcher.accept(token)
-            self.recent.append(token)
-            self.drawn = None
-        return self.matcher.mask()
-
-    def foresee(self, forward: _Forward, line: int) -> Forced | None:
-        """What follows the token that the forward pass will draw, and that token. It is accepted."""
-        run = self.matcher.forced(MAX_FORCED) if self.foreseeable else []
-        if not run:
-            return None
-        forward.foreseen.add(line)
-        before = tuple(self.recent)
-        self.recent.extend(run)
-        seq_id = forward.seq_ids[line]
-        if len(run) == 1 or seq_id is None:
-            return None
-        return Forced(seq_id, forward.positions[line] - len(before), (*before, *run))
 
 
 class MLXRunner:
@@ -198,13 +80,9 @@ class MLXRunner:
         self.sampler = sampler
         self._last = mx.zeros((max_rows,), mx.int32)
         """Each row's newest sampled token."""
-        self._constrained: dict[int, _Constrained] = {}
-        """By row."""
-        self._undrawn: list[_Forward] = []
+        self._grammars = GrammarRows(foresight)
+        self._undrawn: list[Forward] = []
         """Of the newest step."""
-        self._foresight = foresight
-        self._foreseen: list[Forced] = []
-        """Not yet told."""
         self._adapters = adapters
         self._adapted: dict[int, Adapter] = {}
         """By row."""
@@ -212,8 +90,7 @@ class MLXRunner:
     def foresee(self) -> list[Forced]:
         """Makes the draws that wait for a mask, and tells what the masks said of later ones."""
         self._settle()
-        told, self._foreseen = self._foreseen, []
-        return told
+        return self._grammars.foreseen()
 
     def launch(self, plan: StepPlan) -> MLXPendingStep:
         self._settle()
@@ -224,7 +101,7 @@ class MLXRunner:
         for row in plan.frees:
             self.store.free(row)
             self.sampler.free(row)
-            self._constrained.pop(row, None)
+            self._grammars.free(row)
             self._adapted.pop(row, None)
             self._pooler.free(row)
         for source, target in plan.moves:
@@ -236,7 +113,7 @@ class MLXRunner:
             self.store.start(start.row, len(start.token_ids))
         for start in plan.starts:
             self._start(start)
-        forwards: list[_Forward] = []
+        forwards: list[Forward] = []
         pooled: dict[int, mx.array] = {}
         for chunk in plan.prefill:
             if chunk.pooled:
@@ -259,7 +136,7 @@ class MLXRunner:
     def _collect(self, copies: Copies | None, wait: bool) -> Sequence[DiskEvent]:
         return () if self._tier is None else self._tier.collect(copies, wait=wait)
 
-    def _enqueue(self, forwards: Sequence[_Forward]) -> None:
+    def _enqueue(self, forwards: Sequence[Forward]) -> None:
         """Start computing what was built. Once for each forward pass: while an earlier one's reads
         of a slab are merely planned, a later one's write would copy the slab. The slabs are named
         because a chunk that samples nothing is reached only through them."""
@@ -270,37 +147,19 @@ class MLXRunner:
         """Make the newest step's draws that were put off."""
         forwards, self._undrawn = self._undrawn, []
         for forward in forwards:
-            self._draw(forward, self._masks(forward))
+            self._draw(forward, self._grammars.masks(forward))
         if forwards:
             self._enqueue(forwards)
 
-    def _masks(self, forward: _Forward) -> dict[int, bytes]:
-        masks = {}
-        for line, row in enumerate(forward.rows):
-            constrained = None if row is None else self._constrained.get(row)
-            if constrained is not None:
-                try:
-                    mask = constrained.mask()
-                except MLXServingError as error:
-                    forward.errors[line] = error
-                else:
-                    if mask is not None:
-                        masks[line] = mask
-                        if (forced := constrained.foresee(forward, line)) is not None:
-                            self._foreseen.append(forced)
-        return masks
-
-    def _draw(self, forward: _Forward, masks: dict[int, bytes] | None = None) -> None:
+    def _draw(self, forward: Forward, masks: dict[int, bytes] | None = None) -> None:
         logits, forward.logits = forward.logits, None
         assert logits is not None
         draw = forward.draw = self.sampler.sample(logits, forward.rows, forward.positions, masks)
         self._keep(draw.tokens, forward.rows)
-        for line, row in enumerate(forward.rows) if self._constrained else ():
-            if row in self._constrained and line not in forward.foreseen:
-                self._constrained[row].drawn = forward, line
+        self._grammars.drew(forward)
 
-    def _sampled(self, forward: _Forward) -> _Forward:
-        if self._constrained and any(row in self._constrained for row in forward.rows):
+    def _sampled(self, forward: Forward) -> Forward:
+        if self._grammars.among(forward.rows):
             self._undrawn.append(forward)
         else:
             self._draw(forward)
@@ -319,9 +178,8 @@ class MLXRunner:
             self._tier.reset()
         self.store.reset()
         self.sampler.reset()
-        self._constrained.clear()
+        self._grammars.reset()
         self._undrawn.clear()
-        self._foreseen.clear()
         self._adapted.clear()
         self._pooler.reset()
         self._last = mx.zeros((self._max_rows,), mx.int32)
@@ -351,11 +209,7 @@ class MLXRunner:
             # Now, so that no copy still reads the pool when blocks are next published.
             self._enqueue(())
         self.sampler.start(start)
-        if start.constraint is not None:
-            output = start.token_ids[start.prompt_len :]
-            matcher = start.constraint.matcher(output)
-            foreseeable = self._foresight and start.foreseeable
-            self._constrained[start.row] = _Constrained(matcher, foreseeable)
+        self._grammars.start(start)
         if start.adapter is not None:
             assert self._adapters is not None
             self._adapted[start.row] = self._adapters[start.adapter]
@@ -365,17 +219,16 @@ class MLXRunner:
         self.sampler.move(source, target)
         self._last[target] = self._last[source]
         self._pooler.move(source, target)
-        if source in self._constrained:
-            self._constrained[target] = self._constrained.pop(source)
+        self._grammars.move(source, target)
         if source in self._adapted:
             self._adapted[target] = self._adapted.pop(source)
 
-    def _prefill(self, chunk: PrefillChunk) -> list[_Forward]:
+    def _prefill(self, chunk: PrefillChunk) -> list[Forward]:
         logits = self.forward_row(chunk.row, mx.array([chunk.token_ids]), chunk.start)
         if not chunk.samples:
             return []
         position = chunk.start + len(chunk.token_ids)
-        return [self._sampled(_Forward(logits, [chunk.row], [chunk.seq_id], [position]))]
+        return [self._sampled(Forward(logits, [chunk.row], [chunk.seq_id], [position]))]
 
     def _pool(self, chunk: PrefillChunk) -> dict[int, mx.array]:
         """The vector by seq_id once the chunk reaches the text's end. Started at once, as its slabs
@@ -394,7 +247,7 @@ class MLXRunner:
         mx.async_eval(state)
         return {chunk.seq_id: state} if chunk.samples else {}
 
-    def _decode(self, rows: Sequence[DecodeRow]) -> Iterator[_Forward]:
+    def _decode(self, rows: Sequence[DecodeRow]) -> Iterator[Forward]:
         """Each is to be enqueued before the next is built."""
         for row in rows:
             self.sampler.count(row.row, row.forced)
@@ -405,7 +258,7 @@ class MLXRunner:
         for group in self._groups([row for row in rows if row.position > 0]):
             yield from self._decode_group(group)
 
-    def _decode_group(self, rows: Sequence[DecodeRow]) -> Iterator[_Forward]:
+    def _decode_group(self, rows: Sequence[DecodeRow]) -> Iterator[Forward]:
         if not self.store.ragged or self._exact_rows:
             yield from (self._decode_alone(row) for row in rows if row.forced)
             rows = [row for row in rows if not row.forced]
@@ -426,20 +279,20 @@ class MLXRunner:
             groups.setdefault(kind, []).append(row)
         return list(groups.values())
 
-    def _decode_first(self, row: DecodeRow) -> list[_Forward]:
+    def _decode_first(self, row: DecodeRow) -> list[Forward]:
         assert row.token_id is not None
         chunk = PrefillChunk(row.row, row.seq_id, (row.token_id,), 0, samples=True)
         return self._prefill(chunk)
 
-    def _decode_alone(self, row: DecodeRow) -> _Forward:
+    def _decode_alone(self, row: DecodeRow) -> Forward:
         if row.token_id is None:
             token = self._last[row.row : row.row + 1]
         else:
             token = mx.array([row.token_id, *row.forced], dtype=mx.int32)
         logits = self.forward_row(row.row, token[None], row.position)
-        return self._sampled(_Forward(logits, [row.row], [row.seq_id], [row.last + 1]))
+        return self._sampled(Forward(logits, [row.row], [row.seq_id], [row.last + 1]))
 
-    def _decode_batch(self, rows: Sequence[DecodeRow]) -> _Forward:
+    def _decode_batch(self, rows: Sequence[DecodeRow]) -> Forward:
         lines = max(self._exact_rows, rows[-1].row + 1)
         assert all(a.row < b.row for a, b in itertools.pairwise(rows)), rows
         tokens = self._inputs(rows, lines)
@@ -457,7 +310,7 @@ class MLXRunner:
             at[row.row] = row.row
             seq_ids[row.row] = row.seq_id
             positions[row.row] = row.last + 1
-        return self._sampled(_Forward(logits, at, seq_ids, positions))
+        return self._sampled(Forward(logits, at, seq_ids, positions))
 
     def _with_adapters(self, rows: Sequence[DecodeRow], lines: int) -> AbstractContextManager[None]:
         """Of rows that are decoded together, each on its line and on those behind `lines` that hold its
