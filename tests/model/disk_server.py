@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_serving.runtime.backend.disk import DiskFolder, Files
-from mlx_serving.runtime.backend.kv import KVLayer, MakeKVLayer
+from mlx_serving.runtime.backend.kv_layers import KVLayer, MakeKVLayer
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.backend.tier import Tier, to_device
 from mlx_serving.runtime.core import invariants

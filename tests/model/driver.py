@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_serving.errors import MLXServingError
 from mlx_serving.runtime.backend.arch import head_on_last, make_store
-from mlx_serving.runtime.backend.kv import KVLayer, MakeKVLayer
+from mlx_serving.runtime.backend.kv_layers import KVLayer, MakeKVLayer
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.backend.sampler import Sampler
 from mlx_serving.runtime.backend.space import Space

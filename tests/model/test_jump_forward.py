@@ -15,7 +15,7 @@ import pytest
 import byte_vocabulary
 from mlx_serving.runtime import native
 from mlx_serving.runtime.backend.grammar import Grammars
-from mlx_serving.runtime.backend.kv import KVLayer, MakeKVLayer
+from mlx_serving.runtime.backend.kv_layers import KVLayer, MakeKVLayer
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.types import Grammar, SamplingParams
 from model import zoo

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_serving.runtime import native
-from mlx_serving.runtime.backend.kv import KVLayer, MakeKVLayer, RowSlots
+from mlx_serving.runtime.backend.kv import RowSlots
+from mlx_serving.runtime.backend.kv_layers import KVLayer, MakeKVLayer
 from mlx_serving.runtime.backend.runner import MLXRunner
 from mlx_serving.runtime.core import invariants
 from mlx_serving.runtime.core.plan import Limits, PrefillChunk, Publish, RowStart, StepPlan

@@ -15,7 +15,8 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_serving.runtime import native
 from mlx_serving.runtime.backend.arch import make_store
-from mlx_serving.runtime.backend.kv import KVLayer, KVStore
+from mlx_serving.runtime.backend.kv import KVStore
+from mlx_serving.runtime.backend.kv_layers import KVLayer
 from mlx_serving.runtime.native import ops
 from mlx_serving.types import SamplingParams
 from model import zoo

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime import native
-from mlx_serving.runtime.backend.kv import MakeKVLayer
+from mlx_serving.runtime.backend.kv_layers import MakeKVLayer
 from mlx_serving.runtime.backend.loader import load
 from mlx_serving.runtime.backend.quantized_kv import FORMATS, KVFormat, QuantizedLayer
 from mlx_serving.types import KVBits, SamplingParams

@@ -15,13 +15,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from mlx_serving.runtime.backend.kv import (
-    KVLayer,
-    KVStore,
-    MakeKVLayer,
-    RowSlots,
-    UnsupportedCache,
-)
+from mlx_serving.runtime.backend.kv import KVStore, RowSlots, UnsupportedCache
+from mlx_serving.runtime.backend.kv_layers import KVLayer, MakeKVLayer
 from mlx_serving.runtime.backend.separate_rows import SeparateRows
 
 

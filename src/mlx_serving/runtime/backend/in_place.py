@@ -14,7 +14,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from mlx_serving.runtime.backend.kv import KVLayer, KVStore, MakeKVLayer
+from mlx_serving.runtime.backend.kv import KVStore
+from mlx_serving.runtime.backend.kv_layers import KVLayer, MakeKVLayer
 from mlx_serving.runtime.backend.quantized_kv import (
     AS_COMPUTED,
     FORMATS,

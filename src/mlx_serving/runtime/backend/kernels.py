@@ -12,7 +12,8 @@ from mlx.nn.layers.base import Module
 
 from mlx_serving.errors import ModelBroken
 from mlx_serving.runtime.backend.arch import make_store
-from mlx_serving.runtime.backend.kv import KVLayer, KVStore, MakeKVLayer
+from mlx_serving.runtime.backend.kv import KVStore
+from mlx_serving.runtime.backend.kv_layers import KVLayer, MakeKVLayer
 from mlx_serving.runtime.backend.quantized_kv import AS_COMPUTED, KVFormat, QuantizedLayer
 from mlx_serving.runtime.backend.sampler import Sampler
 from mlx_serving.runtime.backend.space import Space

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_serving.errors import ModelBroken
-from mlx_serving.runtime.backend.kv import KVLayer, KVStore, RowSlots
+from mlx_serving.runtime.backend.kv import KVStore, RowSlots
+from mlx_serving.runtime.backend.kv_layers import KVLayer
 from mlx_serving.runtime.backend.views import Rows
 from mlx_serving.types import KVBits
 

@@ -16,7 +16,8 @@ from mlx_serving.runtime.backend.in_place import (
     QuantizedInPlaceLayer,
     attends_in_place,
 )
-from mlx_serving.runtime.backend.kv import KVLayer, RowSlots
+from mlx_serving.runtime.backend.kv import RowSlots
+from mlx_serving.runtime.backend.kv_layers import KVLayer
 from mlx_serving.runtime.backend.quantized_kv import AS_COMPUTED, KVFormat
 from mlx_serving.runtime.backend.separate_rows import SeparateRows
 from mlx_serving.runtime.native.slab import RowMask, scaled_dot_product_attention

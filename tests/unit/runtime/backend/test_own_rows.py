@@ -14,7 +14,8 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 
 from mlx_serving.runtime import native
 from mlx_serving.runtime.backend.in_place import InPlaceLayer
-from mlx_serving.runtime.backend.kv import KVLayer, MakeKVLayer, RowSlots
+from mlx_serving.runtime.backend.kv import RowSlots
+from mlx_serving.runtime.backend.kv_layers import KVLayer, MakeKVLayer
 from mlx_serving.runtime.native import ops
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why())

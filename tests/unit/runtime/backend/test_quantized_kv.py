@@ -15,7 +15,8 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from mlx_serving.runtime import native
-from mlx_serving.runtime.backend.kv import MakeKVLayer, RowSlots
+from mlx_serving.runtime.backend.kv import RowSlots
+from mlx_serving.runtime.backend.kv_layers import MakeKVLayer
 from mlx_serving.runtime.backend.prefix import PrefixPlan
 from mlx_serving.runtime.backend.quantized_kv import (
     FORMATS,
