@@ -3,17 +3,11 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "mlx_task.h"
 #include "primitives.h"
 
 namespace ms {
 namespace {
-Type type_of(const mx::array& a) {
-  if (a.dtype() == mx::float32) return Type::f32;
-  if (a.dtype() == mx::float16) return Type::f16;
-  if (a.dtype() == mx::bfloat16) return Type::bf16;
-  throw std::invalid_argument("native: expected float32, float16 or bfloat16");
-}
-
 mx::array ready(const mx::array& a) {
   // Evaluated where it already lives: a scheduler thread has no stream to wait on.
   mx::array c = mx::contiguous(a, false, mx::Device(mx::Device::cpu));
@@ -51,12 +45,10 @@ bool survives(Type t, const std::vector<float>& v) {
 
 std::vector<float> floats(const mx::array& a) {
   std::vector<float> v(a.size());
-  kernels().to_float(type_of(a), a.data<void>(), 1, v.data(), int64_t(a.size()));
+  kernels().to_float(type_of(a.dtype()), a.data<void>(), 1, v.data(), int64_t(a.size()));
   return v;
 }
-}  // namespace
 
-namespace {
 // Codes of `bits` bits, lowest first, one after another.
 void read_codes(const uint8_t* src, int64_t first, int count, int bits, uint8_t* out) {
   for (int i = 0; i < count; i++) {
@@ -75,6 +67,20 @@ void place_codes(const uint8_t* codes, int group, int bits, int column, uint8_t*
   }
   for (int i = 0; i < group; i += 8)
     for (int j = 0; j < 4; j++) q[i / 8 * 64 + column * 4 + j] = uint8_t(codes[i + j] | codes[i + j + 4] << 4);
+}
+
+// Codes of 4 bits, eight a word: what read_codes and place_codes do, several times faster.
+void place_nibbles(const uint8_t* src, int group, int column, uint8_t* q) {
+  const auto spread = [](uint32_t x) {
+    x = (x | x << 8) & 0x00FF00FFu;
+    return (x | x << 4) & 0x0F0F0F0Fu;
+  };
+  for (int i = 0; i < group; i += 8) {
+    uint32_t word;
+    memcpy(&word, src + i / 2, 4);
+    const uint32_t placed = spread(word & 0xFFFF) | spread(word >> 16) << 4;
+    memcpy(q + i / 8 * 64 + column * 4, &placed, 4);
+  }
 }
 
 // The mx formats' scales are exponents, nvfp4's are E4M3.
@@ -146,13 +152,19 @@ PackedPtr Packed::quantized(const mx::array& w_, const mx::array& scales_, const
         for (int c = 0; c < kLanes && block * kLanes + c < n; c++) {
           const size_t row = size_t(block) * kLanes + c;
           kern.from_float(meta.scale_type, &s[row * groups + g], p + c * es, 1);
-          read_codes(packed + row * row_bytes, int64_t(g) * group, group, bits, codes);
-          if (kind == Codes::fp8) {
-            for (int i = 0; i < group; i++) p[(es + i) * kLanes + c] = codes[i];
+          if (kind != Codes::fp8) kern.from_float(meta.scale_type, &b[row * groups + g], p + (kLanes + c) * es, 1);
+          const uint8_t* src = packed + row * row_bytes;
+          uint8_t* q = p + meta.affine_bytes();
+          if (bits == 4) {
+            place_nibbles(src + size_t(g) * group / 2, group, c, q);
             continue;
           }
-          kern.from_float(meta.scale_type, &b[row * groups + g], p + (kLanes + c) * es, 1);
-          place_codes(codes, group, meta.bits, c, p + 2 * kLanes * es);
+          read_codes(src, int64_t(g) * group, group, bits, codes);
+          if (kind == Codes::fp8) {
+            for (int i = 0; i < group; i++) q[i * kLanes + c] = codes[i];
+          } else {
+            place_codes(codes, group, meta.bits, c, q);
+          }
         }
       }
     }
@@ -165,7 +177,7 @@ PackedPtr Packed::dense(const mx::array& w_) {
   const mx::array w = ready(w_);
   Weight meta;
   meta.n = w.shape(0), meta.k = w.shape(1);
-  meta.scale_type = type_of(w);
+  meta.scale_type = type_of(w.dtype());
   meta.bits = 8 * size_of(meta.scale_type);
   mx::array data = bytes_array(meta.bytes());
   uint8_t* out = data.data<uint8_t>();
