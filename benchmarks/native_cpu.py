@@ -1,15 +1,17 @@
 """Tokens per second of the native kernels in-process: prefill of 512, and decoding of 1, 8 and 16 streams.
 
-    python benchmarks/native_cpu.py MODEL_DIR [--mode exact] [--unfused] [--threads N] [--stock]
+    python benchmarks/native_cpu.py MODEL_DIR [--mode exact] [--unfused] [--threads N] [--stock] [--isa NAME ...]
 
 Reports medians and the best of each; on a machine shared with others the best says more about the
 kernels, the median about the machine. `--stock` measures mlx-lm as installed in the same process.
+`--isa amx --isa avx512` measures both in turn and compares them, round by round.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +23,13 @@ from mlx_lm import load
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_serving.runtime import native
-from mlx_serving.runtime.native import ops
+from mlx_serving.runtime.native import _load, ops
 from mlx_serving.runtime.native.install import accelerate
 from mlx_serving.runtime.native.slab import PLAIN, RowMask
 
 PROMPT = 512
 CONTEXT = 80
+ROUNDS = 5
 
 
 class Slab:
@@ -119,6 +122,26 @@ def report(name: str, seconds: dict[str, list[float]]) -> None:
         )
 
 
+def measure_isas(
+    isas: list[str], of_one: Callable[[], dict[str, list[float]]]
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds by instruction set; if there are several, in rounds of all of them."""
+    seconds: dict[str, dict[str, list[float]]] = {isa: {} for isa in isas}
+    medians: dict[str, dict[str, list[float]]] = {isa: {} for isa in isas}
+    for _ in range(1 if len(isas) == 1 else ROUNDS):
+        for isa in isas:
+            if not _load.require().force_isa(isa):
+                raise SystemExit(f"{isa} is not one of {_load.require().isas()}")
+            for what, times in of_one().items():
+                seconds[isa].setdefault(what, []).extend(times)
+                medians[isa].setdefault(what, []).append(statistics.median(times))
+    for isa in isas[1:]:
+        for what, times in medians[isas[0]].items():
+            ratios = [b / a for a, b in zip(times, medians[isa][what], strict=True)]
+            print(f"{isas[0]} against {isa}: {what} {statistics.median(ratios):.2f} times as fast")
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
@@ -128,6 +151,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--stock", action="store_true")
     parser.add_argument("--rounds", type=int, default=48)
+    parser.add_argument("--isa", action="append", help="of this CPU's; several are compared")
     parser.add_argument("--json", action="store_true", help="tokens per second over all rounds")
     args = parser.parse_args()
     mx.set_default_device(mx.Device(mx.cpu))
@@ -145,12 +169,14 @@ def main() -> None:
     def slabs(rows: int, capacity: int) -> list[Any]:
         return [Slab(rows, capacity, not args.unfused) for _ in model.layers]
 
-    seconds = measure(model, ids, slabs, args.rounds)
-    if args.json:
-        rates = {k: int(k.split()[1]) * len(v) / sum(v) for k, v in seconds.items()}
-        print(json.dumps(rates))
-    else:
-        report(f"native {args.mode}", seconds)
+    isas = args.isa or [native.isa()]
+    each = measure_isas(isas, lambda: measure(model, ids, slabs, args.rounds))
+    for isa, seconds in each.items():
+        if args.json:
+            rates = {k: int(k.split()[1]) * len(v) / sum(v) for k, v in seconds.items()}
+            print(json.dumps(rates))
+        else:
+            report(f"{isa} {args.mode}", seconds)
 
 
 if __name__ == "__main__":

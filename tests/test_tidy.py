@@ -173,6 +173,7 @@ def test_settings_that_the_docs_name_exist() -> None:
 
     known = {env_name(name) for name in FIELDS} | {
         "MLX_SERVING_CONFIG",
+        "MLX_SERVING_AMX",
         "MLX_SERVING_REQUIRE_NATIVE",
     }
     named = set(re.findall(r"\bMLX_SERVING_[A-Z_]*[A-Z]\b(?!_?\*)", "\n".join(DOCS.values())))

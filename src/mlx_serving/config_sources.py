@@ -176,7 +176,7 @@ def _finish(
 
 # ------------------------------------------------------------------- environment
 
-_NOT_SETTINGS = frozenset({"CONFIG", "REQUIRE_NATIVE"})
+_NOT_SETTINGS = frozenset({"AMX", "CONFIG", "REQUIRE_NATIVE"})
 """MLX_SERVING_ variables that mean something else than a field."""
 
 

@@ -120,6 +120,7 @@ def test_variables_that_are_not_settings() -> None:
     env = {
         "MLX_SERVING_TEST_MODEL_DIR": "x",
         "MLX_SERVING_REQUIRE_NATIVE": "1",
+        "MLX_SERVING_AMX": "0",
         "MLX_SERVING_PORT": "",
         "MLX_SERVING_HOME": "h",
         "MLX_SERVING_MODELS": "a, b",

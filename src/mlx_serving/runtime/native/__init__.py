@@ -24,11 +24,12 @@ def describe() -> tuple[bool, str]:
     """Whether the kernels can be used, and what they use or why not, for people to read."""
     if not available():
         return False, why()
-    return True, f"{isa()}, {threads()} threads"
+    _, amx = _load.require().amx()
+    return True, f"{isa()}{f' (AMX is not used: {amx})' if amx else ''}, {threads()} threads"
 
 
 def isa() -> str:
-    """The instruction set in use: avx512, avxvnni, avx2 or generic."""
+    """The instruction set in use: amx, avx512, avxvnni, avx2 or generic."""
     return str(_load.require().isa())
 
 

@@ -14,7 +14,7 @@ MLX_VERSION = "0.32.4"
 so it is compared before the module is loaded."""
 
 
-INTERFACE = 4
+INTERFACE = 5
 """What the module must be able to do, as in primitives.h: a module left from an earlier build has
 another number."""
 
@@ -41,8 +41,13 @@ def _find() -> tuple[Any, str]:
             return None, "not built: the package was installed without running its build"
         warnings.warn(f"native CPU kernels are off: {error}", RuntimeWarning, stacklevel=2)
         return None, f"cannot be loaded: {error}"
+    return check(module)
+
+
+def check(module: Any) -> tuple[Any, str]:
+    """The module, or None and why it cannot be used."""
     if module.mlx_version != MLX_VERSION:
-        reason = f"built with MLX {module.mlx_version}, but {installed} is installed"
+        reason = f"built with MLX {module.mlx_version}, but {MLX_VERSION} is installed"
         warnings.warn(f"native CPU kernels are off: {reason}", RuntimeWarning, stacklevel=2)
         return None, reason
     if getattr(module, "interface", 1) != INTERFACE:
@@ -51,6 +56,9 @@ def _find() -> tuple[Any, str]:
         return None, reason
     if module.isa() == "generic" and platform.machine() in ("x86_64", "AMD64"):
         return None, "the CPU lacks AVX2, FMA or F16C"
+    faulty, why = module.amx()
+    if faulty:
+        warnings.warn(f"AMX is not used: {why}", RuntimeWarning, stacklevel=2)
     return module, ""
 
 

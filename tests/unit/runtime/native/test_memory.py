@@ -10,17 +10,21 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).parents[4] / "src/mlx_serving/runtime/native/csrc"
+AVX512 = [
+    "-DMS_ISA_AVX512",
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),
+]
+TILES = ["-mamx-tile", "-mamx-int8"]
 ARM_ISAS: dict[str, list[str]] = {"generic": [], "neondot": ["-march=armv8.2-a+dotprod"]}
 ISAS: dict[str, list[str]] = {
     "generic": [],
     "avx2": ["-DMS_ISA_AVX2", "-mavx2", "-mfma", "-mf16c"],
     "avxvnni": ["-DMS_ISA_AVX2", "-DMS_ISA_AVXVNNI", "-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
-    "avx512": [
-        "-DMS_ISA_AVX512",
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
-        *("-mfma", "-mf16c"),
-    ],
+    "avx512": AVX512,
+    "amx": [*AVX512, *TILES],
 }
+SHARED = ("check", "dispatch", "ops", "pool")
+X86_ONLY = ("amx", "amx_emulator", "check_amx")
 
 
 def build_and_run(folder: Path, flags: list[str]) -> subprocess.CompletedProcess[str]:
@@ -39,12 +43,13 @@ def build(folder: Path, compiler: str, flags: list[str], isas: dict[str, list[st
     jobs = []
     for name, isa in isas.items():
         define = [f"-DMS_NS=ms_{name}", f'-DMS_NAME="{name}"', *isa]
-        output = folder / f"isa_{name}.o"
-        jobs.append([*common, *define, str(SOURCES / "kernels_isa.cpp"), "-o", str(output)])
-    for name in ("check", "dispatch", "ops", "pool"):
-        define = ["-DMS_ARM" if "neondot" in isas else "-DMS_X86"]
-        output = folder / f"{name}.o"
-        jobs.append([*common, *define, str(SOURCES / f"{name}.cpp"), "-o", str(output)])
+        source = SOURCES / ("kernels_amx.cpp" if name == "amx" else "kernels_isa.cpp")
+        jobs.append([*common, *define, str(source), "-o", str(folder / f"isa_{name}.o")])
+    arm = "neondot" in isas
+    for name in SHARED if arm else SHARED + X86_ONLY:
+        define = ["-DMS_ARM"] if arm else ["-DMS_X86", *(TILES if name == "check_amx" else [])]
+        source, output = SOURCES / f"{name}.cpp", folder / f"{name}.o"
+        jobs.append([*common, *define, str(source), "-o", str(output)])
     for job in jobs:
         subprocess.run(job, check=True, timeout=600)
     binary = folder / "check"

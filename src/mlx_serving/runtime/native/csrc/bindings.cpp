@@ -18,7 +18,8 @@ NB_MODULE(_native, m) {
   m.attr("interface") = kInterface;
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("isas", [] { return std::string(isa_names()); });
-  m.def("force_isa", [](const std::string& name) { return force_isa(name.c_str()); }, "name"_a);
+  m.def("force_isa", [](const std::string& name, bool emulated) { return force_isa(name.c_str(), emulated); }, "name"_a, "emulated"_a = false);
+  m.def("amx", [] { return nb::make_tuple(amx_use().faulty, amx_use().why); });
   m.def("threads", [] { return Pool::get().threads(); });
   m.def("set_threads", [](int n) { Pool::get().set_threads(n); }, "n"_a);
   m.def("available_threads", &available_threads);

@@ -215,47 +215,67 @@ void check_sampling(bool end, int n) {
         expect(got >= 0 && got < n && (top_k != 1 || got == want), "draw of " + std::to_string(n));
       }
 }
+
+// Everything, with the instruction set in use.
+void check_matmuls(bool end, const std::vector<int>& rows_of_each) {
+  for (int rows : rows_of_each)
+    for (Type t : {Type::f32, Type::f16, Type::bf16}) {
+      for (int bits : {4, 8})
+        for (int group : {32, 64, 128})
+          for (Mode m : {Mode::exact, Mode::fast, Mode::f32}) check_matmul(end, 37, 2 * group, bits, group, rows, t, m);
+      for (Mode m : {Mode::exact, Mode::fast, Mode::f32}) {
+        check_matmul(end, 37, 64, 4, 32, rows, t, m, Codes::fp4);
+        check_matmul(end, 37, 48, 4, 16, rows, t, m, Codes::fp4);
+      }
+      check_matmul(end, 83, 96, 8, 32, rows, t, Mode::f32, Codes::fp8);
+      check_matmul(end, 83, 19, t == Type::f32 ? 32 : 16, 0, rows, t, Mode::exact);
+    }
+}
+
+void check_others(bool end) {
+  for (int rows : {1, 5, 40}) check_experts(end, rows);
+  for (int k : {1, 2, 15, 16, 17, 31, 32, 46, 64, 100}) check_rows(end, k);
+  for (int n : {1, 2, 15, 16, 17, 100, 1024, 1025, 2050}) check_sampling(end, n);
+  for (Type t : {Type::f32, Type::f16, Type::bf16})
+    for (int window : {0, 3, 70})
+      for (int length : {1, 7, 37}) {
+        check_attention(end, plain(t, 32), plain(t, 16), length, 0, window);
+        check_attention(end, plain(t, 16), plain(t, 48), length, 61, window);
+        check_attention(end, plain(t, 64), plain(t, 64), length, 300, window);
+        check_attention(end, coded(t, 64, 8, 64), coded(t, 96, 4, 32), length, 61, window);
+        check_attention(end, coded(t, 32, 4, 32), plain(t, 16), length, 0, window);
+        check_attention(end, plain(t, 32), plain(t, 16), length, 61, window, true);
+        check_attention(end, coded(t, 64, 8, 64), coded(t, 32, 4, 32), length, 300, window, true);
+      }
+  for (Type t : {Type::f32, Type::f16, Type::bf16})
+    for (int bits : {4, 8})
+      for (int group : {32, 64}) check_line(end, coded(t, 3 * group, bits, group));
+}
 }  // namespace
 
+#if defined(MS_X86)
+extern "C" int emulate_amx();
+int check_amx();
+#endif
+
 int main() {
-  std::string names = isa_names();
+  const std::string names = isa_names();
   std::printf("%s\n", names.c_str());
   for (size_t at = 0; at < names.size();) {
     const size_t comma = std::min(names.find(',', at), names.size());
     if (!force_isa(names.substr(at, comma - at).c_str())) return 2;
     at = comma + 1;
-    for (bool end : {true, false}) {
-      for (int rows : {1, 3, 8, 15})
-        for (Type t : {Type::f32, Type::f16, Type::bf16}) {
-          for (int bits : {4, 8})
-            for (int group : {32, 64, 128})
-              for (Mode m : {Mode::exact, Mode::fast, Mode::f32}) check_matmul(end, 37, 2 * group, bits, group, rows, t, m);
-          for (Mode m : {Mode::exact, Mode::fast, Mode::f32}) {
-            check_matmul(end, 37, 64, 4, 32, rows, t, m, Codes::fp4);
-            check_matmul(end, 37, 48, 4, 16, rows, t, m, Codes::fp4);
-          }
-          check_matmul(end, 83, 96, 8, 32, rows, t, Mode::f32, Codes::fp8);
-          check_matmul(end, 83, 19, t == Type::f32 ? 32 : 16, 0, rows, t, Mode::exact);
-        }
-      for (int rows : {1, 5, 40}) check_experts(end, rows);
-      for (int k : {1, 2, 15, 16, 17, 31, 32, 46, 64, 100}) check_rows(end, k);
-      for (int n : {1, 2, 15, 16, 17, 100, 1024, 1025, 2050}) check_sampling(end, n);
-      for (Type t : {Type::f32, Type::f16, Type::bf16})
-        for (int window : {0, 3, 70})
-          for (int length : {1, 7, 37}) {
-            check_attention(end, plain(t, 32), plain(t, 16), length, 0, window);
-            check_attention(end, plain(t, 16), plain(t, 48), length, 61, window);
-            check_attention(end, plain(t, 64), plain(t, 64), length, 300, window);
-            check_attention(end, coded(t, 64, 8, 64), coded(t, 96, 4, 32), length, 61, window);
-            check_attention(end, coded(t, 32, 4, 32), plain(t, 16), length, 0, window);
-            check_attention(end, plain(t, 32), plain(t, 16), length, 61, window, true);
-            check_attention(end, coded(t, 64, 8, 64), coded(t, 32, 4, 32), length, 300, window, true);
-          }
-      for (Type t : {Type::f32, Type::f16, Type::bf16})
-        for (int bits : {4, 8})
-          for (int group : {32, 64}) check_line(end, coded(t, 3 * group, bits, group));
-    }
+    for (bool end : {true, false}) check_matmuls(end, {1, 3, 8, 15}), check_others(end);
   }
+#if defined(MS_X86)
+  const bool emulated = names.find("avx512") != std::string::npos && emulate_amx();
+  if (emulated || amx_use().on) {
+    std::printf("amx%s\n", emulated ? ", emulated" : "");
+    failures += check_amx();
+    if (!force_isa("amx", emulated)) return 2;
+    for (bool end : {true, false}) check_matmuls(end, {16, 19, 23});
+  }
+#endif
   std::printf(failures ? "%d checks failed\n" : "ok\n", failures);
   return failures ? 1 : 0;
 }

@@ -17,7 +17,12 @@ extern const ms::Kernels table;
 namespace ms_avx512 {
 extern const ms::Kernels table;
 }
+namespace ms_amx {
+extern const ms::Kernels table;
+}
 #include <cpuid.h>
+
+#include "amx.h"
 #elif defined(MS_ARM)
 namespace ms_neondot {
 extern const ms::Kernels table;
@@ -43,16 +48,20 @@ bool cpu_has_f16c() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29));
 }
+bool cpu_has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpu_has_f16c(); }
+bool cpu_has_avx512() {
+  return cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
 #endif
 
 // Best first.
 const Choice* choices(int& n) {
 #if defined(MS_X86)
-  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpu_has_f16c();
+  static const bool avx2 = cpu_has_avx2();
   static const Choice all[] = {
-      {&ms_avx512::table, avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                              __builtin_cpu_supports("avx512vnni")},
+      {&ms_amx::table, amx_use().on},
+      {&ms_avx512::table, cpu_has_avx512()},
       {&ms_avxvnni::table, avx2 && cpu_has_avxvnni()},
       {&ms_avx2::table, avx2},
       {&ms_generic::table, true},
@@ -69,6 +78,15 @@ const Choice* choices(int& n) {
 
 std::atomic<const Kernels*> forced{nullptr};
 }  // namespace
+
+const AmxUse& amx_use() {
+#if defined(MS_X86)
+  static const AmxUse use = cpu_has_avx512() ? find_amx() : AmxUse{};
+#else
+  static const AmxUse use{};
+#endif
+  return use;
+}
 
 const Kernels& kernels() {
   const Kernels* f = forced.load(std::memory_order_relaxed);
@@ -95,7 +113,7 @@ const char* isa_names() {
   return names.c_str();
 }
 
-bool force_isa(const char* name) {
+bool force_isa(const char* name, bool emulated) {
   if (!*name) {
     forced.store(nullptr);
     return true;
@@ -103,7 +121,7 @@ bool force_isa(const char* name) {
   int n;
   const Choice* c = choices(n);
   for (int i = 0; i < n; i++) {
-    if (c[i].runs && std::string(name) == c[i].table->name) {
+    if ((c[i].runs || emulated) && std::string(name) == c[i].table->name) {
       forced.store(c[i].table);
       return true;
     }

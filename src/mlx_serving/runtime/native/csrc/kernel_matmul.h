@@ -4,16 +4,10 @@
 // for the scale and one for the bias; inside a group the integers are exact.
 // So the result of a row does not depend on how many rows stand beside it.
 #pragma once
-#include "kernels.h"
-#include "simd.h"
+#include "kernel_group.h"
 
 namespace MS_NS {
 using namespace ms;
-
-static inline vf load_scale(Type t, const uint8_t* p) {
-  if (t == Type::f32) return vload((const float*)p);
-  return t == Type::f16 ? vload_f16((const uint16_t*)p) : vload_bf16((const uint16_t*)p);
-}
 
 static void quantize_rows(const Activations& a, Mode mode, int row0, int row1) {
   const int groups = a.k / a.group;
@@ -64,15 +58,6 @@ static inline int word(const int8_t* p) {
   return x;
 }
 
-template <bool FP4>
-static inline vi codes_lo(vi q) {
-  return FP4 ? lookup16(kFp4, nibble_lo(q)) : nibble_lo(q);
-}
-template <bool FP4>
-static inline vi codes_hi(vi q) {
-  return FP4 ? lookup16(kFp4, nibble_hi(q)) : nibble_hi(q);
-}
-
 template <int BITS, int PLANES, int MB, bool FP4 = false>
 static inline void integer_block(const Weight& w, const Activations& a, const uint8_t* p, int row, float* out, int64_t ld, int n) {
   const int groups = w.groups(), gs = w.group, sb = kLanes * size_of(w.scale_type);
@@ -108,10 +93,9 @@ static inline void integer_block(const Weight& w, const Activations& a, const ui
     }
 #pragma GCC unroll 8
     for (int m = 0; m < MB; m++) {
-      vi t = PLANES == 2 ? iadd(ishl7(h[m]), l[m]) : h[m];
+      vi t = PLANES == 2 ? both_planes(h[m], l[m]) : h[m];
       const int64_t i = int64_t(row + m) * groups + g;
-      acc[m] = vfma(i2f(t), vmul(s, vset(a.scale[i])), acc[m]);
-      acc[m] = vfma(b, vset(a.sum[i]), acc[m]);
+      acc[m] = add_group(acc[m], t, s, b, a.scale[i], a.sum[i]);
     }
   }
   for (int m = 0; m < MB; m++) vstore_n(out + m * ld, acc[m], n);

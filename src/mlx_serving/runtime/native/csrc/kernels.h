@@ -137,7 +137,15 @@ struct Kernels {
 const Kernels& kernels();
 // Names that this CPU can run, best first, comma separated.
 const char* isa_names();
-// Chooses a table by name ("" for the best). False if this CPU cannot run it.
-bool force_isa(const char* name);
+// Chooses a table by name ("" for the best). False if this CPU cannot run it,
+// unless a test says that what it lacks is emulated.
+bool force_isa(const char* name, bool emulated = false);
+
+// Whether the tiles of kernels_amx.cpp are used; decided before the first kernel runs.
+struct AmxUse {
+  bool on = false, faulty = false;
+  const char* why = "";  // they are not, where the CPU has them
+};
+const AmxUse& amx_use();
 
 }  // namespace ms

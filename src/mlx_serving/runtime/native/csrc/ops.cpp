@@ -212,14 +212,12 @@ void attention(const float* q, const Slab& k, const Slab& v, const Batch& batch,
   };
   auto scratch_size = [&](int nq) { return size_t(nq) * (d + 1) + 64 + attention_scratch(d, dv); };
   auto finish = [&](const QueryBlock& qb, const Partial& part) {
-    const int nq = (qb.l1 - qb.l0) * group;
     for (int l = qb.l0, i = 0; l < qb.l1; l++, i += group) {
       kern.attention_finish(part.o + size_t(i) * dv, part.m + i, part.l + i, p.sinks ? p.sinks + qb.h * group : nullptr, group, dv);
     }
     for (int l = qb.l0, i = 0; l < qb.l1; l++, i += group) {
       memcpy(out + ((int64_t(qb.b) * length + l) * p.heads + qb.h * group) * dv, part.o + size_t(i) * dv, size_t(group) * dv * 4);
     }
-    (void)nq;
   };
 
   const int tasks = blocks * batch.count * kv, nq_max = per_block * group;
