@@ -209,18 +209,6 @@ def test_embeddings_may_stand_for_tokens() -> None:
     assert mx.array_equal(*logits)
 
 
-def test_a_step_waits_for_no_later_one() -> None:
-    """What it waits for is its own: a later step makes other arrays of the runner's."""
-    runner = make_runner(zoo.build("llama"), zoo.VOCAB)
-    start = RowStart(0, 9, PROMPTS[1], LENGTHS[1], GREEDY)
-    chunk = PrefillChunk(0, 9, PROMPTS[1], 0, True)
-    plans = [StepPlan(0, starts=(start,), prefill=(chunk,))]
-    plans += [StepPlan(i, decode=(DecodeRow(0, 9, LENGTHS[1] + i - 1, None),)) for i in (1, 2)]
-    pending = [runner.launch(plan) for plan in plans]
-    assert not any(array is runner._last for step in pending for array in step._effect)
-    assert [len(step.wait().sampled) for step in pending] == [1, 1, 1]
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "falcon_h1"])
 def test_no_step_copies_a_slab(name: str) -> None:
     """Three steps deep, peak memory stays far under one more copy of the largest slab."""

@@ -78,8 +78,7 @@ class MLXPendingStep:
         self._forwards = forwards
         self._pooled = pooled
         self._effect = effect
-        """Stands for the step where nothing was sampled. Of its own: the runner's arrays go on to be
-        those of later steps, and waiting for them would be waiting for those."""
+        """Stands for the step where nothing was sampled, and for those launched before `wait`."""
         self._settle = settle
 
     def wait(self) -> StepResult:

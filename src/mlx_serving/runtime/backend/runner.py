@@ -128,7 +128,11 @@ class MLXRunner:
         published = [self.store.publish(p.row, p.start, p.blocks) for p in plan.publish]
         mx.async_eval(published[-1:])
         copies = None if self._tier is None else self._tier.after(plan.disk)
-        effect = () if forwards else [_probe(slab) for slab in self.store.arrays()[-1:]]
+        slabs = self.store.arrays()
+        # With forwards: the array that later launches assign to, so `wait` is for those, too, and the
+        # device is idle between the loop's turns. Loads and mx.clear_cache rely on it: the latter waits
+        # for MLX's thread and keeps the interpreter, which that thread may need to let go of a weight.
+        effect = [self._last] if forwards else [_probe(slab) for slab in slabs[-1:]]
         mx.async_eval(effect)
         collect = partial(self._collect, copies, plan.disk.wait)
         return MLXPendingStep(plan.step_id, forwards, pooled, effect, self._settle, collect)
