@@ -58,7 +58,7 @@ class Forward:
 
 
 class MLXPendingStep:
-    """A launched step. `wait` blocks on its tokens only, not on steps launched after it.
+    """A launched step. `wait` blocks until it and what was launched behind it are done.
 
     `settle` makes the draws that wait for a mask: it is called unless the next launch came first.
     `pooled`: vectors by seq_id.
